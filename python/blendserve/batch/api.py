@@ -1,0 +1,201 @@
+"""The HTTP routes of /v1/files and /v1/batches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Annotated, Any, BinaryIO, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
+
+from blendserve.batch.errors import ApiError
+from blendserve.batch.objects import (
+    BatchObject,
+    CreateBatch,
+    ErrorBody,
+    ErrorObject,
+    FileDeleted,
+    FileObject,
+    Page,
+)
+from blendserve.batch.service import BatchService
+from blendserve.batch.upload import receive_upload
+
+_BLOCK_BYTES = 256 * 1024
+_UPLOAD_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": 3_600,
+                            "maximum": 2_592_000,
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorObject} for status in (400, 404, 409, 413)
+}
+
+
+def build_router(service: BatchService) -> APIRouter:
+    """The routes of `service`, to be included in any FastAPI application.
+
+    Errors of these routes have OpenAI's shape whatever exception handlers the application has.
+    """
+    router = APIRouter(route_class=_route_class(service.limits.max_json_bytes), responses=_ERRORS)
+
+    @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
+    async def upload_file(request: Request) -> FileObject:
+        with service.store.directory.draft() as draft:
+            upload = await receive_upload(request, draft, service.limits)
+            return await run_in_threadpool(service.add_upload, upload, draft)
+
+    @router.get("/v1/files")
+    def list_files(
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
+    ) -> Page[FileObject]:
+        return service.list_files(after=after, limit=limit, order=order, purpose=purpose)
+
+    @router.get("/v1/files/{file_id}")
+    def retrieve_file(file_id: str) -> FileObject:
+        return service.retrieve_file(file_id)
+
+    @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
+    def download_file(file_id: str) -> StreamingResponse:
+        file, stream = service.open_file(file_id)
+        return StreamingResponse(
+            _blocks(stream),
+            media_type="application/octet-stream",
+            headers={
+                "Content-Length": str(file.bytes),
+                "Content-Disposition": f'attachment; filename="{_plain(file.filename)}"',
+                "X-Content-Type-Options": "nosniff",
+            },
+        )
+
+    @router.delete("/v1/files/{file_id}")
+    def delete_file(file_id: str) -> FileDeleted:
+        return service.delete_file(file_id)
+
+    @router.post("/v1/batches")
+    def create_batch(
+        body: CreateBatch, idempotency_key: Annotated[str | None, Header()] = None
+    ) -> BatchObject:
+        return service.create(body, idempotency_key)
+
+    @router.get("/v1/batches")
+    def list_batches(
+        after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+    ) -> Page[BatchObject]:
+        return service.list(after=after, limit=limit)
+
+    @router.get("/v1/batches/{batch_id}")
+    def retrieve_batch(batch_id: str) -> BatchObject:
+        return service.retrieve(batch_id)
+
+    @router.post("/v1/batches/{batch_id}/cancel")
+    def cancel_batch(batch_id: str) -> BatchObject:
+        return service.cancel(batch_id)
+
+    return router
+
+
+def _route_class(max_json_bytes: int) -> type[APIRoute]:
+    class BatchRoute(APIRoute):
+        """A route whose errors are answered here, in OpenAI's shape, and not by the app."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+            is_upload = self.openapi_extra is _UPLOAD_FORM
+
+            async def handle_with_our_errors(request: Request) -> Response:
+                try:
+                    if not is_upload:
+                        receive = _bounded(request.receive, max_json_bytes)
+                        request = Request(request.scope, receive)
+                    return await handle(request)
+                except ApiError as error:
+                    return _error_response(error)
+                except RequestValidationError as error:
+                    return _error_response(_from_validation(error))
+                except HTTPException as error:
+                    cause = error.__cause__
+                    if isinstance(cause, ApiError):
+                        return _error_response(cause)
+                    return _error_response(ApiError(error.status_code, str(error.detail)))
+
+            return handle_with_our_errors
+
+    return BatchRoute
+
+
+def _bounded(receive: Receive, max_bytes: int) -> Receive:
+    seen = 0
+
+    async def bounded_receive() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > max_bytes:
+            raise ApiError(
+                413, f"The request body is larger than {max_bytes} bytes.", code="body_too_large"
+            )
+        return message
+
+    return bounded_receive
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    # ("body", "metadata", "key") -> "metadata.key"; list indexes and JSON offsets stay out.
+    path = [str(part) for part in first["loc"][1:] if isinstance(part, str)]
+    param = ".".join(part for part in path if part != "[key]") or None
+    kind = first["type"]
+    if kind == "json_invalid":
+        return ApiError(400, "The request body is not valid JSON.", code="invalid_json")
+    code = {
+        "missing": "missing_required_parameter",
+        "extra_forbidden": "unknown_parameter",
+    }.get(kind, "invalid_value")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}" if param else message, code=code, param=param)
+
+
+def _error_response(error: ApiError) -> JSONResponse:
+    body = ErrorObject(
+        error=ErrorBody(message=error.message, type=error.kind, param=error.param, code=error.code)
+    )
+    return JSONResponse(body.model_dump(), status_code=error.status_code)
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    with stream:
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
+
+
+def _plain(filename: str) -> str:
+    """The name without anything that could end the header's quoted string."""
+    return re.sub(r"[^A-Za-z0-9._ -]", "_", filename)

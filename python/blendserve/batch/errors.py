@@ -1,0 +1,36 @@
+"""Errors that a client sees, always in the shape {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+
+class ApiError(Exception):
+    """A request that cannot be served, with the HTTP status and the fields of its answer."""
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.message = message
+        self.code = code
+        self.param = param
+        self.kind = kind
+
+
+def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> ApiError:
+    return ApiError(400, message, code=code, param=param)
+
+
+def not_found(what: str, identifier: str, *, param: str = "id") -> ApiError:
+    # A foreign string is echoed only in part: it may be of any length.
+    return ApiError(404, f"No such {what}: {identifier[:80]}", code="not_found", param=param)
+
+
+def conflict(message: str, *, code: str, param: str | None = None) -> ApiError:
+    return ApiError(409, message, code=code, param=param)

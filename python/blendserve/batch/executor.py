@@ -1,0 +1,94 @@
+"""What the batch room asks of an engine: check a line, and run the lines that are left."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class EngineUnavailable(Exception):
+    """The engine died or hangs. The job keeps its finished lines and waits for an engine."""
+
+
+@dataclass(frozen=True)
+class BatchLine:
+    """One request of an input file; `index` counts requests from 0, blank lines apart."""
+
+    index: int
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LineFault:
+    """Why a line cannot be run, in the words of OpenAI's batch errors."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class LineError:
+    """Why a line got no response at all, e.g. `request_timeout`."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class LineResult:
+    """The answer to one line: a response (any HTTP status), or an error where there was none.
+
+    Token counts are read from `body["usage"]`; they are not carried a second time.
+    """
+
+    index: int
+    request_id: str
+    status_code: int | None = None
+    body: dict[str, Any] | None = None
+    error: LineError | None = None
+
+
+class LineSource(Protocol):
+    """The lines of one input file, read on demand: only their offsets are held in memory."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> BatchLine:
+        """The line `index`, read from disk. Safe to call from several threads."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs lines. One per server.
+
+    `endpoints` are the urls a line may have, `models` the served names (empty: any name is
+    taken), and `fingerprint` names model and settings: equal fingerprints promise answers that
+    may stand in one output file.
+    """
+
+    @property
+    def endpoints(self) -> frozenset[str]: ...
+
+    @property
+    def models(self) -> frozenset[str]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def check(self, line: BatchLine) -> LineFault | None:
+        """The reason why this line can never succeed, or None. Called from a worker thread."""
+        ...
+
+    def run(
+        self, job_id: str, lines: LineSource, pending: Sequence[int]
+    ) -> AsyncIterator[LineResult]:
+        """An async generator with one result for each index in `pending`, in any order.
+
+        Cancelling or closing it must abort whatever is in flight before it returns. Raises
+        `EngineUnavailable` when the engine died; results already yielded stay valid.
+        """
+        ...

@@ -1,0 +1,194 @@
+"""One batch on the engine: results are gathered, made durable in groups, and only then counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from blendserve.batch.executor import EngineUnavailable, Executor, LineError, LineResult
+from blendserve.batch.ids import request_line_id
+from blendserve.batch.journal import Journal, Record, Tally
+from blendserve.batch.lines import FileLineSource
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_MAX_UNSAVED_RESULTS = 512
+_MAX_BARREN_PASSES = 2
+
+
+class Offload(Protocol):
+    """Runs a blocking function in a worker thread."""
+
+    def __call__(self, function: Callable[..., Result], *args: Any) -> Awaitable[Result]: ...
+
+
+class JournalUnwritable(Exception):
+    """Results cannot be made durable, e.g. because the disk is full."""
+
+
+class BatchRun:
+    """Runs what a journal does not have yet. The same for a fresh batch and for a resumed one."""
+
+    def __init__(
+        self,
+        batch_id: str,
+        source: FileLineSource,
+        journal: Journal,
+        tally: Tally,
+        executor: Executor,
+        offload: Offload,
+        on_progress: Callable[[Tally], None],
+    ) -> None:
+        self._batch_id = batch_id
+        self._source = source
+        self._journal = journal
+        self._tally = tally
+        self._executor = executor
+        self._offload = offload
+        self._on_progress = on_progress
+        self._unsaved: list[LineResult] = []
+        self._arrival = asyncio.Event()
+        self._room = asyncio.Event()
+        self._stop_requested = False
+        self._collector: asyncio.Task[None] | None = None
+
+    def request_stop(self) -> None:
+        """Aborts what is in flight; results that have arrived are still saved. Loop thread only."""
+        self._stop_requested = True
+        if self._collector is not None:
+            self._collector.cancel()
+
+    async def run(self) -> bool:
+        """True once every line is done, False if it was stopped before.
+
+        A pass may leave lines unanswered (the executor failed in an unknown way): they are tried
+        again as long as passes get anything done, and then answered as errors, so that no line is
+        ever dropped. Raises EngineUnavailable and JournalUnwritable; what is counted stays.
+        """
+        barren_passes = 0
+        while not self._stop_requested:
+            pending = self._tally.pending()
+            if not pending:
+                return True
+            if barren_passes == _MAX_BARREN_PASSES:
+                await self._give_up(pending)
+                continue
+            await self._pass(pending)
+            barren_passes = barren_passes + 1 if len(self._tally.pending()) == len(pending) else 0
+        return not self._tally.pending()
+
+    async def _pass(self, pending: Sequence[int]) -> None:
+        collector = asyncio.create_task(self._collect(pending))
+        collector.add_done_callback(lambda _: self._arrival.set())
+        self._collector = collector
+        try:
+            await self._save_while_running(collector)
+        finally:
+            self._collector = None
+            collector.cancel()
+            await asyncio.wait([collector])
+        if collector.cancelled():
+            return
+        failure = collector.exception()
+        if isinstance(failure, EngineUnavailable):
+            raise failure
+        if failure is not None:
+            logger.error("%s: the executor failed with %s", self._batch_id, type(failure).__name__)
+
+    async def _collect(self, pending: Sequence[int]) -> None:
+        results = self._executor.run(self._batch_id, self._source, pending)
+        try:
+            async for result in results:
+                self._unsaved.append(result)
+                self._arrival.set()
+                if len(self._unsaved) >= _MAX_UNSAVED_RESULTS:
+                    self._room.clear()
+                    await self._room.wait()
+        finally:
+            close = getattr(results, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _save_while_running(self, collector: asyncio.Task[None]) -> None:
+        # Whatever arrived during one sync forms the next group: a slow disk gets large groups, a
+        # fast one small delays.
+        while self._unsaved or not collector.done():
+            await self._arrival.wait()
+            self._arrival.clear()
+            group, self._unsaved = self._unsaved, []
+            self._room.set()
+            if group:
+                await self._commit(group)
+
+    async def _give_up(self, pending: Sequence[int]) -> None:
+        error = LineError("internal_error", "The engine gave no answer to this request.")
+        for start in range(0, len(pending), _MAX_UNSAVED_RESULTS):
+            block = pending[start : start + _MAX_UNSAVED_RESULTS]
+            await self._commit([LineResult(index, "", error=error) for index in block])
+
+    async def _commit(self, group: Sequence[LineResult]) -> None:
+        fresh: dict[int, LineResult] = {}
+        for result in group:
+            if 0 <= result.index < self._tally.total and not self._tally.is_done(result.index):
+                fresh.setdefault(result.index, result)
+        if len(fresh) < len(group):
+            logger.warning(
+                "%s: %d results came twice or for no line", self._batch_id, len(group) - len(fresh)
+            )
+        records = await self._offload(self._save, list(fresh.values()))
+        for record in records:
+            self._tally.add(record)
+        self._on_progress(self._tally)
+
+    def _save(self, results: Sequence[LineResult]) -> list[Record]:
+        records: list[Record] = []
+        encoded: list[bytes] = []
+        for result in results:
+            record = self._record(result)
+            try:
+                data = record.encode()
+            except TypeError:
+                record = self._record(
+                    LineResult(
+                        result.index,
+                        result.request_id,
+                        error=LineError("internal_error", "The answer is not proper JSON."),
+                    )
+                )
+                data = record.encode()
+            records.append(record)
+            encoded.append(data)
+        try:
+            self._journal.append(encoded)
+        except OSError as error:
+            raise JournalUnwritable(error.strerror or str(error)) from error
+        return records
+
+    def _record(self, result: LineResult) -> Record:
+        custom_id = self._source.custom_id(result.index)
+        line_id = request_line_id(self._batch_id, result.index)
+        if result.status_code is None:
+            error = result.error or LineError("internal_error", "The request got no answer.")
+            return unanswered(result.index, line_id, custom_id, error)
+        response = {
+            "status_code": result.status_code,
+            "request_id": result.request_id,
+            "body": result.body,
+        }
+        line = {"id": line_id, "custom_id": custom_id, "response": response, "error": None}
+        return Record(result.index, "output" if 200 <= result.status_code < 300 else "error", line)
+
+
+def unanswered(index: int, line_id: str, custom_id: str, error: LineError) -> Record:
+    """The record of a line that got no response at all."""
+    line = {
+        "id": line_id,
+        "custom_id": custom_id,
+        "response": None,
+        "error": {"code": error.code, "message": error.message},
+    }
+    return Record(index, "error", line)

@@ -1,0 +1,178 @@
+"""The result journal: the truth about which lines of a batch are done.
+
+One JSON record per finished line, appended and synced before the line is counted. A record is
+valid if it ends with a newline and parses; the first valid record of an index wins. A process
+that dies while it writes leaves at most one unterminated record, which `Journal` cuts off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from blendserve.batch.directory import fsync_folder
+from blendserve.batch.progress import Usage, usage_of
+
+logger = logging.getLogger(__name__)
+
+RecordKind = Literal["output", "error"]
+_TAIL_BLOCK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished line: its index, the file it belongs to, and the final line of that file."""
+
+    index: int
+    kind: RecordKind
+    line: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """The record as it stands in the journal. TypeError if the line is not proper JSON."""
+        return orjson.dumps(
+            {"index": self.index, "kind": self.kind, "line": self.line},
+            option=orjson.OPT_APPEND_NEWLINE,
+        )
+
+    @property
+    def usage(self) -> Usage:
+        response = self.line.get("response")
+        return usage_of(response.get("body")) if isinstance(response, dict) else Usage()
+
+
+@dataclass
+class Tally:
+    """Which lines are done, and what they add up to: one byte of memory per line."""
+
+    total: int
+    completed: int = 0
+    failed: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        self._done = bytearray(self.total)
+
+    def add(self, record: Record) -> bool:
+        """Counts the record, unless its line is done already (then False)."""
+        if self._done[record.index]:
+            return False
+        self._done[record.index] = 1
+        if record.kind == "output":
+            self.completed += 1
+        else:
+            self.failed += 1
+        self.usage = self.usage.plus(record.usage)
+        return True
+
+    def is_done(self, index: int) -> bool:
+        return self._done[index] == 1
+
+    def pending(self) -> Sequence[int]:
+        return array("Q", (index for index, done in enumerate(self._done) if not done))
+
+
+class Journal:
+    """An open journal. Creating it repairs a torn tail; `append` returns once all is durable."""
+
+    def __init__(self, path: Path) -> None:
+        is_new = not path.exists()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Appending happens in a worker thread; closing must not pull the file away from it.
+        self._lock = threading.Lock()
+        try:
+            self._durable_bytes = _cut_torn_tail(self._fd)
+            if is_new:
+                fsync_folder(path.parent)
+        except OSError:
+            self.close()
+            raise
+
+    def append(self, records: Sequence[bytes]) -> None:
+        """Writes and syncs encoded records. On OSError none is there, and none may be counted."""
+        data = memoryview(b"".join(records))
+        with self._lock:
+            position = self._durable_bytes
+            try:
+                while data:
+                    written = os.pwrite(self._fd, data, position)
+                    position += written
+                    data = data[written:]
+                os.fdatasync(self._fd)
+            except OSError:
+                # Half a group would otherwise stand there as results that nobody counted.
+                os.ftruncate(self._fd, self._durable_bytes)
+                raise
+            self._durable_bytes = position
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+def read_records(path: Path, total: int) -> Iterator[Record]:
+    """The valid records of a journal in the order of their writing, one in memory at a time.
+
+    `total` is the number of lines of the batch. A missing journal has no records.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            record = _decode(raw, total)
+            if record is None:
+                # Damage from outside; the line counts as not done and is computed again.
+                logger.warning("journal %s has an unreadable record, which is ignored", path.name)
+                continue
+            yield record
+
+
+def tally_journal(path: Path, total: int) -> Tally:
+    """What a journal says is done."""
+    tally = Tally(total)
+    for record in read_records(path, total):
+        tally.add(record)
+    return tally
+
+
+def _decode(raw: bytes, total: int) -> Record | None:
+    try:
+        entry = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(entry, dict):
+        return None
+    index, kind, line = entry.get("index"), entry.get("kind"), entry.get("line")
+    if type(index) is not int or not 0 <= index < total or not isinstance(line, dict):
+        return None
+    if kind != "output" and kind != "error":
+        return None
+    return Record(index, kind, line)
+
+
+def _cut_torn_tail(descriptor: int) -> int:
+    """Truncates after the last newline and returns the size that is left, in bytes."""
+    size = os.fstat(descriptor).st_size
+    end = size
+    while end > 0:
+        start = max(0, end - _TAIL_BLOCK_BYTES)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
+    return end

@@ -1,0 +1,32 @@
+"""The service's limits, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_EXPIRY_SECONDS = 3_600
+MAX_EXPIRY_SECONDS = 2_592_000
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Bounds on what a client may send. The first two are OpenAI's; raise them at will."""
+
+    max_lines: int = 50_000
+    max_file_bytes: int = 200 * 1024 * 1024
+    max_line_bytes: int = 16 * 1024 * 1024
+    max_json_bytes: int = 256 * 1024
+    """Size of a JSON request body, which only ever holds ids and metadata."""
+    max_listed_faults: int = 1_000
+    """Bad lines named one by one; the rest are counted in a last entry."""
+    upload_idle_seconds: float = 60.0
+    """How long an upload may stay silent before it is given up."""
+    allow_remote_urls: bool = False
+    """Whether a body may name http(s) media, which the server would then fetch."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_lines", "max_file_bytes", "max_line_bytes", "max_json_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_listed_faults < 1 or self.upload_idle_seconds <= 0:
+            raise ValueError("max_listed_faults and upload_idle_seconds must be positive")

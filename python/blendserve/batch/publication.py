@@ -1,0 +1,112 @@
+"""Turning a journal into the output and error files of a batch that ends.
+
+Every step may be repeated: ids are derived from the batch, files are replaced whole, and the
+batch names them only in the last step, one transaction of the store's. A crash at any point
+leaves either the batch open, to be published again, or all of it done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from blendserve.batch.directory import BatchDirectory, Draft
+from blendserve.batch.executor import LineError
+from blendserve.batch.ids import derived_file_id, request_line_id
+from blendserve.batch.job import unanswered
+from blendserve.batch.journal import Record, RecordKind, Tally, read_records
+from blendserve.batch.lines import FileLineSource
+from blendserve.batch.tables import BatchRow, FileRow
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The result files (at most one of each kind) and what they hold."""
+
+    output: FileRow | None
+    error: FileRow | None
+    tally: Tally
+
+
+def publish_results(
+    directory: BatchDirectory,
+    batch: BatchRow,
+    *,
+    max_line_bytes: int,
+    unfinished: LineError,
+    now: Callable[[], int],
+) -> Publication:
+    """Writes the result files of a validated batch; lines without a result get `unfinished`.
+
+    Blocking: call it in a worker thread. OSError (a full disk) leaves nothing half-published.
+    """
+    total = batch.total or 0
+    journal = directory.journal(batch.id)
+    input_path = directory.file(batch.input_file_id)
+    tally = Tally(total)
+    with directory.draft() as outputs, directory.draft() as errors:
+        writers = {
+            "output": _ResultWriter(batch, "output", outputs),
+            "error": _ResultWriter(batch, "error", errors),
+        }
+        for record in read_records(journal, total):
+            if tally.add(record):
+                writers[record.kind].write(record)
+        for record in _unfinished_records(batch, input_path, tally, max_line_bytes, unfinished):
+            tally.add(record)
+            writers[record.kind].write(record)
+        output = writers["output"].publish(directory, now())
+        error = writers["error"].publish(directory, now())
+    return Publication(output, error, tally)
+
+
+def _unfinished_records(
+    batch: BatchRow, input_path: Path, tally: Tally, max_line_bytes: int, error: LineError
+) -> Iterator[Record]:
+    pending = tally.pending()
+    if not pending or not input_path.exists():
+        # Without the input nobody knows the ids of what is left; the batch says so in its errors.
+        return
+    source = FileLineSource(input_path, max_line_bytes)
+    try:
+        for index in pending:
+            line_id = request_line_id(batch.id, index)
+            yield unanswered(index, line_id, source.custom_id(index), error)
+    finally:
+        source.close()
+
+
+class _ResultWriter:
+    def __init__(self, batch: BatchRow, kind: RecordKind, draft: Draft) -> None:
+        self._batch = batch
+        self._kind = kind
+        self._draft = draft
+        self._digest = hashlib.sha256()
+        self._size_bytes = 0
+
+    def write(self, record: Record) -> None:
+        data = orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE)
+        self._digest.update(data)
+        self._size_bytes += len(data)
+        self._draft.file.write(data)
+
+    def publish(self, directory: BatchDirectory, now: int) -> FileRow | None:
+        """The row of the published file; None if there was nothing to put into it."""
+        if self._size_bytes == 0:
+            return None
+        file_id = derived_file_id(self._batch.id, self._kind)
+        directory.publish(self._draft, file_id)
+        lifetime = self._batch.output_expires_after_seconds
+        return FileRow(
+            id=file_id,
+            purpose="batch_output",
+            filename=f"{self._batch.id}_{self._kind}.jsonl",
+            size_bytes=self._size_bytes,
+            sha256=self._digest.hexdigest(),
+            created_at=now,
+            expires_at=None if lifetime is None else now + lifetime,
+        )

@@ -1,0 +1,286 @@
+"""What the API can ask for: the calls of OpenAI's Files and Batches, and a batch's progress."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from typing import BinaryIO, Literal
+
+import orjson
+
+from blendserve.batch.directory import Draft
+from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
+from blendserve.batch.executor import Executor
+from blendserve.batch.ids import is_batch_id, is_file_id, new_batch_id, new_file_id
+from blendserve.batch.limits import BatchLimits
+from blendserve.batch.objects import (
+    BatchObject,
+    CreateBatch,
+    ExpiresAfter,
+    FileDeleted,
+    FileObject,
+    Page,
+    progress_of,
+)
+from blendserve.batch.progress import Progress
+from blendserve.batch.store import BatchStore
+from blendserve.batch.tables import BatchRow, FileRow
+from blendserve.batch.upload import Upload
+from blendserve.batch.windows import window_seconds
+from blendserve.batch.worker import BatchWorker
+
+_MAX_IDEMPOTENCY_KEY_CHARS = 255
+_CANCELLABLE = ("validating", "in_progress")
+
+
+class BatchService:
+    """Batches over one store and one executor.
+
+    `start` and `stop` belong to the event loop of the server; all other methods block briefly
+    (SQLite, small files) and are for worker threads. They raise ApiError for a client's fault.
+    `clock` gives unix seconds; `retry_seconds` is the pause after a full disk.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        executor: Executor,
+        limits: BatchLimits | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        retry_seconds: float = 5.0,
+    ) -> None:
+        self.store = store
+        self.executor = executor
+        self.limits = limits if limits is not None else BatchLimits()
+        self._clock = clock
+        self._worker = BatchWorker(store, executor, self.limits, self.now, retry_seconds)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def now(self) -> int:
+        """The time in whole unix seconds."""
+        return int(self._clock())
+
+    async def start(self) -> None:
+        """Takes up every batch that is not at its end: after a crash as after a clean stop."""
+        self._loop = asyncio.get_running_loop()
+        await self._worker.start()
+
+    async def stop(self) -> None:
+        """Aborts what is in flight and saves what has arrived; batches go on at the next start.
+
+        The store stays open: whoever opened it closes it.
+        """
+        self._loop = None
+        await self._worker.stop()
+
+    def nudge(self) -> None:
+        """Lets the service look for work now, e.g. after its clock was changed. Any thread."""
+        self._on_loop(self._worker.wake)
+
+    def engine_recovered(self) -> None:
+        """Tells that the engine answers again after EngineUnavailable. Any thread."""
+        self._on_loop(self._worker.engine_recovered)
+
+    # -- files
+
+    def add_upload(self, upload: Upload, draft: Draft) -> FileObject:
+        """Makes a received upload a file; its bytes are durable when this returns."""
+        purpose = upload.fields.get("purpose")
+        if purpose is None:
+            raise bad_request(
+                "The field `purpose` is missing.",
+                code="missing_required_parameter",
+                param="purpose",
+            )
+        if purpose != "batch":
+            raise bad_request(
+                f"This server keeps files of purpose 'batch' only, not {purpose[:80]!r}.",
+                code="invalid_purpose",
+                param="purpose",
+            )
+        filename = upload.filename or ""
+        if not filename.lower().endswith(".jsonl"):
+            raise bad_request(
+                f"The input of a batch is a .jsonl file; this one is named {filename[:80]!r}.",
+                code="invalid_file_format",
+                param="file",
+            )
+        expires_after = _expires_after(upload)
+        file_id, now = new_file_id(), self.now()
+        self.store.directory.publish(draft, file_id)
+        row = FileRow(
+            id=file_id,
+            purpose=purpose,
+            filename=filename,
+            size_bytes=upload.size_bytes,
+            sha256=upload.sha256,
+            created_at=now,
+            expires_at=None if expires_after is None else now + expires_after.seconds,
+        )
+        return FileObject.of(self.store.add_file(row))
+
+    def retrieve_file(self, file_id: str) -> FileObject:
+        return FileObject.of(self._file(file_id))
+
+    def open_file(self, file_id: str) -> tuple[FileObject, BinaryIO]:
+        """A file and its bytes, which stay readable even if it is deleted meanwhile."""
+        row = self._file(file_id)
+        try:
+            return FileObject.of(row), open(self.store.directory.file(row.id), "rb")
+        except FileNotFoundError as error:
+            raise not_found("file", file_id, param="file_id") from error
+
+    def list_files(
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        order: Literal["asc", "desc"],
+        purpose: str | None,
+    ) -> Page[FileObject]:
+        rows, has_more = self.store.list_files(
+            now=self.now(), after=after, limit=limit, order=order, purpose=purpose
+        )
+        return Page[FileObject].of([FileObject.of(row) for row in rows], has_more)
+
+    def delete_file(self, file_id: str) -> FileDeleted:
+        """Deletes a file; ApiError 409 while a batch reads it."""
+        self.store.delete_file(self._file(file_id).id, self.now())
+        return FileDeleted(id=file_id)
+
+    # -- batches
+
+    def create(self, request: CreateBatch, idempotency_key: str | None = None) -> BatchObject:
+        """Creates a batch, which is validated at once and run after those before it."""
+        if request.endpoint not in self.executor.endpoints:
+            known = ", ".join(sorted(self.executor.endpoints))
+            raise bad_request(
+                f"There is no endpoint {request.endpoint[:80]!r} for batches; "
+                f"this server has {known}.",
+                code="invalid_endpoint",
+                param="endpoint",
+            )
+        if not is_file_id(request.input_file_id):
+            raise not_found("file", request.input_file_id, param="input_file_id")
+        now = self.now()
+        lifetime = request.output_expires_after
+        row = BatchRow(
+            id=new_batch_id(),
+            endpoint=request.endpoint,
+            input_file_id=request.input_file_id,
+            completion_window=request.completion_window,
+            fingerprint=self.executor.fingerprint,
+            status="validating",
+            metadata_json=request.metadata and orjson.dumps(request.metadata).decode(),
+            output_expires_after_seconds=None if lifetime is None else lifetime.seconds,
+            created_at=now,
+            expires_at=now + window_seconds(request.completion_window),
+        )
+        idempotency = _idempotency(idempotency_key, request)
+        live = self._live()
+        row = self.store.add_batch(row, now=now, idempotency=idempotency)
+        self.nudge()
+        return BatchObject.of(row, live.get(row.id))
+
+    def retrieve(self, batch_id: str) -> BatchObject:
+        live = self._live()
+        return BatchObject.of(self._batch(batch_id), live.get(batch_id))
+
+    def list(self, *, after: str | None, limit: int) -> Page[BatchObject]:
+        live = self._live()
+        rows, has_more = self.store.list_batches(after=after, limit=limit)
+        return Page[BatchObject].of(
+            [BatchObject.of(row, live.get(row.id)) for row in rows], has_more
+        )
+
+    def cancel(self, batch_id: str) -> BatchObject:
+        """Begins to cancel; finished lines are kept. Cancelling twice is no error.
+
+        ApiError 409 once the batch is at its end or on the way to another one.
+        """
+        live = self._live()
+        self._batch(batch_id)
+        row = self.store.advance(
+            batch_id,
+            _CANCELLABLE,
+            status="cancelling",
+            ending="cancelled",
+            cancelling_at=self.now(),
+        )
+        if row is None:
+            row = self._batch(batch_id)
+            if row.ending != "cancelled":
+                raise conflict(
+                    f"A batch that is {row.status} cannot be cancelled.",
+                    code="batch_not_cancellable",
+                )
+        self._on_loop(self._worker.interrupt, [batch_id])
+        return BatchObject.of(row, live.get(batch_id))
+
+    def progress(self, batch_id: str) -> Progress:
+        """A snapshot of a batch's counts, tokens and phase, for a status page."""
+        live = self._live()
+        return progress_of(self._batch(batch_id), live.get(batch_id))
+
+    # -- inside
+
+    def _live(self) -> dict[str, Progress]:
+        """The live counts of all open batches. To be read before a row, never after it.
+
+        They are dropped once the row has the final counts: whoever reads the row first may find
+        it still open and its live counts gone.
+        """
+        return self._worker.live.copy()
+
+    def _file(self, file_id: str) -> FileRow:
+        row = self.store.find_file(file_id, self.now()) if is_file_id(file_id) else None
+        if row is None:
+            raise not_found("file", file_id, param="file_id")
+        return row
+
+    def _batch(self, batch_id: str) -> BatchRow:
+        row = self.store.find_batch(batch_id) if is_batch_id(batch_id) else None
+        if row is None:
+            raise not_found("batch", batch_id, param="batch_id")
+        return row
+
+    def _on_loop(self, function: Callable[..., None], *args: object) -> None:
+        loop = self._loop
+        # Before the start there is nobody to tell: starting looks for work anyway.
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *args)
+
+
+def _idempotency(key: str | None, request: CreateBatch) -> tuple[str, str] | None:
+    if key is None:
+        return None
+    if not 0 < len(key) <= _MAX_IDEMPOTENCY_KEY_CHARS:
+        raise ApiError(
+            400,
+            f"An Idempotency-Key has 1 to {_MAX_IDEMPOTENCY_KEY_CHARS} characters.",
+            code="invalid_idempotency_key",
+        )
+    canonical = orjson.dumps(request.model_dump(), option=orjson.OPT_SORT_KEYS)
+    return key, hashlib.sha256(canonical).hexdigest()
+
+
+def _expires_after(upload: Upload) -> ExpiresAfter | None:
+    prefix = "expires_after["
+    given = {
+        name[len(prefix) : -1]: value
+        for name, value in upload.fields.items()
+        if name.startswith(prefix) and name.endswith("]")
+    }
+    if not given:
+        return None
+    try:
+        return ExpiresAfter.model_validate({**given, "seconds": int(given.get("seconds", ""))})
+    except ValueError as error:
+        raise bad_request(
+            'expires_after needs anchor "created_at" and seconds from 3600 to 2592000.',
+            code="invalid_value",
+            param="expires_after",
+        ) from error

@@ -1,0 +1,55 @@
+"""The ``blendserve`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from blendserve import __version__
+
+_USAGE = """\
+usage: blendserve COMMAND [options]
+
+commands:
+  serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
+  run-batch   run a file of requests offline, and write the answers to a file
+
+Every SGLang flag works under its own name with both. `blendserve COMMAND --help` lists all.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"blendserve {__version__}")
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "run-batch": _run_batch}
+    command = commands.get(args[0])
+    if command is None:
+        print(f"blendserve: unknown command {args[0]!r}. {_nearest(args[0], commands)}", file=sys.stderr)
+        return 2
+    return command(args[1:])
+
+
+def _nearest(word: str, commands: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, commands, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(commands))}."
+
+
+# Imported late: each command loads only what it needs, and SGLang takes seconds.
+def _serve(argv: list[str]) -> int:
+    from blendserve.cli.serve import main as serve
+
+    return serve(argv)
+
+
+def _run_batch(argv: list[str]) -> int:
+    from blendserve.cli.run_batch import main as run_batch
+
+    return run_batch(argv)

@@ -1,0 +1,114 @@
+"""``blendserve serve``: SGLang's own server, with BlendServe switched on and batch defaults."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from blendserve.config import ConfigError, Settings, load_settings, to_environment
+
+# What a job wants of SGLang everywhere; a flag given by the user comes later and wins.
+_DEFAULT_FLAGS = ("--enable-mixed-chunk", "--enable-cache-report", "--schedule-policy", "fcfs")
+# Without a size SGLang would take most of the machine's memory for KV, and minutes to clear it.
+_CPU_FLAGS = (
+    "--device", "cpu",
+    "--dtype", "float32",
+    "--max-total-tokens", "16384",
+    "--mem-fraction-static", "0.1",
+    "--chunked-prefill-size", "512",
+    "--sleep-on-idle",
+)  # fmt: skip
+
+# Settings that have a flag; the others are set through the environment or a config file.
+_SETTING_FLAGS = ("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An unknown flag is an error that names the nearest valid one."""
+
+    def error(self, message: str) -> NoReturn:
+        marker = "unrecognized arguments: "
+        if message.startswith(marker):
+            unknown = next(
+                (word for word in message[len(marker) :].split() if word.startswith("-")), None
+            )
+            if unknown:
+                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                near = difflib.get_close_matches(unknown.split("=")[0], known, n=1)
+                message = f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")
+        super().error(message)
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """Add BlendServe's own flags, with the settings' descriptions and defaults."""
+    group = parser.add_argument_group("blendserve")
+    for name in _SETTING_FLAGS:
+        field = Settings.model_fields[name]
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=None,
+            help=f"{field.description} Default: {field.default}.",
+        )
+
+
+def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
+    """Split the command line into BlendServe's settings and the flags for SGLang.
+
+    The environment is changed to carry the settings to the processes that SGLang spawns, and the
+    machine is prepared, so that SGLang can be imported afterwards.
+
+    Raises:
+        ConfigError, ModelPathError: a setting or a model folder that cannot be used.
+    """
+    ours = _Parser(prog="blendserve serve", add_help=False, allow_abbrev=False)
+    add_setting_flags(ours)
+    model = ours.add_argument_group("model")
+    model.add_argument("--model-path", "--model", default=None)
+    model.add_argument("--served-model-name", default=None)
+    options, rest = ours.parse_known_args(list(argv))
+    overrides = {name: value for name in _SETTING_FLAGS if (value := getattr(options, name))}
+    settings = load_settings(enabled=True, **overrides)
+    os.environ.update(to_environment(settings))
+
+    from blendserve.runtime.cpu_platform import needs_cpu_engine
+    from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
+
+    name = options.model_path or MODEL_NAME
+    flags = [*_DEFAULT_FLAGS, *(_CPU_FLAGS if needs_cpu_engine() else ())]
+    wants_help = "-h" in rest or "--help" in rest
+    flags += ["--model-path", name if wants_help else resolve_model_path(name)]
+    flags += ["--served-model-name", options.served_model_name or name]
+    return settings, [*flags, *rest]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until stopped."""
+    from blendserve.runtime.default_model import ModelPathError
+
+    try:
+        _, flags = prepare(argv)
+    except (ConfigError, ModelPathError) as error:
+        print(f"blendserve serve: {error}", file=sys.stderr)
+        return 2
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    # SGLang's parser would name an unknown flag without a hint, and only print its own usage.
+    parser = _Parser(prog="blendserve serve")
+    add_setting_flags(parser)
+    ServerArgs.add_cli_args(parser)
+    if "--config" not in flags:
+        parser.parse_args(flags)
+    try:
+        run_server(prepare_server_args(flags))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0

@@ -1,0 +1,44 @@
+"""Plans a job: prompts and (estimated) output lengths in, an order and densities out.
+
+Pure: numpy and the standard library, deterministic for a seed. Knows neither torch nor SGLang.
+"""
+
+from .admission import Admission, Candidate, KVState, account_side, account_tokens
+from .cost_model import CostModel
+from .dual_scanner import DualScanner, Side, partition_memory
+from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
+from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
+from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
+from .plan import Job, Plan, PlannerConfig, make_plan
+from .prefix_tree import PrefixTree
+from .transform import Transformed, transform
+
+__all__ = [
+    "DEFAULT_OUTPUT_TOKENS",
+    "HARDWARE",
+    "MODEL_SPECS",
+    "Admission",
+    "Candidate",
+    "CostModel",
+    "DualScanner",
+    "Hardware",
+    "Job",
+    "KVState",
+    "ModelSpec",
+    "ModelSpecError",
+    "Plan",
+    "PlannerConfig",
+    "PrefixTree",
+    "Side",
+    "Transformed",
+    "UnknownHardwareError",
+    "account_side",
+    "account_tokens",
+    "choose_sample",
+    "estimate",
+    "hardware",
+    "make_plan",
+    "model_spec",
+    "partition_memory",
+    "transform",
+]

@@ -1,0 +1,190 @@
+"""From a job to a plan: the order in which its requests are to run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .annotation import amortised_compute
+from .cost_model import CostModel, density
+from .length_estimator import choose_sample, estimate
+from .prefix_tree import Floats, Ints, PrefixTree
+from .transform import transform
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """sample_fraction, min_sample: how many requests to run first for their output lengths (see
+    `choose_sample`). sharing_preserved: part of the best prefix sharing that the order keeps at
+    least. seed: for the choice of the sample."""
+
+    sample_fraction: float = 0.01
+    min_sample: int = 8
+    sharing_preserved: float = 0.99
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sample_fraction", "sharing_preserved"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
+        if self.min_sample < 0:
+            raise ValueError(f"min_sample must not be negative, not {self.min_sample}")
+
+
+@dataclass
+class Job:
+    """n requests.
+
+    token_ids: n prompts, 1-d integer arrays.
+    max_output_tokens: (n,) limit on each output; anything that converts to int64.
+    known_output_tokens: (n,) lengths known beforehand, -1 where unknown; None when none is.
+    Raises ValueError for shapes that do not match or negative limits.
+    """
+
+    token_ids: Sequence[NDArray[np.int32]]
+    max_output_tokens: NDArray[Any]
+    known_output_tokens: NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        self.max_output_tokens = np.asarray(self.max_output_tokens, dtype=np.int64)
+        if self.known_output_tokens is None:
+            self.known_output_tokens = np.full(n, -1, dtype=np.int64)
+        self.known_output_tokens = np.asarray(self.known_output_tokens, dtype=np.int64)
+        for name in ("max_output_tokens", "known_output_tokens"):
+            shape = getattr(self, name).shape
+            if shape != (n,):
+                raise ValueError(f"{name} has shape {shape}, the job has {n} requests")
+        if n and int(self.max_output_tokens.min()) < 0:
+            raise ValueError("max_output_tokens must not be negative")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def build_tree(self) -> PrefixTree:
+        """The prefix tree of all requests; identical prompts are ordered by their limits."""
+        assert self.known_output_tokens is not None
+        return PrefixTree.build(
+            self.token_ids, tie_keys=(self.max_output_tokens, self.known_output_tokens)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order of k planned requests out of a job of n.
+
+    By position in the order, shape (k,):
+      order: request indices, compute end first, memory end last.
+      density: compute density of each request, after sharing: what the scanners see.
+      shared_with_previous: prompt tokens in common with the request before it.
+      compute_seconds, memory_seconds: cost of each request; the compute of a shared prefix is
+          divided equally among those that share it, so that the sums are those of the job.
+    By request index, shape (n,):
+      estimated_output_tokens; request_density: nan where the request is not planned.
+    sample: (s,) request indices to run first, so that the rest can be planned again with what
+        they show; empty when the job's lengths are known or some were observed already.
+    target_density: of the planned requests together, after sharing; inf without decoding.
+    prompt_tokens, unique_tokens: of the planned requests; unique with ideal sharing.
+    sharing_best, sharing_planned: part of the prompt tokens that a depth-first order, and this
+        order, find already computed.
+    split_nodes: prefix tree nodes that the transformation split. moved_requests: requests that
+        stand apart from those with which they share most, and so compute some prefix again.
+    tree: of the whole job; hand it back to `make_plan` to plan again without building it anew.
+    """
+
+    order: Ints
+    density: Floats
+    shared_with_previous: Ints
+    compute_seconds: Floats
+    memory_seconds: Floats
+    estimated_output_tokens: Floats
+    request_density: Floats
+    sample: Ints
+    target_density: float
+    prompt_tokens: int
+    unique_tokens: int
+    sharing_best: float
+    sharing_planned: float
+    split_nodes: int
+    moved_requests: int
+    tree: PrefixTree = field(repr=False)
+
+
+def make_plan(
+    job: Job,
+    cost_model: CostModel,
+    config: PlannerConfig = PlannerConfig(),
+    observed: Mapping[int, int] | None = None,
+    exclude: Collection[int] = (),
+    tree: PrefixTree | None = None,
+) -> Plan:
+    """Plans a job, or what is left of it.
+
+    observed: true output lengths by request index, as far as they are known. exclude: requests
+    that have started; they inform the estimates but are not planned. tree: `Plan.tree` of an
+    earlier plan of the same job. Deterministic, and the same plan whatever the order of the
+    requests in the job. Raises ValueError for indices that are not in the job.
+    """
+    n = len(job)
+    observed = {} if observed is None else observed
+    assert job.known_output_tokens is not None
+    if tree is None:
+        tree = job.build_tree()
+    if tree.num_leaves != n:
+        raise ValueError(f"the tree has {tree.num_leaves} requests, the job has {n}")
+
+    known = job.known_output_tokens >= 0
+    limit = np.where(
+        known, np.minimum(job.known_output_tokens, job.max_output_tokens), job.max_output_tokens
+    )
+    output = estimate(tree, observed, limit, known)
+
+    waiting = np.ones(n, dtype=bool)
+    for request in exclude:
+        if not 0 <= request < n:
+            raise ValueError(f"excluded request {request} is not in this job of {n} requests")
+        waiting[request] = False
+    sample = np.empty(0, dtype=np.int64)
+    if not observed:
+        sample = choose_sample(
+            tree, config.sample_fraction, config.seed, config.min_sample, waiting & ~known
+        )
+
+    rest = tree.subset(waiting[tree.requests])
+    leaf_output = output[rest.requests]
+    compute = cost_model.compute_seconds(rest.length, leaf_output)
+    memory = cost_model.memory_seconds(rest.length, leaf_output)
+    saved = cost_model.prefill_seconds_saved
+    result = transform(rest, compute, memory, saved, config.sharing_preserved)
+
+    order = rest.requests[result.order]
+    planned = PrefixTree.from_lcp(order, rest.length[result.order], result.shared)
+    compute_after = amortised_compute(planned, compute[result.order], saved)
+    memory_after = memory[result.order]
+    scan_density = density(compute_after, memory_after)
+    in_common = np.maximum(result.shared, np.append(result.shared, 0)[1:])
+    request_density = np.full(n, np.nan)
+    request_density[order] = scan_density
+    return Plan(
+        order=order,
+        density=scan_density,
+        shared_with_previous=result.shared,
+        compute_seconds=compute_after,
+        memory_seconds=memory_after,
+        estimated_output_tokens=output,
+        request_density=request_density,
+        sample=sample,
+        target_density=float(density(compute_after.sum(), memory_after.sum())),
+        prompt_tokens=rest.prompt_tokens,
+        unique_tokens=rest.unique_tokens,
+        sharing_best=rest.sharing_ratio,
+        sharing_planned=planned.sharing_ratio,
+        split_nodes=int(result.split_nodes.sum()),
+        moved_requests=int((in_common < rest.depth[rest.leaf_parent[result.order]]).sum()),
+        tree=tree,
+    )

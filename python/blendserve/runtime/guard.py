@@ -1,0 +1,132 @@
+"""Refuses to run on an SGLang whose seams are not the ones BlendServe extends.
+
+SGLang logs a plugin that fails and then serves without it, so each process compares what it is
+about to override with what BlendServe was written against, and ends with a message on a mismatch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from packaging.version import Version
+
+OLDEST_SGLANG = "0.5.16"
+NEWEST_SGLANG = "0.5.23"
+
+# Dotted path -> parameter names, as in every release of the supported range. A trailing "..."
+# accepts further parameters, for what is only wrapped with *args and **kwargs.
+EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
+    "sglang.srt.managers.scheduler.Scheduler.init_running_status": ("self",),
+    "sglang.srt.managers.scheduler.Scheduler.get_init_info": ("self",),
+    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
+    "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill": ("self", "running_batch"),
+    "sglang.srt.managers.scheduler.Scheduler.process_batch_result": ("self", "batch", "result"),
+    "sglang.srt.managers.scheduler.Scheduler.abort_request": ("self", "recv_req"),
+    "sglang.srt.managers.scheduler.Scheduler.is_fully_idle": ("self", "for_health_check", "..."),
+    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": ("self", "tree_cache", "..."),
+    "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset": (
+        "self",
+        "req",
+    ),
+}
+HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
+    "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (
+        "server_args",
+        "tokenizer_manager",
+        "template_manager",
+        "port_args",
+        "scheduler_infos",
+        "...",
+    ),
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._convert_to_internal_request": (
+        "self",
+        "request",
+        "raw_request",
+    ),
+}
+
+
+class UnsupportedSGLang(RuntimeError):
+    """The installed SGLang is not one that BlendServe can extend."""
+
+
+def installed_sglang() -> str:
+    """Version of the installed SGLang. Raises UnsupportedSGLang if there is none."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UnsupportedSGLang(
+            f"SGLang is not installed. BlendServe extends SGLang {OLDEST_SGLANG} to {NEWEST_SGLANG}; "
+            "`make setup` (CPU) or `make setup-gpu` installs it."
+        ) from error
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedSGLang if the version is outside the supported range."""
+    release = Version(version)
+    if not Version(OLDEST_SGLANG) <= release <= Version(NEWEST_SGLANG):
+        raise UnsupportedSGLang(
+            f"SGLang {version} is installed; BlendServe supports {OLDEST_SGLANG} to {NEWEST_SGLANG}. "
+            f"Install one of these, for example: pip install sglang=={NEWEST_SGLANG}"
+        )
+
+
+def differences(expected: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """What of the expected functions is missing or takes other parameters, a sentence each."""
+    found = []
+    for path, parameters in expected.items():
+        try:
+            function = _original(pkgutil.resolve_name(path))
+        except (ImportError, AttributeError) as error:
+            found.append(f"{path} is missing ({error})")
+            continue
+        actual = tuple(inspect.signature(function).parameters)
+        prefix = parameters[:-1] if parameters[-1] == "..." else parameters
+        fits = actual[: len(prefix)] == prefix if prefix is not parameters else actual == parameters
+        if not fits:
+            found.append(f"{path} takes ({', '.join(actual)}), expected ({', '.join(parameters)})")
+    return found
+
+
+def check_sglang(expected: Mapping[str, tuple[str, ...]], version: str | None = None) -> None:
+    """Check version and signatures.
+
+    Raises:
+        UnsupportedSGLang: with SGLang's version, the supported range and what differs.
+    """
+    version = version or installed_sglang()
+    check_version(version)
+    differing = differences(expected)
+    if differing:
+        raise UnsupportedSGLang(
+            f"SGLang {version} is in BlendServe's supported range ({OLDEST_SGLANG} to "
+            f"{NEWEST_SGLANG}) but differs from it where BlendServe extends it: "
+            + "; ".join(differing)
+            + ". Reinstall SGLang unmodified, or switch BlendServe off with BLENDSERVE_ENABLED=0."
+        )
+
+
+def check_scheduler_live(scheduler_info: Mapping[str, Any]) -> None:
+    """Check that the scheduler process runs BlendServe's scheduler.
+
+    Args:
+        scheduler_info: what the scheduler answered in its start-up handshake.
+
+    Raises:
+        UnsupportedSGLang: the handshake came from another scheduler class.
+    """
+    if scheduler_info.get("blendserve") is None:
+        raise UnsupportedSGLang(
+            f"SGLang {installed_sglang()} started without BlendServe's scheduler: the plugin did not "
+            "load in the scheduler process (is SGLANG_PLUGINS set without 'blendserve', or --use-ray "
+            "given?). Start without those, or switch BlendServe off with BLENDSERVE_ENABLED=0."
+        )
+
+
+def _original(function: Any) -> Any:
+    return inspect.unwrap(function)

@@ -1,0 +1,94 @@
+"""Adds BlendServe's routes to SGLang's HTTP server, and ties the batch service to its life."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter
+
+from blendserve.batch import BatchLimits, BatchService, BatchStore, build_router
+from blendserve.config import load_settings
+from blendserve.runtime.executor import BlendExecutor
+from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
+
+logger = logging.getLogger(__name__)
+
+
+def mount(
+    server_args: Any,
+    tokenizer_manager: Any,
+    template_manager: Any,
+    port_args: Any,
+    scheduler_infos: list[dict[str, Any]],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """BEFORE hook of ``_setup_and_run_http_server``: everything is loaded, nothing listens yet.
+
+    Raises:
+        SystemExit: the scheduler is not ours, or the batch directory cannot be used.
+    """
+    from sglang.srt.entrypoints.http_server import app
+
+    settings = load_settings()
+    try:
+        for info in scheduler_infos:
+            check_scheduler_live(info)
+        if server_args.tokenizer_worker_num != 1:
+            raise UnsupportedSGLang(
+                "BlendServe's Batch API needs --tokenizer-worker-num 1: further workers do not load "
+                "plugins. Leave the flag out."
+            )
+        limits = BatchLimits(
+            max_lines=settings.max_batch_lines, max_file_bytes=settings.max_file_bytes
+        )
+        store = BatchStore(settings.batch_dir)
+    except (UnsupportedSGLang, ValueError, OSError) as error:
+        raise SystemExit(f"blendserve: {error}") from error
+    executor = BlendExecutor(app, server_args, tokenizer_manager, settings)
+    service = BatchService(store, executor, limits)
+    app.include_router(build_router(service))
+    app.include_router(_status_router(executor, service))
+    _extend_life(app, executor, service)
+    logger.info("BlendServe: blended scheduling, Batch API in %s", settings.batch_dir.resolve())
+
+
+def _extend_life(app: Any, executor: BlendExecutor, service: BatchService) -> None:
+    """Start after SGLang's own start-up, which makes the handlers, and stop before its end."""
+    sglang_lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(application: Any) -> AsyncIterator[Any]:
+        async with sglang_lifespan(application) as state:
+            executor.start()
+            await service.start()
+            try:
+                yield state
+            finally:
+                await service.stop()
+                await executor.stop()
+
+    app.router.lifespan_context = lifespan
+
+
+def _status_router(executor: BlendExecutor, service: BatchService) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/blendserve/status")
+    async def status() -> dict[str, Any]:
+        """What the scheduler and the running jobs are doing now."""
+        jobs = [dataclasses.asdict(view) for view in executor.jobs()]
+        progress = await asyncio.gather(
+            *(asyncio.to_thread(service.progress, job["job_id"]) for job in jobs)
+        )
+        for job, snapshot in zip(jobs, progress, strict=True):
+            job["progress"] = dataclasses.asdict(snapshot) if snapshot is not None else None
+        reports = [dataclasses.asdict(report) for report in executor.reports.values()]
+        return {"schedulers": reports, "jobs": jobs}
+
+    return router

@@ -1,0 +1,250 @@
+"""Runs one job: plans it, walks the plan from both ends, and streams both fronts to the scheduler.
+
+The job and its tree stay in the front process; the scheduler only ever sees the next few requests
+of each side. A small sample runs first; when its answers are in, the rest is planned again with
+the lengths that it showed, while requests of the first plan keep the engine busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from blendserve.batch.executor import BatchLine, LineResult, LineSource
+from blendserve.batch.progress import usage_of
+from blendserve.planner import (
+    CostModel,
+    DualScanner,
+    Job,
+    Plan,
+    PlannerConfig,
+    Side,
+    make_plan,
+)
+from blendserve.runtime.credits import Credits
+from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.prompts import Prompt, PromptReader, UnreadablePrompt
+
+
+@dataclass
+class JobView:
+    """What of a running job is shown to an operator. Tokens are prompt tokens."""
+
+    job_id: str
+    phase: str = "reading prompts"
+    prompt_tokens: int = 0
+    unique_tokens: int = 0
+    best_sharing: float = 0.0
+    planned_sharing: float = 0.0
+    target_density: float = 0.0
+    left_density: float | None = None
+    right_density: float | None = None
+    waiting: int = 0
+    in_flight: int = 0
+    sampled: int = 0
+    replanned: bool = False
+
+
+@dataclass
+class _Work:
+    """The plannable lines of a job; positions index all lists, `lines` maps them to the file."""
+
+    lines: list[int] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    unplannable: deque[int] = field(default_factory=deque)
+
+
+class JobRunner:
+    """One job, from prompts to the last answer.
+
+    Args:
+        job_id: id of the batch.
+        lines: the lines of its file.
+        pending: indexes of the lines to run.
+        reader, client: the way into the server.
+        credits: what the scheduler will take; shared by all jobs of a server.
+        cost_model: seconds of compute and of memory traffic of a request.
+        config: the planner's settings.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        *,
+        reader: PromptReader,
+        client: LineClient,
+        credits: Credits,
+        cost_model: CostModel,
+        config: PlannerConfig,
+    ) -> None:
+        self.view = JobView(job_id)
+        self._lines = lines
+        self._pending = pending
+        self._reader = reader
+        self._client = client
+        self._credits = credits
+        self._cost_model = cost_model
+        self._config = config
+        # Ended lines with their position in the work, or None: something else changed.
+        self._events: asyncio.Queue[tuple[asyncio.Task[LineResult], int | None] | None] = (
+            asyncio.Queue()
+        )
+        self._observed: dict[int, int] = {}
+        self._started: set[int] = set()
+        self._ranks = dict.fromkeys(Side, 0)
+
+    def wake(self) -> None:
+        """The scheduler took requests from its queues, or a new plan is ready."""
+        self._events.put_nowait(None)
+
+    async def run(self) -> AsyncGenerator[LineResult, None]:
+        """Yield one result per pending line, as they come. Closing it aborts what is in flight."""
+        work = await asyncio.to_thread(self._read_prompts)
+        self.view.phase = "planning"
+        plan = await self._plan(work)
+        scanner = self._adopt(plan)
+        # Samples go first and their answers count like any other.
+        sample = deque(int(position) for position in plan.sample)
+        unseen = set(sample)
+        self.view.sampled = len(sample)
+        replan: asyncio.Task[Plan] | None = None
+        self.view.phase = "running"
+        try:
+            while True:
+                if replan is None and self.view.sampled and not unseen:
+                    replan = asyncio.create_task(self._plan(work))
+                    replan.add_done_callback(lambda _: self.wake())
+                if replan is not None and replan.done() and not self.view.replanned:
+                    scanner = self._adopt(replan.result())
+                    self.view.replanned = True
+                self._dispatch(work, plan, scanner, sample)
+                self.view.waiting = scanner.remaining + len(work.unplannable)
+                if not self.view.in_flight:
+                    if not self.view.waiting:
+                        return
+                    self._credits.settle()
+                    continue
+                event = await self._events.get()
+                if event is None:
+                    continue
+                task, position = event
+                self.view.in_flight -= 1
+                result = task.result()
+                if position is not None:
+                    unseen.discard(position)
+                    self._observe(position, result)
+                yield result
+        finally:
+            if replan is not None:
+                replan.cancel()
+            await self._client.abort_all()
+
+    # -- planning, in a worker thread -----------------------------------------------------------
+
+    def _read_prompts(self) -> _Work:
+        work = _Work()
+        for index in self._pending:
+            line = self._lines.read(index)
+            try:
+                prompt = self._reader.read(line.url, line.body)
+            except UnreadablePrompt:
+                # The server answers it, with the error that an online client would get.
+                work.unplannable.append(index)
+                continue
+            work.lines.append(index)
+            work.prompts.append(prompt)
+        return work
+
+    async def _plan(self, work: _Work) -> Plan:
+        job = Job(
+            token_ids=[prompt.token_ids for prompt in work.prompts],
+            max_output_tokens=np.array([p.max_output_tokens for p in work.prompts], dtype=np.int64),
+            known_output_tokens=np.array(
+                [p.max_output_tokens if p.ignore_eos else -1 for p in work.prompts], dtype=np.int64
+            ),
+        )
+        # Copies: both go on changing on the event loop while the worker thread plans.
+        observed, started = dict(self._observed), set(self._started)
+        return await asyncio.to_thread(
+            make_plan, job, self._cost_model, self._config, observed=observed, exclude=started
+        )
+
+    def _adopt(self, plan: Plan) -> DualScanner:
+        """Walk this plan from now on; what started while it was made is not in it any more."""
+        scanner = DualScanner(plan)
+        for position in self._started:
+            scanner.remove(position)
+        self._estimates = plan.estimated_output_tokens
+        if not self.view.prompt_tokens:
+            self.view.prompt_tokens = plan.prompt_tokens
+            self.view.unique_tokens = plan.unique_tokens
+            self.view.best_sharing = plan.sharing_best
+        self.view.planned_sharing = plan.sharing_planned
+        return scanner
+
+    # -- dispatch, on the event loop -----------------------------------------------------------
+
+    def _dispatch(
+        self, work: _Work, plan: Plan, scanner: DualScanner, sample: deque[int]
+    ) -> None:
+        """Send as much as the credits allow: sample first, then the two fronts."""
+        while work.unplannable:
+            line = self._lines.read(work.unplannable.popleft())
+            self._start(line, None, 1, None)
+        while sample:
+            position = sample[0]
+            dense = plan.request_density[position] >= plan.target_density
+            side = Side.LEFT if dense else Side.RIGHT
+            if self._credits.available(side) <= 0:
+                break
+            sample.popleft()
+            if scanner.remove(position):
+                self._send(work, position, side, float(plan.request_density[position]), scanner)
+        for side in Side:
+            while not scanner.exhausted and self._credits.available(side) > 0:
+                density = scanner.density(side)
+                assert density is not None
+                self._send(work, scanner.take(side), side, density, scanner)
+        self.view.target_density = scanner.target_density
+        self.view.left_density = scanner.density(Side.LEFT)
+        self.view.right_density = scanner.density(Side.RIGHT)
+
+    def _send(
+        self,
+        work: _Work,
+        position: int,
+        side: Side,
+        density: float,
+        scanner: DualScanner,
+    ) -> None:
+        line = self._lines.read(work.lines[position])
+        sequences = work.prompts[position].sequences
+        tag = PlanTag(
+            side=side,
+            rank=self._ranks[side],
+            density=density,
+            target_density=scanner.target_density,
+            output_tokens=float(self._estimates[position]),
+        )
+        self._ranks[side] += 1
+        self._started.add(position)
+        self._credits.sent(side, sequences)
+        self._start(line, tag, sequences, position)
+
+    def _start(
+        self, line: BatchLine, tag: PlanTag | None, sequences: int, position: int | None
+    ) -> None:
+        task = self._client.start(line, tag, sequences)
+        task.add_done_callback(lambda done: self._events.put_nowait((done, position)))
+        self.view.in_flight += 1
+
+    def _observe(self, position: int, result: LineResult) -> None:
+        if result.status_code == 200:
+            self._observed[position] = usage_of(result.body).output_tokens

@@ -1,0 +1,73 @@
+"""Runs one line through the server's own route, in process, as if a client had sent it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from blendserve.batch.executor import BatchLine, LineResult
+from blendserve.runtime.plan_tag import PlanTag
+
+_ABORT_INTERVAL_SECONDS = 0.05
+
+
+class LineClient:
+    """Calls SGLang's application without a socket, so that a batched answer is the online one.
+
+    Args:
+        app: SGLang's HTTP application.
+        abort: SGLang's way to end a request by its id; ids it does not know are ignored.
+        api_key: key that the application asks for, if any.
+    """
+
+    def __init__(self, app: Any, abort: Callable[[str], None], api_key: str | None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.AsyncClient(
+            # A handler that fails answers 500, as it would online; that is the line's answer.
+            transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
+            base_url="http://engine",
+            headers=headers,
+        )
+        self._abort = abort
+        self._in_flight: dict[str, asyncio.Task[LineResult]] = {}
+
+    def start(
+        self, line: BatchLine, tag: PlanTag | None, sequences: int
+    ) -> asyncio.Task[LineResult]:
+        """Send a line; the task ends with its answer, whatever the HTTP status."""
+        rid = uuid.uuid4().hex
+        body = dict(line.body)
+        if sequences == 1:
+            # SGLang makes ids of its own for several sequences, and could not be told to abort.
+            body["rid"] = rid
+        if tag is not None:
+            body["custom_params"] = {**(body.get("custom_params") or {}), **tag.to_params()}
+        task = asyncio.create_task(self._call(line, rid, body))
+        self._in_flight[rid] = task
+        task.add_done_callback(lambda _: self._in_flight.pop(rid, None))
+        return task
+
+    async def abort_all(self) -> None:
+        """End everything in flight, and wait until the engine has let go of it."""
+        while self._in_flight:
+            for rid in list(self._in_flight):
+                # Asked again until it ends: a request is not known before it is tokenised.
+                self._abort(rid)
+            await asyncio.wait(self._in_flight.values(), timeout=_ABORT_INTERVAL_SECONDS)
+
+    async def _call(self, line: BatchLine, rid: str, body: dict[str, Any]) -> LineResult:
+        response = await self._http.post(line.url, json=body, timeout=None)
+        try:
+            content = response.json()
+        except ValueError:
+            content = {"error": {"message": response.text, "type": "server_error"}}
+        return LineResult(
+            index=line.index,
+            request_id=rid,
+            status_code=response.status_code,
+            body=content,
+        )

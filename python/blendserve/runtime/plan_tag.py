@@ -1,0 +1,68 @@
+"""The plan data that travels with a request of a job, from the front process to the scheduler.
+
+``sampling_params.custom_params`` is the one field of a request that SGLang carries unchanged
+through HTTP, tokenizer and scheduler; it holds scalars under keys of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blendserve.planner import Side
+
+_PREFIX = "blendserve_"
+# JSON has no infinity; a density this high is compute-bound on any hardware.
+_LARGEST_DENSITY = 1e12
+
+
+@dataclass(frozen=True)
+class PlanTag:
+    """Where the plan puts one request.
+
+    Attributes:
+        side: the scanner that dispatched it.
+        rank: position in dispatch order of that side, from 0; smaller goes first.
+        density: compute density of its leaf, as the scanner sees it.
+        target_density: density of what was left of the job when it was dispatched.
+        output_tokens: estimated output length.
+    """
+
+    side: Side
+    rank: int
+    density: float
+    target_density: float
+    output_tokens: float
+
+    def to_params(self) -> dict[str, str | int | float]:
+        """Scalars for ``custom_params``."""
+        return {
+            f"{_PREFIX}side": self.side.value,
+            f"{_PREFIX}rank": self.rank,
+            f"{_PREFIX}density": _finite(self.density),
+            f"{_PREFIX}target": _finite(self.target_density),
+            f"{_PREFIX}output_tokens": float(self.output_tokens),
+        }
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any] | None) -> PlanTag | None:
+        """The tag in a request's ``custom_params``, or None if it is not a planned request."""
+        if not params or f"{_PREFIX}side" not in params:
+            return None
+        try:
+            return cls(
+                side=Side(params[f"{_PREFIX}side"]),
+                rank=int(params[f"{_PREFIX}rank"]),
+                density=float(params[f"{_PREFIX}density"]),
+                target_density=float(params[f"{_PREFIX}target"]),
+                output_tokens=float(params[f"{_PREFIX}output_tokens"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            # A client wrote these keys itself. Its request is served, as any online request.
+            return None
+
+
+def _finite(density: float) -> float:
+    return density if math.isfinite(density) and density < _LARGEST_DENSITY else _LARGEST_DENSITY

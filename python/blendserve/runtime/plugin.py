@@ -1,0 +1,79 @@
+"""Entry point of the ``sglang.srt.plugins`` group: what BlendServe changes in SGLang, and when.
+
+SGLang calls ``activate`` in every process that it starts. Nothing is changed unless BlendServe is
+switched on (``BLENDSERVE_ENABLED=1``, a config file, or ``blendserve serve``).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from blendserve.config import ConfigError, load_settings
+from blendserve.runtime import guard
+from blendserve.runtime.plan_tag import PlanTag
+
+
+def activate() -> None:
+    """Register BlendServe's scheduler and, in the front process, its HTTP routes.
+
+    Raises:
+        SystemExit: SGLang is not one that BlendServe can extend, or a setting is wrong. SGLang
+            would only log an ordinary exception, and then serve without the plugin.
+    """
+    try:
+        settings = load_settings()
+        if not settings.enabled:
+            return
+        in_front_process = multiprocessing.parent_process() is None
+        guard.check_sglang(guard.EXPECTED_SIGNATURES)
+        if in_front_process:
+            guard.check_sglang(guard.HTTP_SIGNATURES)
+    except (guard.UnsupportedSGLang, ConfigError) as error:
+        raise SystemExit(f"blendserve: {error}") from error
+    if not settings.feedback_address:
+        # Set once by the front process; the processes that it spawns inherit the environment.
+        # The abstract namespace leaves no socket file behind.
+        os.environ["BLENDSERVE_FEEDBACK_ADDRESS"] = f"ipc://@blendserve-{uuid.uuid4().hex}"
+    _register(in_front_process)
+
+
+def _register(in_front_process: bool) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from blendserve.runtime.scheduler import BlendScheduler
+
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
+        _expected_growth,
+        HookType.AROUND,
+    )
+    if in_front_process:
+        HookRegistry.register(
+            "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+            _mount_routes,
+            HookType.BEFORE,
+        )
+
+
+def _mount_routes(*args: Any, **kwargs: Any) -> None:
+    # Imported when a server starts: an embedded engine has no routes.
+    from blendserve.runtime.http import mount
+
+    mount(*args, **kwargs)
+
+
+def _expected_growth(original: Callable[..., float], adder: Any, req: Any) -> float:
+    """KV tokens that a running request will still need: our estimate where there is a plan."""
+    tag = PlanTag.from_params(req.sampling_params.custom_params)
+    if tag is None:
+        return float(original(adder, req))
+    produced = len(req.output_ids)
+    expected = min(max(tag.output_tokens, produced + 1.0), req.sampling_params.max_new_tokens)
+    return float(expected - produced)

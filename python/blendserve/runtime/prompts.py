@@ -1,0 +1,95 @@
+"""What the planner needs to know of a request: its tokens, and how much it may answer.
+
+The server's own handlers turn a body into the engine's request, so that the planner sees the very
+tokens that the engine will see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+
+
+class UnreadablePrompt(ValueError):
+    """The server would refuse this body, or its prompt is not plain text."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request as the planner sees it.
+
+    Attributes:
+        token_ids: int32 [prompt_tokens].
+        max_output_tokens: the most that it may answer.
+        ignore_eos: it will answer exactly that much.
+        sequences: requests that the engine makes of it (n > 1 adds one that fills the cache).
+    """
+
+    token_ids: NDArray[np.int32]
+    max_output_tokens: int
+    ignore_eos: bool
+    sequences: int
+
+
+class PromptReader:
+    """Reads bodies of lines. Safe to call from a worker thread.
+
+    Args:
+        app: SGLang's HTTP application, whose state holds its handlers once it has started.
+        tokenizer_manager: SGLang's tokenizer manager.
+    """
+
+    def __init__(self, app: Any, tokenizer_manager: Any) -> None:
+        self._app = app
+        self._tokenizer = tokenizer_manager.tokenizer
+        self._context_length = int(tokenizer_manager.model_config.context_len)
+
+    def read(self, url: str, body: Mapping[str, Any]) -> Prompt:
+        """Tokenise one body.
+
+        Raises:
+            UnreadablePrompt: the body is one that the server refuses or that has no plain tokens.
+        """
+        try:
+            if url == "/v1/chat/completions":
+                handler = self._app.state.openai_serving_chat
+                request: Any = ChatCompletionRequest(**body)
+            elif url == "/v1/completions":
+                handler = self._app.state.openai_serving_completion
+                request = CompletionRequest(**body)
+            else:
+                raise UnreadablePrompt(f"{url} has no prompt to plan with")
+            adapted, _ = handler._convert_to_internal_request(request, None)
+        except (ValidationError, ValueError, TypeError, KeyError) as error:
+            raise UnreadablePrompt(str(error)) from error
+        token_ids, prompts = self._token_ids(adapted)
+        sampling = adapted.sampling_params or {}
+        n = int(sampling.get("n") or 1)
+        room = max(self._context_length - len(token_ids) - 1, 0)
+        limit = sampling.get("max_new_tokens")
+        return Prompt(
+            token_ids=token_ids,
+            max_output_tokens=room if limit is None else min(int(limit), room),
+            ignore_eos=bool(sampling.get("ignore_eos")),
+            sequences=prompts * (1 if n == 1 else n + 1),
+        )
+
+    def _token_ids(self, adapted: Any) -> tuple[NDArray[np.int32], int]:
+        """Tokens of the (first) prompt, and how many prompts there are."""
+        if adapted.image_data or adapted.audio_data or adapted.video_data:
+            raise UnreadablePrompt("a prompt with images, audio or video is not planned")
+        ids, text = adapted.input_ids, adapted.text
+        count = 1
+        if isinstance(text, list):
+            count, text = len(text), text[0]
+        elif ids and isinstance(ids[0], list):
+            count, ids = len(ids), ids[0]
+        if ids is None:
+            ids = self._tokenizer.encode(text)
+        return np.asarray(ids, dtype=np.int32), count

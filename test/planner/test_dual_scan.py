@@ -1,0 +1,219 @@
+"""The two scanners, the memory partition between them, and admission."""
+
+import math
+
+import numpy as np
+import pytest
+from blendserve.planner import (
+    Admission,
+    Candidate,
+    DualScanner,
+    Job,
+    KVState,
+    Side,
+    account_side,
+    account_tokens,
+    make_plan,
+    partition_memory,
+)
+from blendserve.planner.dual_scanner import PREFILL_ONLY_SHARE
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_workloads import LLAMA_ON_A100, jobs, mixed_job
+
+LEFT, RIGHT = Side.LEFT, Side.RIGHT
+densities = st.one_of(st.floats(0, 1e6), st.just(math.inf))
+
+
+def test_the_papers_example_of_a_partition():
+    left, right = partition_memory(60, 1.27, 3.73, 0.096)
+    assert (round(left, 1), round(right, 1)) == (19.4, 40.6)
+
+
+@given(st.floats(0, 1e12), densities, st.none() | densities, st.none() | densities)
+def test_a_partition_is_a_division_of_the_memory(total, target, left, right):
+    left_memory, right_memory = partition_memory(total, target, left, right)
+    assert 0 <= left_memory <= total
+    assert 0 <= right_memory <= total
+    assert left_memory + right_memory == pytest.approx(total)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0.01, 0.99))
+def test_a_partition_hits_the_target(left, right, part):
+    target = part * left + (1 - part) * right
+    left_memory, right_memory = partition_memory(1.0, target, left, right)
+    assert left_memory * left + right_memory * right == pytest.approx(target)
+
+
+def test_partition_at_its_edges():
+    assert partition_memory(60, 9, 3, 1) == (60, 0)
+    assert partition_memory(60, 0.5, 3, 1) == (0, 60)
+    assert partition_memory(60, 2, 2, 2) == (30, 30)
+    assert partition_memory(60, 2, math.inf, math.inf) == (30, 30)
+    assert partition_memory(60, 2, math.inf, 1) == pytest.approx(
+        (60 * PREFILL_ONLY_SHARE, 60 - 60 * PREFILL_ONLY_SHARE)
+    )
+    assert partition_memory(60, math.inf, math.inf, 1) == (60, 0)
+    assert partition_memory(60, math.inf, 3, 1) == (60, 0)
+    assert partition_memory(60, 2, 3, None) == (60, 0)
+    assert partition_memory(60, 2, None, 1) == (0, 60)
+    assert partition_memory(60, 2, None, None) == (30, 30)
+    with pytest.raises(ValueError, match="nan"):
+        partition_memory(60, math.nan, 3, 1)
+
+
+@given(jobs(), st.lists(st.booleans(), min_size=24, max_size=24), st.data())
+def test_scanners_meet_and_name_every_request_once(job, turns, data):
+    plan = make_plan(job, LLAMA_ON_A100)
+    scanner = DualScanner(plan)
+    removed = set()
+    if len(job):
+        removed = data.draw(st.sets(st.integers(0, len(job) - 1)))
+    for request in sorted(removed):
+        assert scanner.remove(request)
+        assert not scanner.remove(request)
+    seen = []
+    position = {int(r): k for k, r in enumerate(plan.order)}
+    for turn in turns:
+        if scanner.exhausted:
+            break
+        left = [position[r] for r in range(len(job)) if r not in removed and r not in seen]
+        mem = plan.memory_seconds[left].sum()
+        comp = plan.compute_seconds[left].sum()
+        if mem > 1e-6 * plan.memory_seconds.sum():
+            assert scanner.target_density == pytest.approx(comp / mem, rel=1e-6)
+        side = LEFT if turn else RIGHT
+        head = scanner.head(side)
+        assert position[head] == (min(left) if turn else max(left))
+        assert scanner.density(side) == plan.request_density[head]
+        assert scanner.take(side) == head
+        seen.append(head)
+        assert scanner.remaining == len(job) - len(removed) - len(seen)
+    assert sorted([*seen, *removed]) == list(range(len(job)))
+    assert scanner.head(LEFT) is scanner.head(RIGHT) is scanner.density(LEFT) is None
+    assert scanner.target_density == math.inf
+    with pytest.raises(IndexError):
+        scanner.take(LEFT)
+
+
+def candidate(side, prompt=100, output=10.0, density=1.0, blocked=False):
+    return Candidate(side, prompt, prompt, output, density, blocked)
+
+
+def test_the_side_with_more_of_its_partition_unused_goes_first():
+    left, right = candidate(LEFT, density=3.0), candidate(RIGHT, density=1.0)
+    choose = Admission().choose
+    # Target 2 divides 1000 tokens in halves.
+    assert choose(left, right, KVState(1000, 500, 400, 100), 2.0) is RIGHT
+    assert choose(left, right, KVState(1000, 500, 100, 400), 2.0) is LEFT
+    # Target 1.2: the left has 100 tokens, the right 900.
+    assert choose(left, right, KVState(1000, 500, 50, 400), 1.2) is RIGHT
+
+
+def test_a_side_may_borrow_what_the_other_cannot_use():
+    kv = KVState(1000, 200, 700, 100)
+    left = candidate(LEFT, density=3.0)
+    choose = Admission().choose
+    assert choose(left, candidate(RIGHT, prompt=300), kv, 2.0) is LEFT
+    assert choose(left, candidate(RIGHT, blocked=True), kv, 2.0) is LEFT
+    assert choose(left, None, kv, 2.0) is LEFT
+
+
+def test_what_does_not_fit_or_is_blocked_waits():
+    choose = Admission().choose
+    busy = KVState(1000, 100, 450, 450)
+    assert choose(candidate(LEFT), candidate(RIGHT), busy, 1.0) is None
+    assert choose(None, None, busy, 1.0) is None
+    blocked = candidate(LEFT, prompt=1, output=1, blocked=True)
+    assert choose(blocked, None, busy, 1.0) is None
+
+
+def test_a_prefix_that_running_requests_hold_takes_no_new_memory():
+    held = Candidate(LEFT, 700, 20, 2.0, 50.0, locked_prefix_tokens=680)
+    assert Admission().choose(held, None, KVState(1000, 50, 900, 0), 2.0) is LEFT
+
+
+def test_an_idle_engine_starts_even_what_does_not_fit():
+    idle = KVState(1000, 1000, 0, 0)
+    large, larger = candidate(LEFT, output=5_000.0), candidate(RIGHT, output=9_000.0)
+    assert Admission().choose(large, None, idle, 1.0) is LEFT
+    assert Admission().choose(None, larger, idle, 1.0) is RIGHT
+    assert Admission().choose(large, larger, idle, 1.0) is LEFT
+
+
+@given(jobs(), st.integers(1, 500), st.integers(0, 3))
+def test_admission_never_deadlocks(job, total, order_of_end):
+    """Run to the end on a toy engine: requests hold p + d tokens, and end in some order."""
+    scanner = DualScanner(make_plan(job, LLAMA_ON_A100))
+    outputs = job.known_output_tokens
+    running: list[tuple[int, Side]] = []
+    done = 0
+
+    def held(side):
+        return sum(
+            max(1.0, account_tokens(len(job.token_ids[r]), outputs[r]))
+            for r, where in running
+            if where is side
+        )
+
+    def head(side):
+        request = scanner.head(side)
+        if request is None:
+            return None
+        p = len(job.token_ids[request])
+        return Candidate(side, p, p, float(outputs[request]), scanner.density(side))
+
+    for _ in range(4 * len(job) + 1):
+        used = sum(len(job.token_ids[r]) + int(outputs[r]) for r, _ in running)
+        kv = KVState(total, total - used, held(LEFT), held(RIGHT))
+        side = Admission().choose(head(LEFT), head(RIGHT), kv, scanner.target_density)
+        if side is not None:
+            running.append((scanner.take(side), side))
+        elif running:
+            running.pop(order_of_end % len(running))
+            done += 1
+        else:
+            break
+    assert scanner.exhausted
+    assert done == len(job)
+
+
+def test_both_sides_run_together_on_a_mixed_job():
+    job = mixed_job(600)
+    plan = make_plan(job, LLAMA_ON_A100)
+    scanner = DualScanner(plan)
+    kv = KVState(200_000, 200_000, 0, 0)
+    sides = []
+    while True:
+        heads = []
+        for side in Side:
+            request = scanner.head(side)
+            p, d = len(job.token_ids[request]), float(plan.estimated_output_tokens[request])
+            heads.append(Candidate(side, p, p, d, scanner.density(side)))
+        side = Admission().choose(*heads, kv, scanner.target_density)
+        if side is None:
+            break
+        chosen = heads[0] if side is LEFT else heads[1]
+        scanner.take(side)
+        sides.append(side)
+        account = account_tokens(chosen.prompt_tokens, chosen.estimated_output_tokens)
+        kv = KVState(
+            kv.total_tokens,
+            kv.free_tokens - chosen.needed_tokens,
+            kv.left_tokens + account * (side is LEFT),
+            kv.right_tokens + account * (side is RIGHT),
+        )
+    assert set(sides) == {LEFT, RIGHT}
+
+
+def test_a_request_that_outlives_its_estimate_counts_on_the_right():
+    assert account_side(LEFT, 10, 10.0) is LEFT
+    assert account_side(LEFT, 11, 10.0) is RIGHT
+    assert account_side(RIGHT, 11, 10.0) is RIGHT
+    assert LEFT.other is RIGHT
+    assert RIGHT.other is LEFT
+
+
+def test_a_finished_plan_of_nothing():
+    empty = Job([], np.array([]))
+    assert DualScanner(make_plan(empty, LLAMA_ON_A100)).exhausted
