@@ -8,14 +8,17 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blendserve.batch import EngineUnavailable, LineError, LineFault, LineResult
 from blendserve.batch.executor import BatchLine, LineSource
-from openai import OpenAI
-from openai.types import Batch
 
-CHAT = "/v1/chat/completions"
+if TYPE_CHECKING:
+    # Not at run time: the process that is killed and started again has no use for the SDK.
+    from openai import OpenAI
+    from openai.types import Batch, BatchError, BatchRequestCounts, BatchUsage
+
+CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 ENDPOINTS = frozenset({CHAT, "/v1/completions", "/v1/embeddings"})
 ENDED = {"completed", "failed", "expired", "cancelled"}
 DEADLINE_SECONDS = 20.0
@@ -161,9 +164,25 @@ def until(look: Callable[[], Value], good: Callable[[Value], bool]) -> Value:
     return value
 
 
+def counts_of(batch: Batch) -> BatchRequestCounts:
+    assert batch.request_counts is not None
+    return batch.request_counts
+
+
+def usage_of(batch: Batch) -> BatchUsage:
+    assert batch.usage is not None
+    return batch.usage
+
+
+def faults_of(batch: Batch) -> list[BatchError]:
+    assert batch.errors is not None
+    assert batch.errors.object == "list"
+    assert batch.errors.data is not None
+    return batch.errors.data
+
+
 def check_counts(batch: Batch) -> None:
-    counts = batch.request_counts
-    assert counts is not None
+    counts = counts_of(batch)
     assert counts.completed + counts.failed <= counts.total
     if batch.status in ENDED:
         assert counts.completed + counts.failed == counts.total

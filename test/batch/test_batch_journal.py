@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch_fakes import open_descriptors
@@ -143,5 +144,6 @@ def test_tokens_are_read_in_every_spelling() -> None:
     assert usage_of({"usage": responses}) == Usage(9, 5, 4, 2)
     embeddings = {"prompt_tokens": 9, "total_tokens": 9, "prompt_tokens_details": None}
     assert usage_of({"usage": embeddings}) == Usage(9, 0, 0, 0)
-    for body in (None, {}, {"usage": None}, {"usage": []}, {"usage": {"prompt_tokens": "9"}}):
+    strange: list[Any] = [None, [], {"prompt_tokens": "9"}, {"prompt_tokens": -1}]
+    for body in [None, {}, *({"usage": usage} for usage in strange)]:
         assert usage_of(body) == Usage()

@@ -12,8 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import blendserve.batch.worker as worker_module
+import openai
 import pytest
-from batch_fakes import ENDED, FakeExecutor, all_ids, finish, job, results, submit, until
+from batch_fakes import (
+    ENDED,
+    FakeExecutor,
+    all_ids,
+    counts_of,
+    faults_of,
+    finish,
+    job,
+    results,
+    submit,
+    until,
+    usage_of,
+)
 from batch_server import BatchServer
 from blendserve.batch import BatchDirectoryError, BatchStore
 from blendserve.batch.directory import BatchDirectory
@@ -32,7 +45,7 @@ def run_until(batch_dir: Path, executor: FakeExecutor, data: bytes, completed: i
         batch = submit(server.client, data)
         until(
             lambda: server.client.batches.retrieve(batch.id),
-            lambda seen: seen.request_counts.completed >= completed,
+            lambda seen: counts_of(seen).completed >= completed,
         )
         return batch.id
 
@@ -44,8 +57,8 @@ def test_a_restarted_server_does_only_what_is_left(tmp_path: Path) -> None:
     second.gate = 0
     with BatchServer(tmp_path, second) as server:
         seen = server.client.batches.retrieve(batch_id)
-        assert (seen.status, seen.request_counts.total) == ("in_progress", 30)
-        committed = seen.request_counts.completed
+        assert (seen.status, counts_of(seen).total) == ("in_progress", 30)
+        committed = counts_of(seen).completed
         assert committed >= 10
         progress = until(
             lambda: server.service.progress(batch_id), lambda seen: seen.phase == "running"
@@ -54,7 +67,7 @@ def test_a_restarted_server_does_only_what_is_left(tmp_path: Path) -> None:
         second.gate = None
         batch = finish(server.client, batch_id)
         assert batch.status == "completed"
-        assert batch.usage.total_tokens == 30 * 13
+        assert usage_of(batch).total_tokens == 30 * 13
         assert all_ids(server.client, batch) == sorted(f"r{i}" for i in range(30))
     assert len(second.computed) == 30 - committed
     assert not list((tmp_path / "journals").iterdir())
@@ -84,7 +97,7 @@ def test_a_dead_engine_leaves_the_batch_waiting_and_the_api_alive(tmp_path: Path
         assert server.client.files.content(batch.input_file_id).content
         server.service.engine_recovered()
         ended = finish(server.client, batch.id)
-        assert (ended.status, ended.request_counts.completed) == ("completed", 8)
+        assert (ended.status, counts_of(ended).completed) == ("completed", 8)
     assert sorted(executor.computed) == sorted(f"r{i}" for i in range(8))
 
 
@@ -94,11 +107,12 @@ def test_another_engine_does_not_go_on_with_a_batch(tmp_path: Path) -> None:
     with BatchServer(tmp_path, other) as server:
         batch = finish(server.client, batch_id)
         assert batch.status == "failed"
-        [error] = batch.errors.data
+        [error] = faults_of(batch)
         assert error.code == "engine_changed"
-        assert "model-a/float32" in error.message
-        assert "model-b/float16" in error.message
-        assert "again from the same input file" in error.message
+        message = error.message or ""
+        assert "model-a/float32" in message
+        assert "model-b/float16" in message
+        assert "again from the same input file" in message
         assert len(results(server.client, batch.output_file_id)) >= 6
         assert all_ids(server.client, batch) == sorted(f"r{i}" for i in range(20))
     assert other.computed == []
@@ -216,7 +230,7 @@ def test_a_full_disk_pauses_the_batch_until_there_is_space(
         assert paused.done == 0
         full.clear()
         ended = finish(server.client, batch.id)
-        assert (ended.status, ended.request_counts.completed) == ("completed", 10)
+        assert (ended.status, counts_of(ended).completed) == ("completed", 10)
 
 
 def test_a_full_disk_while_publishing_is_tried_again(
@@ -239,6 +253,23 @@ def test_a_full_disk_while_publishing_is_tried_again(
         assert len(all_ids(server.client, ended)) == 5
     assert refusals[0] > 3
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_an_upload_to_a_full_disk_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with BatchServer(tmp_path, FakeExecutor()) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(openai.InternalServerError) as refused:
+                submit(server.client, job(3))
+        assert (refused.value.status_code, refused.value.code) == (507, "storage_unavailable")
+        assert list(server.client.files.list()) == []
+        assert not [*(tmp_path / "tmp").iterdir(), *(tmp_path / "files").iterdir()]
+        assert finish(server.client, submit(server.client, job(3)).id).status == "completed"
 
 
 def test_a_reader_of_the_path_never_sees_a_partial_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, BinaryIO, Literal
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
@@ -26,6 +28,8 @@ from blendserve.batch.objects import (
 )
 from blendserve.batch.service import BatchService
 from blendserve.batch.upload import receive_upload
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 256 * 1024
 _UPLOAD_FORM = {
@@ -51,6 +55,12 @@ _UPLOAD_FORM = {
         },
     }
 }
+_STORAGE_FAILURE = ApiError(
+    507,
+    "The server cannot write to its batch directory; its disk may be full.",
+    code="storage_unavailable",
+    kind="server_error",
+)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorObject} for status in (400, 404, 409, 413)
 }
@@ -145,6 +155,9 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
                     if isinstance(cause, ApiError):
                         return _error_response(cause)
                     return _error_response(ApiError(error.status_code, str(error.detail)))
+                except (OSError, DBAPIError) as error:
+                    logger.error("the batch store fails: %s", type(error).__name__)
+                    return _error_response(_STORAGE_FAILURE)
 
             return handle_with_our_errors
 

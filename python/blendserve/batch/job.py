@@ -71,15 +71,15 @@ class BatchRun:
         """
         barren_passes = 0
         while not self._stop_requested:
-            pending = self._tally.pending()
-            if not pending:
+            if self._tally.remaining == 0:
                 return True
+            pending = await self._offload(self._tally.pending)
             if barren_passes == _MAX_BARREN_PASSES:
                 await self._give_up(pending)
                 continue
             await self._pass(pending)
-            barren_passes = barren_passes + 1 if len(self._tally.pending()) == len(pending) else 0
-        return not self._tally.pending()
+            barren_passes = barren_passes + 1 if self._tally.remaining == len(pending) else 0
+        return self._tally.remaining == 0
 
     async def _pass(self, pending: Sequence[int]) -> None:
         collector = asyncio.create_task(self._collect(pending))

@@ -75,6 +75,11 @@ class Tally:
     def is_done(self, index: int) -> bool:
         return self._done[index] == 1
 
+    @property
+    def remaining(self) -> int:
+        """How many lines are not done."""
+        return self.total - self.completed - self.failed
+
     def pending(self) -> Sequence[int]:
         return array("Q", (index for index, done in enumerate(self._done) if not done))
 

@@ -39,7 +39,7 @@ async def receive_upload(request: Request, draft: Draft, limits: BatchLimits) ->
     """Writes the part named `file` into `draft` and returns the rest of the form.
 
     Raises ApiError: 400 for a broken form or a file above `max_file_bytes`, 408 for an upload that
-    falls silent, 507 when the disk is full. Disk writes happen in a worker thread.
+    falls silent; and OSError when the disk is full. Disk writes happen in a worker thread.
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
@@ -63,13 +63,6 @@ async def receive_upload(request: Request, draft: Draft, limits: BatchLimits) ->
         raise bad_request(f"The form cannot be read: {error}", code="invalid_form") from error
     except ClientDisconnect as error:
         raise bad_request("The upload ended early.", code="upload_incomplete") from error
-    except OSError as error:
-        raise ApiError(
-            507,
-            f"The file cannot be stored: {error.strerror}.",
-            code="storage_full",
-            kind="server_error",
-        ) from error
     if not receiver.is_complete:
         raise bad_request("The form ends before its last boundary.", code="invalid_form")
     return receiver.result()

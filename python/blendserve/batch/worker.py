@@ -204,7 +204,7 @@ class BatchWorker:
         journal = await self._offload(Journal, path)
         try:
             tally = await self._offload(tally_journal, path, total)
-            if not tally.pending():
+            if tally.remaining == 0:
                 await self._end(row, "completed", status="finalizing", finalizing_at=self._now())
                 return
             if row.fingerprint != self._executor.fingerprint:
@@ -305,7 +305,7 @@ class BatchWorker:
     async def _is_complete(self, row: BatchRow) -> bool:
         path = self._store.directory.journal(row.id)
         tally = await self._offload(tally_journal, path, row.total or 0)
-        return not tally.pending()
+        return tally.remaining == 0
 
     async def _conclude_with(self, row: BatchRow, ending: str, publication: Publication) -> None:
         tally, usage = publication.tally, publication.tally.usage

@@ -11,7 +11,13 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from blendserve.batch import BatchLimits, BatchService, BatchStore, build_router
+from blendserve.batch import (
+    BatchDirectoryError,
+    BatchLimits,
+    BatchService,
+    BatchStore,
+    build_router,
+)
 from blendserve.config import load_settings
 from blendserve.runtime.executor import BlendExecutor
 from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
@@ -48,7 +54,7 @@ def mount(
             max_lines=settings.max_batch_lines, max_file_bytes=settings.max_file_bytes
         )
         store = BatchStore(settings.batch_dir)
-    except (UnsupportedSGLang, ValueError, OSError) as error:
+    except (UnsupportedSGLang, BatchDirectoryError, ValueError) as error:
         raise SystemExit(f"blendserve: {error}") from error
     executor = BlendExecutor(app, server_args, tokenizer_manager, settings)
     service = BatchService(store, executor, limits)
@@ -72,6 +78,7 @@ def _extend_life(app: Any, executor: BlendExecutor, service: BatchService) -> No
             finally:
                 await service.stop()
                 await executor.stop()
+                service.store.close()
 
     app.router.lifespan_context = lifespan
 
