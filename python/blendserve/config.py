@@ -39,7 +39,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     enabled: bool = Field(
-        default=False, description="Serve blended: take over SGLang's scheduler and add the Batch API."
+        default=False,
+        description="Serve blended: take over SGLang's scheduler and add the Batch API.",
     )
     batch_dir: Path = Field(
         default=Path("blendserve-batches"),
@@ -80,7 +81,8 @@ class Settings(BaseSettings):
             return init_settings, env_settings
         if not Path(path).is_file():
             raise ConfigError(
-                f"{CONFIG_FILE_VARIABLE} names {path}, which is not a file. Create it or unset the variable."
+                f"{CONFIG_FILE_VARIABLE} names {path}, which is not a file. "
+                "Create it or unset the variable."
             )
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
 
@@ -103,7 +105,9 @@ def load_settings(**overrides: Any) -> Settings:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
-                _require_known(name, known, f"setting {name!r} in {os.environ[CONFIG_FILE_VARIABLE]}")
+                _require_known(
+                    name, known, f"setting {name!r} in {os.environ[CONFIG_FILE_VARIABLE]}"
+                )
             problems.append(f"{name} = {item['input']!r}: {item['msg']}")
         raise ConfigError("BlendServe settings: " + "; ".join(problems)) from error
 

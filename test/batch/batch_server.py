@@ -10,9 +10,10 @@ from pathlib import Path
 import httpx
 import uvicorn
 from batch_fakes import FakeExecutor
-from blendserve.batch import BatchLimits, BatchService, BatchStore, build_router
 from fastapi import FastAPI
 from openai import OpenAI
+
+from blendserve.batch import BatchLimits, BatchService, BatchStore, build_router
 
 
 class Clock:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from batch_fakes import CHAT, ENDED, FakeExecutor, job
+
 from blendserve.batch import BatchService, BatchStore
 from blendserve.batch.objects import CreateBatch
 from blendserve.batch.upload import Upload

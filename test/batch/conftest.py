@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from batch_fakes import FakeExecutor
 from batch_server import BatchServer, Clock
+
 from blendserve.batch import BatchLimits
 
 

@@ -11,6 +11,7 @@ import openai
 import pytest
 from batch_fakes import CHAT, FakeExecutor, chat_line, faults_of, finish, job, jsonl, submit
 from batch_server import BatchServer
+
 from blendserve.batch import BatchLimits
 from blendserve.batch.validation import ValidationStopped, Verdict, validate_file
 

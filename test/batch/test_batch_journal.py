@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from batch_fakes import open_descriptors
-from blendserve.batch.journal import Journal, Record, Tally, read_records, tally_journal
-from blendserve.batch.progress import Usage, usage_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from blendserve.batch.journal import Journal, Record, Tally, read_records, tally_journal
+from blendserve.batch.progress import Usage, usage_of
 
 
 def record(index: int, text: str = "answer", kind: str = "output") -> Record:

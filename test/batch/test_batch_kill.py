@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from batch_fakes import FakeExecutor, until
+
 from blendserve.batch import BatchService, BatchStore
 
 LINES = 240

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import blendserve.batch.worker as worker_module
 import openai
 import pytest
 from batch_fakes import (
@@ -28,10 +27,12 @@ from batch_fakes import (
     usage_of,
 )
 from batch_server import BatchServer
+from openai.types import Batch
+
+import blendserve.batch.worker as worker_module
 from blendserve.batch import BatchDirectoryError, BatchStore
 from blendserve.batch.directory import BatchDirectory
 from blendserve.batch.ids import derived_file_id
-from openai.types import Batch
 
 
 class Died(BaseException):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, Job
 from hypothesis import strategies as st
+
+from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, Job
 
 LLAMA_ON_A100 = CostModel(MODEL_SPECS["llama-3.1-8b"], HARDWARE["a100-80g-sxm"])
 

@@ -5,6 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_workloads import LLAMA_ON_A100
+
 from blendserve.planner import (
     HARDWARE,
     MODEL_SPECS,
@@ -16,9 +20,6 @@ from blendserve.planner import (
     hardware,
     model_spec,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from planner_workloads import LLAMA_ON_A100
 
 BASE = {
     "model_type": "llama",

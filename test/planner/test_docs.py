@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from blendserve.planner import DualScanner, Job, Side, make_plan, partition_memory
 from planner_workloads import LLAMA_ON_A100
+
+from blendserve.planner import DualScanner, Job, Side, make_plan, partition_memory
 
 DOC = Path(__file__).parents[2] / "docs" / "planner.md"
 

@@ -1,13 +1,19 @@
 """The two scanners, the memory partition between them, and admission."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_workloads import LLAMA_ON_A100, jobs, mixed_job
+
 from blendserve.planner import (
     Admission,
     Candidate,
     DualScanner,
+    Growth,
     Job,
     KVState,
     Side,
@@ -17,9 +23,6 @@ from blendserve.planner import (
     partition_memory,
 )
 from blendserve.planner.dual_scanner import PREFILL_ONLY_SHARE
-from hypothesis import given
-from hypothesis import strategies as st
-from planner_workloads import LLAMA_ON_A100, jobs, mixed_job
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 densities = st.one_of(st.floats(0, 1e6), st.just(math.inf))
@@ -110,13 +113,23 @@ def test_the_side_with_more_of_its_partition_unused_goes_first():
     assert choose(left, right, KVState(1000, 500, 50, 400), 1.2) is RIGHT
 
 
-def test_a_side_may_borrow_what_the_other_cannot_use():
+def test_a_side_keeps_to_its_partition_while_the_other_has_requests():
     kv = KVState(1000, 200, 700, 100)
     left = candidate(LEFT, density=3.0)
     choose = Admission().choose
-    assert choose(left, candidate(RIGHT, prompt=300), kv, 2.0) is LEFT
-    assert choose(left, candidate(RIGHT, blocked=True), kv, 2.0) is LEFT
+    # Target 2 gives the left 500 tokens, of which it has booked 700.
+    assert choose(left, candidate(RIGHT, prompt=300), kv, 2.0) is None
+    assert choose(left, candidate(RIGHT, blocked=True), kv, 2.0) is None
     assert choose(left, None, kv, 2.0) is LEFT
+
+
+def test_where_no_division_hits_the_target_the_warm_prefix_goes_first():
+    kv = KVState(1000, 500, 300, 200)
+    cold = Candidate(LEFT, 100, 90, 10.0, 4.0)
+    warm = Candidate(RIGHT, 100, 20, 10.0, 3.0)
+    for target in (2.0, 5.0):
+        assert Admission().choose(cold, warm, kv, target) is RIGHT
+        assert Admission().choose(replace(cold, uncached_tokens=5), warm, kv, target) is LEFT
 
 
 def test_what_does_not_fit_or_is_blocked_waits():
@@ -131,6 +144,39 @@ def test_what_does_not_fit_or_is_blocked_waits():
 def test_a_prefix_that_running_requests_hold_takes_no_new_memory():
     held = Candidate(LEFT, 700, 20, 2.0, 50.0, locked_prefix_tokens=680)
     assert Admission().choose(held, None, KVState(1000, 50, 900, 0), 2.0) is LEFT
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=8),
+)
+def test_the_peak_of_growth_is_that_of_a_step_by_step_run(requests):
+    """Every request takes a token a step, and gives all it holds back once it has ended."""
+    free, lowest = 0, 0
+    left = {k: remaining for k, (remaining, _) in enumerate(requests)}
+    held = {k: private for k, (_, private) in enumerate(requests)}
+    while left:
+        for k in [k for k, remaining in left.items() if remaining == 0]:
+            free += held[k]
+            del left[k]
+        for k in left:
+            free -= 1
+            held[k] += 1
+            left[k] -= 1
+        lowest = min(lowest, free)
+    growth = Growth(
+        np.array([float(remaining) for remaining, _ in requests]),
+        np.array([float(private) for _, private in requests]),
+    )
+    assert growth.peak_tokens() == -lowest
+
+
+def test_memory_that_short_requests_give_back_is_lent_to_long_ones():
+    # 10 requests of 50 tokens end after 5 more; the candidate takes 400 in the long run.
+    growth = Growth(np.full(10, 5.0), np.full(10, 50.0))
+    kv = KVState(1000, 150, 500, 0, growth)
+    long = Candidate(RIGHT, 50, 50, 400.0, 0.1)
+    assert Admission().choose(None, long, kv, 1.0) is RIGHT
+    assert Admission().choose(None, long, replace(kv, free_tokens=99), 1.0) is None
 
 
 def test_an_idle_engine_starts_even_what_does_not_fit():
@@ -196,13 +242,7 @@ def test_both_sides_run_together_on_a_mixed_job():
         chosen = heads[0] if side is LEFT else heads[1]
         scanner.take(side)
         sides.append(side)
-        account = account_tokens(chosen.prompt_tokens, chosen.estimated_output_tokens)
-        kv = KVState(
-            kv.total_tokens,
-            kv.free_tokens - chosen.needed_tokens,
-            kv.left_tokens + account * (side is LEFT),
-            kv.right_tokens + account * (side is RIGHT),
-        )
+        kv = kv.with_started(chosen)
     assert set(sides) == {LEFT, RIGHT}
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from blendserve.planner import DEFAULT_OUTPUT_TOKENS, PrefixTree, choose_sample, estimate
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_workloads import prompts
+
+from blendserve.planner import DEFAULT_OUTPUT_TOKENS, PrefixTree, choose_sample, estimate
 
 
 def ids(*rows):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from blendserve.planner import PrefixTree
 
 DATA = Path(os.environ.get("BLENDSERVE_DATA") or Path(__file__).parents[3] / "shared" / "data")

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from blendserve.planner import Job, PlannerConfig, make_plan, transform
-from blendserve.planner.annotation import annotate
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_workloads import LLAMA_ON_A100, jobs, mixed_job, permuted, shared_tokens
+
+from blendserve.planner import Job, PlannerConfig, make_plan, transform
+from blendserve.planner.annotation import annotate
 
 
 def lines(job, order):

@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from blendserve.planner import PrefixTree
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_workloads import prompts, shared_tokens
+
+from blendserve.planner import PrefixTree
 
 
 @given(prompts)

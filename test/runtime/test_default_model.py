@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from blendserve.runtime import default_model
 from blendserve.runtime.default_model import MODEL_NAME, ModelPathError, resolve_model_path
 

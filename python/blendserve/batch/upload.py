@@ -74,7 +74,7 @@ async def _timely(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIte
             yield await asyncio.wait_for(anext(stream), idle_seconds)
         except StopAsyncIteration:
             return
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise ApiError(
                 408, f"No data came for {idle_seconds:g} s.", code="upload_timeout"
             ) from error

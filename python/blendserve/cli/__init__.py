@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "run-batch": _run_batch}
     command = commands.get(args[0])
     if command is None:
-        print(f"blendserve: unknown command {args[0]!r}. {_nearest(args[0], commands)}", file=sys.stderr)
+        print(
+            f"blendserve: unknown command {args[0]!r}. {_nearest(args[0], commands)}",
+            file=sys.stderr,
+        )
         return 2
     return command(args[1:])
 

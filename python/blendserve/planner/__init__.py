@@ -3,7 +3,7 @@
 Pure: numpy and the standard library, deterministic for a seed. Knows neither torch nor SGLang.
 """
 
-from .admission import Admission, Candidate, KVState, account_side, account_tokens
+from .admission import Admission, Candidate, Growth, KVState, account_side, account_tokens
 from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
@@ -21,6 +21,7 @@ __all__ = [
     "Candidate",
     "CostModel",
     "DualScanner",
+    "Growth",
     "Hardware",
     "Job",
     "KVState",

@@ -6,9 +6,51 @@ Pure: what is free and what is next go in, a side comes out. No clock, no I/O, n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from .dual_scanner import Side, partition_memory
+from .prefix_tree import Floats
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What the running requests will still take from the KV pool, and give back when they end.
+
+    remaining_tokens: (n,) output tokens that each is expected to produce yet.
+    private_tokens: (n,) tokens that each holds now and no other running request does.
+    """
+
+    remaining_tokens: Floats = field(default_factory=lambda: np.empty(0))
+    private_tokens: Floats = field(default_factory=lambda: np.empty(0))
+
+    def peak_tokens(self) -> float:
+        """The most free tokens that they will take at any time from now on, if nothing is added.
+
+        All decode in step, so the demand peaks just before one of them ends: those that ended
+        earlier have given back what they held, and the others have grown as far as that one.
+        """
+        if not len(self.remaining_tokens):
+            return 0.0
+        order = np.argsort(self.remaining_tokens, kind="stable")
+        remaining = self.remaining_tokens[order]
+        returned = np.cumsum(self.private_tokens[order]) - self.private_tokens[order]
+        alive = np.arange(len(remaining), 0, -1)
+        return max(float(np.max(alive * remaining - returned)), 0.0)
+
+    def plus(self, remaining_tokens: float, private_tokens: float) -> Growth:
+        """The same with one more request."""
+        return Growth(
+            _appended(self.remaining_tokens, remaining_tokens),
+            _appended(self.private_tokens, private_tokens),
+        )
+
+
+def _appended(values: Floats, value: float) -> Floats:
+    added: ArrayLike = [value]
+    return np.append(values, added)
 
 
 @dataclass(frozen=True)
@@ -32,24 +74,47 @@ class Candidate:
     locked_prefix_tokens: int = 0
 
     @property
-    def needed_tokens(self) -> float:
-        """Free KV tokens that this request takes until it ends."""
-        return self.prompt_tokens - self.locked_prefix_tokens + self.estimated_output_tokens
+    def uncached_fraction(self) -> float:
+        """Part of the prompt that must be prefilled; 0 for an empty prompt."""
+        return self.uncached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def private_tokens(self) -> int:
+        """Prompt tokens that it takes from the free ones as soon as it starts."""
+        return self.prompt_tokens - self.locked_prefix_tokens
 
 
 @dataclass(frozen=True)
 class KVState:
     """The KV pool, in tokens.
 
-    free_tokens: free and evictable ones, less what the caller keeps for the growth of running
-        requests.
+    free_tokens: free and evictable ones.
     left_tokens, right_tokens: `account_tokens` summed over the running requests of each side.
+    growth: what the running requests will take of the free ones.
     """
 
     total_tokens: int
     free_tokens: float
     left_tokens: float
     right_tokens: float
+    growth: Growth = field(default_factory=Growth)
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether the pool lasts until all have ended, if this one starts now too."""
+        after = self.with_started(candidate)
+        return after.growth.peak_tokens() <= after.free_tokens
+
+    def with_started(self, candidate: Candidate) -> KVState:
+        """The pool as it is once a candidate has started."""
+        booked = account_tokens(candidate.private_tokens, candidate.estimated_output_tokens)
+        left = candidate.side is Side.LEFT
+        return replace(
+            self,
+            free_tokens=self.free_tokens - candidate.private_tokens,
+            left_tokens=self.left_tokens + (booked if left else 0.0),
+            right_tokens=self.right_tokens + (0.0 if left else booked),
+            growth=self.growth.plus(candidate.estimated_output_tokens, candidate.private_tokens),
+        )
 
     @property
     def idle(self) -> bool:
@@ -68,26 +133,38 @@ class Admission:
     ) -> Side | None:
         """The side whose head should start now, None when none can.
 
-        The side with the larger unused fraction of its memory partition goes first; if its head
-        does not fit or is blocked, the other may go beyond its own partition rather than leave
-        memory idle. When nothing runs, the smaller unblocked head starts even if its estimate
-        exceeds the memory: waiting could not make room.
+        While the target density lies between those of the two heads, each side has its partition
+        of the memory. The side with the larger unused fraction goes first, and a side whose
+        partition is used up waits, even if memory is free: the other side's next request is only a
+        moment away (its prefix is being computed, or its memory is being given back), and would
+        find its memory, and the cached prefixes in it, gone.
+
+        With both heads on one side of the target, or one side exhausted, no division can hit it.
+        Then all memory is open to both, and the head with the larger cached part goes first, so
+        that a group of requests that has begun is finished before its prefix is evicted.
+
+        When nothing runs, the smaller unblocked head starts even if its estimate exceeds the
+        memory: waiting could not make room.
         """
-        left_share, right_share = partition_memory(
-            kv.total_tokens,
-            target_density,
-            None if left is None else left.density,
-            None if right is None else right.density,
-        )
-        left_unused = unused_fraction(left_share, kv.left_tokens)
-        right_unused = unused_fraction(right_share, kv.right_tokens)
-        ranked = (left, right) if left_unused >= right_unused else (right, left)
-        startable = [head for head in ranked if head is not None and not head.blocked]
-        for head in startable:
-            if head.needed_tokens <= kv.free_tokens:
+        heads = [head for head in (left, right) if head is not None]
+        if left is not None and right is not None and left.density > target_density > right.density:
+            shares = partition_memory(kv.total_tokens, target_density, left.density, right.density)
+            unused = {
+                Side.LEFT: unused_fraction(shares[0], kv.left_tokens),
+                Side.RIGHT: unused_fraction(shares[1], kv.right_tokens),
+            }
+            heads = [head for head in heads if unused[head.side] > 0]
+            heads.sort(key=lambda head: -unused[head.side])
+        else:
+            heads.sort(key=lambda head: head.uncached_fraction)
+        for head in heads:
+            if not head.blocked and kv.fits(head):
                 return head.side
+        startable = [head for head in (left, right) if head is not None and not head.blocked]
         if kv.idle and startable:
-            return min(startable, key=lambda head: head.needed_tokens).side
+            return min(
+                startable, key=lambda head: head.private_tokens + head.estimated_output_tokens
+            ).side
         return None
 
 
@@ -97,9 +174,12 @@ def unused_fraction(share: float, used: float) -> float:
     return (share - used) / share if share > 0 else -math.inf
 
 
-def account_tokens(prompt_tokens: float, estimated_output_tokens: float) -> float:
-    """p + d / 2: the memory that a request holds on average over its life."""
-    return prompt_tokens + estimated_output_tokens / 2
+def account_tokens(private_tokens: float, estimated_output_tokens: float) -> float:
+    """p + d / 2: the memory that a request holds on average over its life.
+
+    Of a prefix that several running requests share, only the first of them counts the tokens.
+    """
+    return private_tokens + estimated_output_tokens / 2
 
 
 def account_side(side: Side, generated_tokens: int, estimated_output_tokens: float) -> Side:

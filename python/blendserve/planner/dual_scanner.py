@@ -4,7 +4,7 @@ and how they divide the KV memory between them."""
 from __future__ import annotations
 
 import math
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .plan import Plan
 PREFILL_ONLY_SHARE = 0.05
 
 
-class Side(str, Enum):
+class Side(StrEnum):
     """LEFT is the compute-intensive end of a plan, RIGHT the memory-intensive one."""
 
     LEFT = "left"

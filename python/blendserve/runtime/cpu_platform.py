@@ -89,9 +89,7 @@ def assign_req_to_token_pool_cpu(
     rows = torch.repeat_interleave(req_pool_indices, lengths)
     first = torch.cumsum(lengths, 0) - lengths
     columns = torch.arange(rows.numel()) - torch.repeat_interleave(first - start_offset, lengths)
-    req_to_token[rows.long(), columns.long()] = out_cache_loc[: rows.numel()].to(
-        req_to_token.dtype
-    )
+    req_to_token[rows.long(), columns.long()] = out_cache_loc[: rows.numel()].to(req_to_token.dtype)
 
 
 def _unsupported(name: str) -> Any:
@@ -123,9 +121,7 @@ def _install_sgl_kernel() -> None:
     # NOTE: torch.ops.sgl_kernel.convert_weight_packed must stay undefined: its presence is how
     # SGLang detects the AMX backend.
     kernels = {name: _unsupported(name) for name in _UNSUPPORTED_KERNELS}
-    _new_module(
-        "sgl_kernel", assign_req_to_token_pool_cpu=assign_req_to_token_pool_cpu, **kernels
-    )
+    _new_module("sgl_kernel", assign_req_to_token_pool_cpu=assign_req_to_token_pool_cpu, **kernels)
 
 
 def _install_torchvision() -> None:

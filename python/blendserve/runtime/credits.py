@@ -35,9 +35,7 @@ class Credits:
         self._taken[report.dp_rank] = taken
         for side in Side:
             admitted = taken[side] - before[side]
-            self._depth[side] = min(
-                max(self._depth[side], _DEPTH_PER_STEP * admitted), _MAX_DEPTH
-            )
+            self._depth[side] = min(max(self._depth[side], _DEPTH_PER_STEP * admitted), _MAX_DEPTH)
 
     def queued(self, side: Side) -> int:
         """Requests sent to a side that the scheduler has not yet taken from its queue."""
@@ -47,6 +45,6 @@ class Credits:
         return self._depth[side] - self.queued(side)
 
     def settle(self) -> None:
-        """Nothing is in flight: forget any difference between what was sent and what was counted."""
+        """Nothing is in flight: forget any difference between what was sent and counted."""
         for side in Side:
             self._sent[side] -= self.queued(side)

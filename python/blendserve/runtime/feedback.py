@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import zmq
@@ -27,7 +28,8 @@ class SchedulerReport:
         account_tokens: KV memory booked per side (prompt plus half the expected output).
         kv_total_tokens, kv_free_tokens: size of the KV pool; free or evictable part of it.
         prefill_tokens, decode_tokens: tokens computed since the start, all requests.
-        cached_tokens: prompt tokens of planned requests that came out of the cache.
+        prompt_tokens, cached_tokens: prompt tokens of the planned requests that were admitted, and
+            those of them that came out of the cache.
         retractions: planned requests that were thrown out of the running batch.
     """
 
@@ -40,6 +42,7 @@ class SchedulerReport:
     kv_free_tokens: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     retractions: int = 0
     steps: int = 0
@@ -50,7 +53,7 @@ class ReportSender:
     """The scheduler's end. Never blocks: a full queue drops the report."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: Any = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 64)
         self._socket.connect(address)
@@ -67,7 +70,8 @@ class ReportReceiver:
     """The front process's end: calls ``on_report`` for every report until closed."""
 
     def __init__(self, address: str, on_report: Callable[[SchedulerReport], None]) -> None:
-        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        context: Any = zmq.asyncio.Context()
+        self._socket = context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(address)
         self._on_report = on_report

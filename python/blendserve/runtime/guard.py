@@ -6,7 +6,6 @@ about to override with what BlendServe was written against, and ends with a mess
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import inspect
 import pkgutil
@@ -23,7 +22,11 @@ NEWEST_SGLANG = "0.5.23"
 EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.managers.scheduler.Scheduler.init_running_status": ("self",),
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": ("self",),
-    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
+    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": (
+        "self",
+        "req",
+        "is_retracted",
+    ),
     "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill": ("self", "running_batch"),
     "sglang.srt.managers.scheduler.Scheduler.process_batch_result": ("self", "batch", "result"),
     "sglang.srt.managers.scheduler.Scheduler.abort_request": ("self", "recv_req"),
@@ -61,8 +64,8 @@ def installed_sglang() -> str:
         return importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError as error:
         raise UnsupportedSGLang(
-            f"SGLang is not installed. BlendServe extends SGLang {OLDEST_SGLANG} to {NEWEST_SGLANG}; "
-            "`make setup` (CPU) or `make setup-gpu` installs it."
+            f"SGLang is not installed. BlendServe extends SGLang {OLDEST_SGLANG} to "
+            f"{NEWEST_SGLANG}; `make setup` (CPU) or `make setup-gpu` installs it."
         ) from error
 
 
@@ -71,8 +74,9 @@ def check_version(version: str) -> None:
     release = Version(version)
     if not Version(OLDEST_SGLANG) <= release <= Version(NEWEST_SGLANG):
         raise UnsupportedSGLang(
-            f"SGLang {version} is installed; BlendServe supports {OLDEST_SGLANG} to {NEWEST_SGLANG}. "
-            f"Install one of these, for example: pip install sglang=={NEWEST_SGLANG}"
+            f"SGLang {version} is installed; BlendServe supports {OLDEST_SGLANG} to "
+            f"{NEWEST_SGLANG}. Install one of these, for example: "
+            f"pip install sglang=={NEWEST_SGLANG}"
         )
 
 
@@ -81,7 +85,7 @@ def differences(expected: Mapping[str, tuple[str, ...]]) -> list[str]:
     found = []
     for path, parameters in expected.items():
         try:
-            function = _original(pkgutil.resolve_name(path))
+            function = inspect.unwrap(pkgutil.resolve_name(path))
         except (ImportError, AttributeError) as error:
             found.append(f"{path} is missing ({error})")
             continue
@@ -122,11 +126,8 @@ def check_scheduler_live(scheduler_info: Mapping[str, Any]) -> None:
     """
     if scheduler_info.get("blendserve") is None:
         raise UnsupportedSGLang(
-            f"SGLang {installed_sglang()} started without BlendServe's scheduler: the plugin did not "
-            "load in the scheduler process (is SGLANG_PLUGINS set without 'blendserve', or --use-ray "
-            "given?). Start without those, or switch BlendServe off with BLENDSERVE_ENABLED=0."
+            f"SGLang {installed_sglang()} started without BlendServe's scheduler: the plugin did "
+            "not load in the scheduler process (is SGLANG_PLUGINS set without 'blendserve', or "
+            "--use-ray given?). Start without those, or switch BlendServe off with "
+            "BLENDSERVE_ENABLED=0."
         )
-
-
-def _original(function: Any) -> Any:
-    return inspect.unwrap(function)

@@ -24,6 +24,8 @@ from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
 
 logger = logging.getLogger(__name__)
 
+_SIGTERM_POLL_SECONDS = 0.2
+
 
 def mount(
     server_args: Any,
@@ -47,8 +49,8 @@ def mount(
             check_scheduler_live(info)
         if server_args.tokenizer_worker_num != 1:
             raise UnsupportedSGLang(
-                "BlendServe's Batch API needs --tokenizer-worker-num 1: further workers do not load "
-                "plugins. Leave the flag out."
+                "BlendServe's Batch API needs --tokenizer-worker-num 1: further workers do not "
+                "load plugins. Leave the flag out."
             )
         limits = BatchLimits(
             max_lines=settings.max_batch_lines, max_file_bytes=settings.max_file_bytes
@@ -60,11 +62,13 @@ def mount(
     service = BatchService(store, executor, limits)
     app.include_router(build_router(service))
     app.include_router(_status_router(executor, service))
-    _extend_life(app, executor, service)
+    _extend_life(app, tokenizer_manager, executor, service)
     logger.info("BlendServe: blended scheduling, Batch API in %s", settings.batch_dir.resolve())
 
 
-def _extend_life(app: Any, executor: BlendExecutor, service: BatchService) -> None:
+def _extend_life(
+    app: Any, tokenizer_manager: Any, executor: BlendExecutor, service: BatchService
+) -> None:
     """Start after SGLang's own start-up, which makes the handlers, and stop before its end."""
     sglang_lifespan = app.router.lifespan_context
 
@@ -73,14 +77,24 @@ def _extend_life(app: Any, executor: BlendExecutor, service: BatchService) -> No
         async with sglang_lifespan(application) as state:
             executor.start()
             await service.start()
+            stopping = asyncio.create_task(_stop_on_sigterm(tokenizer_manager, service))
             try:
                 yield state
             finally:
+                stopping.cancel()
                 await service.stop()
                 await executor.stop()
                 service.store.close()
 
     app.router.lifespan_context = lifespan
+
+
+async def _stop_on_sigterm(tokenizer_manager: Any, service: BatchService) -> None:
+    """On SIGTERM SGLang waits until no request is left; a batch would feed it new ones for ever."""
+    while not tokenizer_manager.gracefully_exit:
+        await asyncio.sleep(_SIGTERM_POLL_SECONDS)
+    logger.info("BlendServe: stopping; unfinished batches go on at the next start.")
+    await service.stop()
 
 
 def _status_router(executor: BlendExecutor, service: BatchService) -> APIRouter:

@@ -33,7 +33,21 @@ from blendserve.runtime.prompts import Prompt, PromptReader, UnreadablePrompt
 
 @dataclass
 class JobView:
-    """What of a running job is shown to an operator. Tokens are prompt tokens."""
+    """What of a running job is shown to an operator.
+
+    Attributes:
+        phase: "reading prompts", "planning" or "running".
+        prompt_tokens, unique_tokens: of the lines that were left when this server took it up;
+            the prompt tokens that a cache without end would have to compute.
+        best_sharing, planned_sharing: shares of the prompt tokens that a DFS order and the plan's
+            order find in the cache.
+        target_density: compute density of what is left.
+        left_density, right_density: at the two scanners; None when the plan is used up.
+        waiting, in_flight: lines not yet sent, and lines sent and not yet answered.
+        sampled, replanned: lines that run first, and whether their lengths have been used.
+        total_work_tokens, done_work_tokens: prefill tokens that sharing leaves plus expected output
+            tokens, of all lines and of the answered ones.
+    """
 
     job_id: str
     phase: str = "reading prompts"
@@ -48,6 +62,8 @@ class JobView:
     in_flight: int = 0
     sampled: int = 0
     replanned: bool = False
+    total_work_tokens: float = 0.0
+    done_work_tokens: float = 0.0
 
 
 @dataclass
@@ -99,6 +115,7 @@ class JobRunner:
         self._observed: dict[int, int] = {}
         self._started: set[int] = set()
         self._ranks = dict.fromkeys(Side, 0)
+        self._prefill_work: dict[int, int] = {}
 
     def wake(self) -> None:
         """The scheduler took requests from its queues, or a new plan is ready."""
@@ -109,7 +126,7 @@ class JobRunner:
         work = await asyncio.to_thread(self._read_prompts)
         self.view.phase = "planning"
         plan = await self._plan(work)
-        scanner = self._adopt(plan)
+        scanner = self._adopt(work, plan)
         # Samples go first and their answers count like any other.
         sample = deque(int(position) for position in plan.sample)
         unseen = set(sample)
@@ -122,7 +139,7 @@ class JobRunner:
                     replan = asyncio.create_task(self._plan(work))
                     replan.add_done_callback(lambda _: self.wake())
                 if replan is not None and replan.done() and not self.view.replanned:
-                    scanner = self._adopt(replan.result())
+                    scanner = self._adopt(work, replan.result())
                     self.view.replanned = True
                 self._dispatch(work, plan, scanner, sample)
                 self.view.waiting = scanner.remaining + len(work.unplannable)
@@ -176,12 +193,19 @@ class JobRunner:
             make_plan, job, self._cost_model, self._config, observed=observed, exclude=started
         )
 
-    def _adopt(self, plan: Plan) -> DualScanner:
+    def _adopt(self, work: _Work, plan: Plan) -> DualScanner:
         """Walk this plan from now on; what started while it was made is not in it any more."""
         scanner = DualScanner(plan)
         for position in self._started:
             scanner.remove(position)
         self._estimates = plan.estimated_output_tokens
+        # Prefill work as this plan shares it; a line that it leaves out keeps its last figure.
+        for place, position in enumerate(plan.order):
+            shared = int(plan.shared_with_previous[place])
+            self._prefill_work[int(position)] = len(work.prompts[position].token_ids) - shared
+        self.view.total_work_tokens = sum(self._prefill_work.values()) + float(
+            self._estimates.sum()
+        )
         if not self.view.prompt_tokens:
             self.view.prompt_tokens = plan.prompt_tokens
             self.view.unique_tokens = plan.unique_tokens
@@ -191,9 +215,7 @@ class JobRunner:
 
     # -- dispatch, on the event loop -----------------------------------------------------------
 
-    def _dispatch(
-        self, work: _Work, plan: Plan, scanner: DualScanner, sample: deque[int]
-    ) -> None:
+    def _dispatch(self, work: _Work, plan: Plan, scanner: DualScanner, sample: deque[int]) -> None:
         """Send as much as the credits allow: sample first, then the two fronts."""
         while work.unplannable:
             line = self._lines.read(work.unplannable.popleft())
@@ -246,5 +268,7 @@ class JobRunner:
         self.view.in_flight += 1
 
     def _observe(self, position: int, result: LineResult) -> None:
+        produced = usage_of(result.body).output_tokens
         if result.status_code == 200:
-            self._observed[position] = usage_of(result.body).output_tokens
+            self._observed[position] = produced
+        self.view.done_work_tokens += self._prefill_work.get(position, 0) + produced

@@ -9,12 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from blendserve.config import ConfigError, load_settings
 from blendserve.runtime import guard
-from blendserve.runtime.plan_tag import PlanTag
 
 
 def activate() -> None:
@@ -44,14 +42,14 @@ def activate() -> None:
 def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from blendserve.runtime.scheduler import BlendScheduler
+    from blendserve.runtime.scheduler import BlendScheduler, expected_growth
 
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )
     HookRegistry.register(
         "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
-        _expected_growth,
+        expected_growth,
         HookType.AROUND,
     )
     if in_front_process:
@@ -67,13 +65,3 @@ def _mount_routes(*args: Any, **kwargs: Any) -> None:
     from blendserve.runtime.http import mount
 
     mount(*args, **kwargs)
-
-
-def _expected_growth(original: Callable[..., float], adder: Any, req: Any) -> float:
-    """KV tokens that a running request will still need: our estimate where there is a plan."""
-    tag = PlanTag.from_params(req.sampling_params.custom_params)
-    if tag is None:
-        return float(original(adder, req))
-    produced = len(req.output_ids)
-    expected = min(max(tag.output_tokens, produced + 1.0), req.sampling_params.max_new_tokens)
-    return float(expected - produced)

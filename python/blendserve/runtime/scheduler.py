@@ -8,10 +8,8 @@ the batch. A request without a tag never touches any of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +17,22 @@ from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
 
 from blendserve import __version__
 from blendserve.config import load_settings
-from blendserve.planner import Admission, Candidate, KVState, Side, account_tokens
+from blendserve.planner import Admission, Candidate, KVState, Side
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 
 # A shared prefix shorter than this is cheaper computed twice than waited for.
 _MIN_SHARED_TOKENS = 16
-# How many of the running requests are compared with a head to find the prefix they hold for it.
-_LATEST_STARTED = 8
 
 
 class BlendScheduler(Scheduler):  # type: ignore[misc]
     """SGLang's scheduler, plus two queues and an admission test in front of its own."""
 
     waiting_queue: list[Any]
+    # Part of the running planned requests' growth that SGLang's memory test keeps free; there is
+    # one scheduler in a process, and SGLang makes the test's object anew for every step.
+    growth_share: ClassVar[float] = 1.0
 
     # -- life of the scheduler ---------------------------------------------------------------
 
@@ -99,7 +98,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             # SGLang up to 0.5.21 does not check decode memory in a mixed step and dies when it
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        offered = self._offer(running_batch) if len(self.blend) else []
+        offered = self._offer(running_batch) if len(self.blend) or self.blend.running else []
         plan = super().get_new_batch_prefill(running_batch)
         if offered:
             self._take_back(offered, plan.batch_to_run)
@@ -108,6 +107,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         kv = self._kv_state()
+        growing = float(kv.growth.remaining_tokens.sum())
         slots = self.get_num_allocatable_reqs(len(running_batch.reqs)) - len(self.waiting_queue)
         budget = self._prefill_budget(running_batch)
         filling = [_token_ids(req) for req in self._prefilling()]
@@ -123,15 +123,33 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
                 break
             candidate = candidates[side]
             assert candidate is not None
-            request = self.blend.start(side)
+            holder = self._prefix_holder(_token_ids(self.blend.waiting[side][0].req))
+            request = self.blend.start(side, candidate.private_tokens)
+            if holder is not None:
+                # What two requests hold does not come free when one of them ends.
+                holder.private_tokens = min(
+                    holder.private_tokens, holder.prompt_tokens - candidate.locked_prefix_tokens
+                )
             super()._add_request_to_queue(request.req)
             offered.append(request)
             filling.append(_token_ids(request.req))
             budget -= candidate.uncached_tokens
-            kv = _after_start(kv, candidate)
+            kv = kv.with_started(candidate)
             # The request that just started fills a prefix that either head may share.
             candidates = {side: self._candidate(side, filling) for side in Side}
+        self._share_growth(kv, growing, offered)
         return offered
+
+    def _share_growth(self, kv: KVState, growing: float, offered: list[PlannedRequest]) -> None:
+        """Tell SGLang's own memory test how much of the running requests' growth to keep free.
+
+        It adds up all growth, as if everyone reached full length at the same time. Our test knows
+        that the short ones have given their memory back by then; SGLang's must not refuse what
+        ours admitted, and charges the newly offered for all that they may produce.
+        """
+        charged = sum(request.req.sampling_params.max_new_tokens for request in offered)
+        needed = kv.growth.peak_tokens() - charged
+        BlendScheduler.growth_share = min(max(needed / growing, 0.0), 1.0) if growing else 1.0
 
     def _take_back(self, offered: list[PlannedRequest], batch: Any) -> None:
         """Return what SGLang's own budget left in the waiting queue to the front of its side."""
@@ -142,6 +160,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
                 self.blend.put_back(request)
             elif id(request.req) in admitted:
                 self.blend_target_density = request.tag.target_density
+                self.blend_report.prompt_tokens += request.prompt_tokens
                 self.blend_report.cached_tokens += len(request.req.prefix_indices)
             else:
                 # SGLang answered it on the spot, for example because its queue limit is reached.
@@ -162,6 +181,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         blocked = any(
             _common_prefix(tokens, other) - cached >= _MIN_SHARED_TOKENS for other in filling
         )
+        holder = self._prefix_holder(tokens)
+        shared = _common_prefix(tokens, _token_ids(holder.req)) if holder is not None else 0
         return Candidate(
             side=side,
             prompt_tokens=request.prompt_tokens,
@@ -169,17 +190,17 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             estimated_output_tokens=request.output_tokens,
             density=request.tag.density,
             blocked=blocked,
-            locked_prefix_tokens=self._locked_prefix(tokens, cached),
+            # Cached tokens that a running request holds anyway take nothing from the free ones.
+            locked_prefix_tokens=min(shared, cached),
         )
 
-    def _locked_prefix(self, tokens: NDArray[np.int64], cached: int) -> int:
-        """Cached tokens of a prompt that running requests hold anyway, from the latest few.
-
-        Requests that share a prefix start one after the other, so a longer look finds no more.
-        """
-        latest = islice(reversed(self.blend.running.values()), _LATEST_STARTED)
-        shared = max((_common_prefix(tokens, _token_ids(other.req)) for other in latest), default=0)
-        return min(shared, cached)
+    def _prefix_holder(self, tokens: NDArray[np.int64]) -> PlannedRequest | None:
+        """The running request with the longest common prefix."""
+        return max(
+            self.blend.latest_running(),
+            key=lambda other: _common_prefix(tokens, _token_ids(other.req)),
+            default=None,
+        )
 
     def _prefilling(self) -> Iterator[Any]:
         """Requests whose prompt is being computed, so that its KV cannot be shared yet."""
@@ -205,9 +226,10 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
         return KVState(
             total_tokens=self.max_total_num_tokens,
-            free_tokens=free - self.blend.remaining_tokens(),
+            free_tokens=free,
             left_tokens=self.blend.account(Side.LEFT),
             right_tokens=self.blend.account(Side.RIGHT),
+            growth=self.blend.growth(),
         )
 
     # -- report ------------------------------------------------------------------------------
@@ -230,16 +252,15 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         self.blend_sender.send(report)
 
 
-def _after_start(kv: KVState, candidate: Candidate) -> KVState:
-    """The pool as it will be once a candidate has started."""
-    booked = account_tokens(candidate.prompt_tokens, candidate.estimated_output_tokens)
-    left = candidate.side is Side.LEFT
-    return replace(
-        kv,
-        free_tokens=kv.free_tokens - candidate.needed_tokens,
-        left_tokens=kv.left_tokens + (booked if left else 0.0),
-        right_tokens=kv.right_tokens + (0.0 if left else booked),
-    )
+def expected_growth(original: Callable[..., float], adder: Any, req: Any) -> float:
+    """KV tokens to keep free for a running request; AROUND hook of SGLang's prefill adder.
+
+    SGLang guesses from max_new_tokens and a ratio tuned for chat; a plan has an estimate.
+    """
+    tag = PlanTag.from_params(req.sampling_params.custom_params)
+    if tag is None:
+        return float(original(adder, req))
+    return PlannedRequest(req, tag).remaining_tokens * BlendScheduler.growth_share
 
 
 def _token_ids(req: Any) -> NDArray[np.int64]:

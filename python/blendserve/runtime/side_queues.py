@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from blendserve.planner import Side, account_side, account_tokens
+import numpy as np
+
+from blendserve.planner import Growth, Side, account_side, account_tokens
 from blendserve.runtime.plan_tag import PlanTag
+
+# Memory is kept for this much more than the estimate: outgrowing it costs a retraction, which
+# computes everything anew, while memory kept in vain is only lent a little later.
+_MEMORY_MARGIN = 1.25
+# How many of the latest started requests of a side are searched for one that holds a prefix.
+_LATEST_STARTED = 8
 
 
 @dataclass
@@ -17,6 +25,8 @@ class PlannedRequest:
 
     req: Any
     tag: PlanTag
+    private_tokens: int = 0
+    """Prompt tokens that no other running request held when it started."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -24,15 +34,15 @@ class PlannedRequest:
 
     @property
     def output_tokens(self) -> float:
-        """Expected output length: the estimate, but never past what is allowed or already out."""
+        """Output length to keep memory for: the estimate with a margin, never past the limit."""
         done = len(self.req.output_ids)
         limit = float(self.req.sampling_params.max_new_tokens)
-        return min(max(self.tag.output_tokens, done + 1.0), limit)
+        return min(max(self.tag.output_tokens * _MEMORY_MARGIN, done + 1.0), limit)
 
     @property
     def account_tokens(self) -> float:
-        """KV memory in steady state: prompt plus half the output (paper, section 4)."""
-        return account_tokens(self.prompt_tokens, self.output_tokens)
+        """KV memory in steady state: its own prompt tokens plus half the output."""
+        return account_tokens(self.private_tokens, self.output_tokens)
 
     @property
     def account_side(self) -> Side:
@@ -51,6 +61,9 @@ class SideQueues:
     def __init__(self) -> None:
         self.waiting: dict[Side, deque[PlannedRequest]] = {side: deque() for side in Side}
         self.running: dict[str, PlannedRequest] = {}
+        self._latest: dict[Side, deque[PlannedRequest]] = {
+            side: deque(maxlen=_LATEST_STARTED) for side in Side
+        }
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
         self.retractions = 0
 
@@ -65,12 +78,23 @@ class SideQueues:
         queue = self.waiting[side]
         return queue[0] if queue else None
 
-    def start(self, side: Side) -> PlannedRequest:
+    def start(self, side: Side, private_tokens: int) -> PlannedRequest:
         """Take the head of a side into the running set."""
         request = self.waiting[side].popleft()
+        request.private_tokens = private_tokens
         self.running[request.req.rid] = request
+        self._latest[side].append(request)
         self.taken[side] += 1
         return request
+
+    def latest_running(self) -> Iterator[PlannedRequest]:
+        """Running requests that may hold the prefix of a head.
+
+        Requests that share a prefix start one after the other on a side, so a longer look would
+        find no more.
+        """
+        for latest in self._latest.values():
+            yield from (request for request in latest if request.req.rid in self.running)
 
     def put_back(self, request: PlannedRequest) -> None:
         """Undo ``start`` for a request that SGLang did not admit after all."""
@@ -117,6 +141,13 @@ class SideQueues:
     def running_count(self, side: Side) -> int:
         return sum(request.account_side is side for request in self.running.values())
 
-    def remaining_tokens(self) -> float:
-        """Output tokens that the running planned requests are still expected to produce."""
-        return sum(request.remaining_tokens for request in self.running.values())
+    def growth(self) -> Growth:
+        """What the running planned requests will still take from the KV pool."""
+        requests = self.running.values()
+        return Growth(
+            remaining_tokens=np.array([request.remaining_tokens for request in requests]),
+            private_tokens=np.array(
+                [request.private_tokens + len(request.req.output_ids) for request in requests],
+                dtype=np.float64,
+            ),
+        )

@@ -1,0 +1,46 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+STAMP := $(VENV)/.cpu-setup
+
+.PHONY: setup setup-gpu demo test lint bench docs clean
+
+setup: $(STAMP)
+
+# PyTorch comes first and with its own dependencies, whatever build pip's index has for this
+# machine; all else is pinned in the lock files and installed without following dependencies,
+# because SGLang's own list would bring many gigabytes of CUDA libraries.
+$(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint requirements/cpu.txt torch
+	$(PIP) install --quiet --no-deps --requirement requirements/cpu.txt --requirement requirements/dev.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+setup-gpu:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --requirement requirements/gpu.txt --editable '.[gpu]'
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmark/demo/run.py
+
+# The docs are Markdown; what can rot in them is checked: links, and the map of the house.
+docs: setup
+	$(BIN)/python -m pytest test/test_docs_map.py
+
+clean:
+	rm -rf $(VENV)

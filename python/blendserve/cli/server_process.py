@@ -1,0 +1,94 @@
+"""A server of our own in a child process, for the commands that need one while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+_START_SECONDS = 600.0
+_STOP_SECONDS = 30.0
+_LOG_TAIL_LINES = 15
+
+
+class ServerFailed(RuntimeError):
+    """The server did not start; the message holds the end of its log."""
+
+
+def free_port() -> int:
+    """A port on the loopback interface that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running_server(
+    command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Start a server, wait until it serves, yield its base URL, and stop it at the end.
+
+    Args:
+        command: how to start it; it must listen on 127.0.0.1 at ``port``.
+        log: file that receives what it prints.
+        environment: variables beside this process's own.
+
+    Raises:
+        ServerFailed: it ended before it served, or did not serve in time.
+    """
+    url = f"http://127.0.0.1:{port}"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+            # A Ctrl-C on the terminal is for this process, which then stops the server itself.
+            start_new_session=True,
+        )
+        try:
+            _wait_until_serving(process, url, log)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _wait_until_serving(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerFailed(f"the server ended with status {process.returncode}:\n{_tail(log)}")
+        try:
+            if httpx.get(f"{url}/health", timeout=20).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(0.25)
+    raise ServerFailed(f"the server did not answer within {_START_SECONDS:.0f} s:\n{_tail(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    # Its own children (scheduler, detokenizer) share its process group, and end with it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("blendserve")]
+    return "\n".join(said[-3:] or lines[-_LOG_TAIL_LINES:])

@@ -1,0 +1,152 @@
+"""How many requests the front process may send: enough to fill the scheduler, and no more."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blendserve.planner import Side
+from blendserve.runtime.credits import Credits
+from blendserve.runtime.feedback import SchedulerReport
+
+LEFT, RIGHT = Side.LEFT, Side.RIGHT
+FIRST_DEPTH = 16
+LARGEST_DEPTH = 1024
+DEPTH_PER_STEP = 4
+
+
+def report(left=0, right=0, dp_rank=0):
+    return SchedulerReport(dp_rank=dp_rank, taken={"left": left, "right": right})
+
+
+def test_at_first_each_side_may_send_a_few():
+    credits = Credits()
+    assert [credits.available(side) for side in Side] == [FIRST_DEPTH, FIRST_DEPTH]
+
+
+def test_what_is_sent_takes_credit_from_its_own_side_only():
+    credits = Credits()
+    credits.sent(LEFT, 5)
+    credits.sent(LEFT, 1)
+    assert (credits.queued(LEFT), credits.available(LEFT)) == (6, FIRST_DEPTH - 6)
+    assert (credits.queued(RIGHT), credits.available(RIGHT)) == (0, FIRST_DEPTH)
+
+
+def test_what_the_scheduler_took_gives_its_credit_back():
+    credits = Credits()
+    credits.sent(LEFT, 16)
+    credits.sent(RIGHT, 16)
+    credits.on_report(report(left=3))
+    assert (credits.available(LEFT), credits.available(RIGHT)) == (3, 0)
+
+
+def test_a_retracted_request_is_queued_again():
+    credits = Credits()
+    credits.sent(LEFT, 4)
+    credits.on_report(report(left=4))
+    credits.on_report(report(left=3))
+    assert credits.queued(LEFT) == 1
+
+
+def test_a_report_that_comes_twice_counts_once():
+    credits = Credits()
+    credits.sent(RIGHT, 10)
+    credits.on_report(report(right=4))
+    credits.on_report(report(right=4))
+    assert credits.queued(RIGHT) == 6
+
+
+def test_the_next_report_makes_up_for_a_lost_one():
+    credits = Credits()
+    credits.sent(RIGHT, 10)
+    credits.on_report(report(right=2))
+    credits.on_report(report(right=9))  # the one that said 5 never came
+    assert credits.queued(RIGHT) == 1
+
+
+def test_the_queue_grows_with_what_one_report_admits_and_stays_deep():
+    credits = Credits()
+    credits.sent(LEFT, 16)
+    credits.on_report(report(left=16))
+    assert credits.available(LEFT) == DEPTH_PER_STEP * 16
+    assert credits.available(RIGHT) == FIRST_DEPTH
+    credits.sent(LEFT, 1)
+    credits.on_report(report(left=17))
+    assert credits.available(LEFT) == DEPTH_PER_STEP * 16
+
+
+def test_the_queue_grows_up_to_a_limit():
+    credits = Credits()
+    credits.sent(LEFT, 5000)
+    credits.on_report(report(left=5000))
+    assert credits.available(LEFT) == LARGEST_DEPTH
+
+
+def test_the_reports_of_several_ranks_add_up():
+    credits = Credits()
+    credits.sent(LEFT, 12)
+    credits.on_report(report(left=3, dp_rank=0))
+    credits.on_report(report(left=4, dp_rank=1))
+    assert credits.queued(LEFT) == 5
+    credits.on_report(report(left=5, dp_rank=0))
+    assert credits.queued(LEFT) == 3
+    credits.on_report(report(left=7, dp_rank=1))
+    assert credits.queued(LEFT) == 0
+
+
+@pytest.mark.parametrize("counted", [0, 7, 16])
+def test_settling_forgets_what_was_sent_and_never_counted(counted):
+    credits = Credits()
+    credits.sent(LEFT, 16)
+    credits.on_report(report(left=counted))
+    depth = max(FIRST_DEPTH, DEPTH_PER_STEP * counted)
+    credits.settle()
+    assert (credits.queued(LEFT), credits.available(LEFT)) == (0, depth)
+    credits.sent(LEFT, 2)
+    credits.on_report(report(left=counted + 1))
+    assert credits.queued(LEFT) == 1
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(Side),
+        st.integers(0, 60),  # wanted
+        st.integers(0, 2),  # rank that takes
+        st.integers(0, 60),  # taken at most
+        st.booleans(),  # whether the report arrives
+    ),
+    min_size=10,
+    max_size=40,
+)
+
+
+@settings(deadline=None, database=None)
+@given(steps)
+def test_a_sender_that_heeds_its_credits_never_fills_a_queue_beyond_its_depth(steps):
+    credits = Credits()
+    queue: Counter[Side] = Counter()
+    taken = {rank: Counter(dict.fromkeys(Side, 0)) for rank in range(3)}
+    reported = {rank: Counter(counts) for rank, counts in taken.items()}
+    depth = dict.fromkeys(Side, FIRST_DEPTH)
+    for side, wanted, rank, most, arrives in steps:
+        sent = min(wanted, max(credits.available(side), 0))
+        credits.sent(side, sent)
+        queue[side] += sent
+        # What the scheduler holds is never more than the sender believes.
+        assert queue[side] <= credits.queued(side) <= depth[side]
+        admitted = min(most, queue[side])
+        queue[side] -= admitted
+        taken[rank][side] += admitted
+        if not arrives:
+            continue
+        credits.on_report(report(taken[rank][LEFT], taken[rank][RIGHT], dp_rank=rank))
+        for each in Side:
+            news = taken[rank][each] - reported[rank][each]
+            depth[each] = min(max(depth[each], DEPTH_PER_STEP * news), LARGEST_DEPTH)
+        reported[rank] = Counter(taken[rank])
+    for rank, counts in taken.items():
+        credits.on_report(report(counts[LEFT], counts[RIGHT], dp_rank=rank))
+    assert {side: credits.queued(side) for side in Side} == {side: queue[side] for side in Side}

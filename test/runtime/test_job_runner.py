@@ -1,0 +1,632 @@
+"""One job against a scheduler that only takes, answers and reports: who is sent, when and once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blendserve.batch.executor import BatchLine, LineResult
+from blendserve.planner import (
+    DEFAULT_OUTPUT_TOKENS,
+    MODEL_SPECS,
+    CostModel,
+    Job,
+    PlannerConfig,
+    Side,
+    hardware,
+    make_plan,
+)
+from blendserve.runtime import job_runner
+from blendserve.runtime.credits import Credits
+from blendserve.runtime.feedback import SchedulerReport
+from blendserve.runtime.job_runner import JobRunner
+from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.prompts import Prompt, UnreadablePrompt
+
+COST_MODEL = CostModel(MODEL_SPECS["smollm2-135m"], hardware("cpu"))
+FIRST_DEPTH = 16
+ANSWER_TOKENS = 7
+
+Body = dict[str, Any]
+
+
+# -- a file, a tokenizer and a server, as far as a job sees them
+
+
+class FakeLines:
+    def __init__(self, bodies: Sequence[Body]) -> None:
+        self.bodies = bodies
+
+    def __len__(self) -> int:
+        return len(self.bodies)
+
+    def read(self, index: int) -> BatchLine:
+        return BatchLine(index, f"line-{index}", "/v1/completions", dict(self.bodies[index]))
+
+
+class FakeReader:
+    """The body says everything: tokens, limit, and whether it can be read at all."""
+
+    def read(self, url: str, body: Body) -> Prompt:
+        if body.get("unreadable"):
+            raise UnreadablePrompt("not a prompt")
+        return Prompt(
+            token_ids=np.array(body["prompt"], dtype=np.int32),
+            max_output_tokens=body["max_tokens"],
+            ignore_eos=body.get("ignore_eos", False),
+            sequences=body.get("sequences", 1),
+        )
+
+
+@dataclass
+class Sent:
+    """One line on its way through the server."""
+
+    index: int
+    tag: PlanTag | None
+    sequences: int
+    answer: asyncio.Future[LineResult]
+
+
+def answer_200(line: BatchLine) -> LineResult:
+    usage = {"completion_tokens": ANSWER_TOKENS}
+    return LineResult(line.index, "rid", status_code=200, body={"usage": usage})
+
+
+def answer_400(line: BatchLine) -> LineResult:
+    return LineResult(line.index, "rid", status_code=400, body={"error": {"message": "no"}})
+
+
+class FakeServer:
+    """The line client, the server's routes and its scheduler in one.
+
+    A step of the scheduler takes the heads of both queues, reports what it took, and answers what
+    it took `latency` steps ago. Steps follow each other while there is something to do. `takes`
+    tells which lines it may take, so that a test can make it pause.
+    """
+
+    def __init__(
+        self,
+        credits: Credits,
+        *,
+        per_step: int = 2,
+        latency: int = 1,
+        respond: Callable[[BatchLine], LineResult] = answer_200,
+        refuses: Callable[[int], bool] = lambda index: False,
+    ) -> None:
+        self.credits = credits
+        self.per_step = per_step
+        self.latency = latency
+        self.respond = respond
+        self.refuses = refuses
+        self.takes: Callable[[int], bool] = lambda index: True
+        self.on_report: Callable[[], None] = lambda: None
+        self.sent: list[Sent] = []
+        self.queues: dict[Side, deque[tuple[Sent, BatchLine]]] = {s: deque() for s in Side}
+        self.running: deque[tuple[int, Sent, BatchLine]] = deque()
+        self.taken: Counter[Side] = Counter()
+        self.longest_queue: Counter[Side] = Counter()
+        self.overdrawn: list[int] = []
+        self.aborted: list[int] = []
+        self._steps = 0
+        self._scheduled = False
+
+    @property
+    def indexes(self) -> list[int]:
+        return [sent.index for sent in self.sent]
+
+    def queued(self, side: Side) -> int:
+        return sum(sent.sequences for sent, _ in self.queues[side])
+
+    def in_flight(self) -> list[int]:
+        return [sent.index for sent in self.sent if not sent.answer.done()]
+
+    # -- what JobRunner calls
+
+    def start(
+        self, line: BatchLine, tag: PlanTag | None, sequences: int
+    ) -> asyncio.Task[LineResult]:
+        loop = asyncio.get_running_loop()
+        sent = Sent(line.index, tag, sequences, loop.create_future())
+        self.sent.append(sent)
+        if tag is None or self.refuses(line.index):
+            loop.call_soon(self._end, sent, answer_400(line))
+        else:
+            self.queues[tag.side].append((sent, line))
+            self.longest_queue[tag.side] = max(self.longest_queue[tag.side], self.queued(tag.side))
+            if self.credits.available(tag.side) < 0:
+                self.overdrawn.append(line.index)
+            self._schedule()
+        return asyncio.ensure_future(self._answer_of(sent))
+
+    async def abort_all(self) -> None:
+        for sent in self.sent:
+            if not sent.answer.done():
+                self.aborted.append(sent.index)
+                sent.answer.set_result(LineResult(sent.index, "rid", status_code=499, body={}))
+        for queue in self.queues.values():
+            queue.clear()
+        self.running.clear()
+
+    # -- its scheduler
+
+    def resume(self) -> None:
+        self.takes = lambda index: True
+        self._schedule()
+
+    async def _answer_of(self, sent: Sent) -> LineResult:
+        return await sent.answer
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._step)
+
+    def _step(self) -> None:
+        self._scheduled = False
+        self._steps += 1
+        for side, queue in self.queues.items():
+            for _ in range(self.per_step):
+                if not queue or not self.takes(queue[0][0].index):
+                    break
+                sent, line = queue.popleft()
+                self.taken[side] += sent.sequences
+                self.running.append((self._steps + self.latency, sent, line))
+        taken = {side.value: self.taken[side] for side in Side}
+        self.credits.on_report(SchedulerReport(taken=taken))
+        self.on_report()
+        while self.running and self.running[0][0] <= self._steps:
+            _, sent, line = self.running.popleft()
+            try:
+                self._end(sent, self.respond(line))
+            except ConnectionError as error:
+                sent.answer.set_exception(error)
+        heads = [queue[0][0].index for queue in self.queues.values() if queue]
+        if self.running or any(map(self.takes, heads)):
+            self._schedule()
+
+    def _end(self, sent: Sent, result: LineResult) -> None:
+        if not sent.answer.done():
+            sent.answer.set_result(result)
+
+
+class Run:
+    """A job on a fresh server. `answers` fills as results come."""
+
+    def __init__(
+        self,
+        bodies: Sequence[Body],
+        pending: Sequence[int] | None = None,
+        *,
+        credits: Credits | None = None,
+        config: PlannerConfig | None = None,
+        **server: Any,
+    ) -> None:
+        self.server = FakeServer(credits or Credits(), **server)
+        self.pending = list(range(len(bodies))) if pending is None else pending
+        self.answers: list[LineResult] = []
+        self.runner = JobRunner(
+            "batch-1",
+            FakeLines(bodies),
+            self.pending,
+            reader=FakeReader(),  # type: ignore[arg-type]
+            client=self.server,  # type: ignore[arg-type]
+            credits=self.server.credits,
+            cost_model=COST_MODEL,
+            config=config or PlannerConfig(),
+        )
+        self.server.on_report = self.runner.wake
+
+    async def finish(self) -> None:
+        async with aclosing(self.runner.run()) as results:
+            async for result in results:
+                self.answers.append(result)
+
+    async def stop_after(self, count: int) -> None:
+        async with aclosing(self.runner.run()) as results:
+            async for result in results:
+                self.answers.append(result)
+                if len(self.answers) == count:
+                    break
+
+    def answered(self) -> list[int]:
+        return [result.index for result in self.answers]
+
+
+async def let_others_run() -> None:
+    """Long enough for everything that needs no thread and no clock."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def finished(*args: Any, **kwargs: Any) -> Run:
+    run = Run(*args, **kwargs)
+    asyncio.run(run.finish())
+    return run
+
+
+# -- jobs
+
+
+def exam(number: int, **more: Any) -> Body:
+    """A long shared prompt and an answer of a word: compute."""
+    return {"prompt": [1, *range(500, 740), 10_000 + number], "max_tokens": 2, **more}
+
+
+def story(number: int, **more: Any) -> Body:
+    """A short prompt and a long answer: memory."""
+    return {"prompt": [2, 3, 20_000 + number], "max_tokens": 4000, **more}
+
+
+def mixed(count: int, **more: Any) -> list[Body]:
+    return [exam(n, **more) if n % 2 else story(n, **more) for n in range(count)]
+
+
+def chat(count: int, **more: Any) -> list[Body]:
+    """Lines that differ in their prompt's length only; 500 tokens may be answered."""
+    return [
+        {"prompt": [n % 5, *range(30_000, 30_000 + 3 * n), n], "max_tokens": 500, **more}
+        for n in range(count)
+    ]
+
+
+def planner_job(bodies: Sequence[Body]) -> Job:
+    return Job(
+        [np.array(body["prompt"], dtype=np.int32) for body in bodies],
+        np.array([body["max_tokens"] for body in bodies]),
+    )
+
+
+bodies = st.builds(
+    lambda make, number, more: make(number, **more),
+    st.sampled_from([exam, story]),
+    st.integers(0, 30),  # so that some prompts are equal
+    st.sampled_from([{}, {}, {}, {"unreadable": True}, {"ignore_eos": True}]),
+)
+
+
+# -- every line once
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[list[Body], list[int]]:
+    """Up to a hundred lines, and those of them that are pending."""
+    count = draw(st.integers(0, 100))
+    lines = draw(st.lists(bodies, min_size=count, max_size=count))
+    done = draw(st.sets(st.integers(0, 99), max_size=count))
+    return lines, [index for index in range(count) if index not in done]
+
+
+@settings(deadline=None, database=None)
+@given(
+    job=jobs(),
+    per_step=st.integers(1, 20),
+    latency=st.integers(0, 4),
+    refused=st.sampled_from([0, 2, 3]),
+)
+def test_every_pending_line_is_sent_once_and_answered_once(job, per_step, latency, refused):
+    lines, pending = job
+    run = finished(
+        lines,
+        pending,
+        per_step=per_step,
+        latency=latency,
+        refuses=lambda index: bool(refused) and index % refused == 0,
+    )
+    assert Counter(run.answered()) == Counter(pending)
+    assert Counter(run.server.indexes) == Counter(pending)
+    assert run.server.overdrawn == []
+    assert run.server.aborted == []
+    assert (run.runner.view.waiting, run.runner.view.in_flight) == (0, 0)
+
+
+def test_a_job_without_pending_lines_ends_at_once():
+    run = finished(mixed(5), pending=[])
+    assert (run.answers, run.server.sent) == ([], [])
+
+
+def test_only_the_pending_lines_are_run():
+    run = finished(mixed(60), pending=range(1, 60, 7))
+    assert sorted(run.server.indexes) == list(range(1, 60, 7))
+
+
+def test_the_answer_of_the_server_is_the_answer_of_the_line():
+    run = finished(
+        mixed(20), respond=lambda line: answer_400(line) if line.index == 9 else answer_200(line)
+    )
+    statuses = {result.index: result.status_code for result in run.answers}
+    assert statuses == {index: 400 if index == 9 else 200 for index in range(20)}
+
+
+# -- credits
+
+
+def test_the_scheduler_never_has_more_queued_than_the_credits_allow():
+    # Up to four requests a step leave the depth as it is at first.
+    run = finished(mixed(200), per_step=4)
+    assert run.server.longest_queue == {Side.LEFT: FIRST_DEPTH, Side.RIGHT: FIRST_DEPTH}
+
+
+def test_a_scheduler_that_takes_more_is_sent_more():
+    run = finished(mixed(400), per_step=12)
+    assert all(run.server.longest_queue[side] > FIRST_DEPTH for side in Side)
+    assert run.server.overdrawn == []
+
+
+def test_a_scheduler_that_takes_nothing_is_sent_no_more():
+    async def scenario() -> None:
+        run = Run(mixed(200), latency=0)
+        run.server.takes = lambda index: run.server.taken.total() < 5
+        async with aclosing(run.runner.run()) as results:
+            for _ in range(5):
+                await anext(results)
+            waiting = asyncio.ensure_future(anext(results))
+            await let_others_run()
+            assert not waiting.done()
+            assert len(run.server.sent) == 2 * FIRST_DEPTH + 5
+            assert run.runner.view.in_flight == 2 * FIRST_DEPTH
+            assert run.runner.view.waiting == 200 - len(run.server.sent)
+            run.server.resume()
+            await waiting
+
+    asyncio.run(scenario())
+
+
+def test_a_line_of_several_sequences_takes_a_credit_for_each():
+    run = finished(mixed(100, sequences=4), per_step=1)
+    assert run.server.longest_queue == {Side.LEFT: FIRST_DEPTH, Side.RIGHT: FIRST_DEPTH}
+    assert run.server.taken.total() == 400
+
+
+def test_lines_that_never_reach_the_scheduler_do_not_stop_the_job():
+    run = finished(mixed(150), refuses=lambda index: True)
+    assert sorted(run.answered()) == list(range(150))
+
+
+def test_credits_that_an_aborted_job_took_along_do_not_stop_the_next():
+    async def scenario() -> Run:
+        credits = Credits()
+        aborted = Run(mixed(100), credits=credits)
+        aborted.server.takes = lambda index: aborted.server.taken.total() < 3
+        await aborted.stop_after(1)
+        assert all(credits.available(side) < FIRST_DEPTH for side in Side)
+        following = Run(mixed(100), credits=credits)
+        # One scheduler serves both, and counts on.
+        following.server.taken = aborted.server.taken
+        await following.finish()
+        return following
+
+    assert sorted(asyncio.run(scenario()).answered()) == list(range(100))
+
+
+# -- plan
+
+
+def test_compute_heavy_lines_go_to_the_left_and_memory_heavy_ones_to_the_right():
+    run = finished(mixed(80, ignore_eos=True))
+    first = run.server.sent[: 2 * FIRST_DEPTH]
+    sides = {sent.index: sent.tag.side for sent in first if sent.tag}
+    assert sides == {index: Side.LEFT if index % 2 else Side.RIGHT for index in sides}
+    assert Counter(sides.values()) == {Side.LEFT: FIRST_DEPTH, Side.RIGHT: FIRST_DEPTH}
+
+
+def test_each_side_is_numbered_in_the_order_in_which_it_is_sent():
+    run = finished(mixed(120))
+    for side in Side:
+        ranks = [sent.tag.rank for sent in run.server.sent if sent.tag and sent.tag.side is side]
+        assert ranks == list(range(len(ranks)))
+        assert ranks
+
+
+def test_known_lengths_need_no_sample_and_are_what_the_tags_say():
+    run = finished(mixed(40, ignore_eos=True))
+    assert (run.runner.view.sampled, run.runner.view.replanned) == (0, False)
+    for sent in run.server.sent:
+        assert sent.tag is not None
+        assert sent.tag.output_tokens == (2 if sent.index % 2 else 4000)
+
+
+# -- sample and second plan
+
+
+@pytest.mark.parametrize("pending", [range(100), range(5, 400, 3)])
+def test_the_sample_is_sent_first(pending):
+    lines = chat(400)
+    plan = make_plan(planner_job([lines[index] for index in pending]), COST_MODEL)
+    sample = [list(pending)[position] for position in plan.sample]
+    run = finished(lines, pending)
+    assert run.runner.view.sampled == len(sample) > 0
+    assert run.server.indexes[: len(sample)] == sample
+
+
+def test_the_sample_takes_the_sides_that_its_densities_say():
+    lines = mixed(100)
+    sample = make_plan(planner_job(lines), COST_MODEL).sample
+    run = finished(lines)
+    sides = {sent.index: sent.tag.side for sent in run.server.sent[: len(sample)] if sent.tag}
+    assert sides == {int(n): Side.LEFT if n % 2 else Side.RIGHT for n in sample}
+    assert set(sides.values()) == set(Side)
+
+
+def test_a_sample_larger_than_the_credits_waits_for_them():
+    run = finished(chat(400), config=PlannerConfig(sample_fraction=0.25))
+    assert run.runner.view.sampled == 100
+    assert run.server.overdrawn == []
+    assert all(length <= FIRST_DEPTH for length in run.server.longest_queue.values())
+
+
+@dataclass
+class Planned:
+    """What one call of the planner was told."""
+
+    observed: dict[int, int]
+    exclude: set[int]
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
+    """The calls of the planner, as they come."""
+    calls: list[Planned] = []
+
+    def watched(job, cost_model, config, *, observed, exclude):
+        calls.append(Planned(dict(observed), set(exclude)))
+        return make_plan(job, cost_model, config, observed=observed, exclude=exclude)
+
+    monkeypatch.setattr(job_runner, "make_plan", watched)
+    return calls
+
+
+def sampled_then_paused(lines: Sequence[Body], **server: Any) -> Run:
+    """A run whose scheduler takes the sample, and goes on when the second plan is there."""
+    sample = set(make_plan(planner_job(lines), COST_MODEL).sample.tolist())
+    run = Run(lines, **server)
+    run.server.takes = sample.__contains__
+    reported = run.runner.wake
+
+    def wake() -> None:
+        # Reports come by another way, so this is the second plan.
+        reported()
+        run.server.resume()
+
+    run.runner.wake = wake  # type: ignore[method-assign]
+    return run
+
+
+def test_the_rest_is_planned_again_once_with_the_lengths_of_the_sample(plans):
+    lines = chat(100)
+    run = sampled_then_paused(lines)
+    asyncio.run(run.finish())
+
+    assert run.runner.view.replanned
+    first, second = plans
+    assert (first.observed, first.exclude) == ({}, set())
+    sample = make_plan(planner_job(lines), COST_MODEL).sample.tolist()
+    assert second.observed == dict.fromkeys(sample, ANSWER_TOKENS)
+    # What had started, and so kept the engine busy, is not planned a second time.
+    sent_before = run.server.indexes[: len(second.exclude)]
+    assert set(sent_before) == second.exclude
+    assert len(second.exclude) > len(sample)
+    assert Counter(run.server.indexes) == Counter(range(100))
+
+    for sent in run.server.sent:
+        assert sent.tag is not None
+        expected = DEFAULT_OUTPUT_TOKENS if sent.index in second.exclude else ANSWER_TOKENS
+        assert sent.tag.output_tokens == expected
+
+
+def test_a_line_that_failed_says_nothing_about_the_length_of_others(plans):
+    run = sampled_then_paused(chat(100), respond=answer_400)
+    asyncio.run(run.finish())
+    assert [plan.observed for plan in plans] == [{}, {}]
+    assert {s.tag.output_tokens for s in run.server.sent if s.tag} == {DEFAULT_OUTPUT_TOKENS}
+
+
+def test_without_a_sample_there_is_no_second_plan(plans):
+    run = finished(chat(100), config=PlannerConfig(sample_fraction=0.0))
+    assert len(plans) == 1
+    assert (run.runner.view.sampled, run.runner.view.replanned) == (0, False)
+
+
+# -- lines that cannot be planned
+
+
+def test_a_line_that_cannot_be_planned_goes_untagged_to_the_server_for_its_answer():
+    lines = [*chat(30), {"unreadable": True}, *chat(30), {"unreadable": True}]
+    run = finished(lines)
+    untagged = [sent.index for sent in run.server.sent if sent.tag is None]
+    assert untagged == [30, 61]
+    assert run.server.indexes[:2] == untagged  # they need no place in the plan
+    statuses = {result.index: result.status_code for result in run.answers}
+    assert statuses == {index: 400 if index in untagged else 200 for index in range(62)}
+
+
+def test_a_job_of_such_lines_alone_is_answered():
+    run = finished([{"unreadable": True}] * 40)
+    assert sorted(run.answered()) == list(range(40))
+    assert {sent.tag for sent in run.server.sent} == {None}
+
+
+# -- endings before the end
+
+
+@pytest.mark.parametrize("answers", [1, 20, 60])
+def test_closing_it_aborts_what_is_in_flight_and_sends_no_more(answers):
+    async def scenario() -> None:
+        run = Run(chat(100), latency=3)
+        results = run.runner.run()
+        for _ in range(answers):
+            await anext(results)
+        in_flight, sent = run.server.in_flight(), len(run.server.sent)
+        assert in_flight
+        await results.aclose()
+        assert run.server.aborted == in_flight
+        await let_others_run()
+        assert len(run.server.sent) == sent
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_it_aborts_what_is_in_flight():
+    async def scenario() -> None:
+        run = Run(chat(100))
+        run.server.takes = lambda index: run.server.taken.total() < 10
+        task = asyncio.ensure_future(run.finish())
+        while len(run.answers) < 10:
+            await asyncio.sleep(0)
+        in_flight = run.server.in_flight()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert in_flight
+        assert run.server.aborted == in_flight
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_dies_ends_the_job_with_its_error_and_all_that_was_in_flight():
+    def respond(line: BatchLine) -> LineResult:
+        if line.index == 40:
+            raise ConnectionError("the engine died")
+        return answer_200(line)
+
+    async def scenario() -> None:
+        run = Run(chat(100), respond=respond)
+        with pytest.raises(ConnectionError, match="the engine died"):
+            await run.finish()
+        assert 40 not in run.answered()
+        assert run.server.in_flight() == []
+        assert run.server.aborted
+
+    asyncio.run(scenario())
+
+
+# -- what an operator sees
+
+
+def test_the_view_counts_the_jobs_tokens_and_ends_with_all_its_work_done():
+    lines = mixed(40, ignore_eos=True)
+    run = finished(
+        lines,
+        respond=lambda line: LineResult(
+            line.index,
+            "rid",
+            status_code=200,
+            body={"usage": {"completion_tokens": lines[line.index]["max_tokens"]}},
+        ),
+    )
+    view = run.runner.view
+    plan = make_plan(planner_job(lines), COST_MODEL)
+    assert view.phase == "running"
+    assert view.prompt_tokens == sum(len(line["prompt"]) for line in lines) == plan.prompt_tokens
+    assert view.unique_tokens == plan.unique_tokens < view.prompt_tokens
+    assert (view.left_density, view.right_density) == (None, None)
+    assert view.done_work_tokens == pytest.approx(view.total_work_tokens)
