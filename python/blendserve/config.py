@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from blendserve.planner import hardware
 
 ENV_PREFIX = "BLENDSERVE_"
 CONFIG_FILE_VARIABLE = "BLENDSERVE_CONFIG"
@@ -67,6 +70,13 @@ class Settings(BaseSettings):
         default="", description="Internal: where the scheduler reports to the front process."
     )
 
+    @field_validator("hardware")
+    @classmethod
+    def _known_hardware(cls, name: str) -> str:
+        if name != "auto":
+            hardware(name)
+        return name
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -84,7 +94,10 @@ class Settings(BaseSettings):
                 f"{CONFIG_FILE_VARIABLE} names {path}, which is not a file. "
                 "Create it or unset the variable."
             )
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+        try:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not a TOML file: {error}") from error
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -105,9 +118,8 @@ def load_settings(**overrides: Any) -> Settings:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
-                _require_known(
-                    name, known, f"setting {name!r} in {os.environ[CONFIG_FILE_VARIABLE]}"
-                )
+                where = "argument" if name in overrides else os.environ.get(CONFIG_FILE_VARIABLE)
+                _require_known(name, known, f"setting {name!r} ({where})")
             problems.append(f"{name} = {item['input']!r}: {item['msg']}")
         raise ConfigError("BlendServe settings: " + "; ".join(problems)) from error
 

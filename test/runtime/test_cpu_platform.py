@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from blendserve.runtime import cpu_platform
 
+REPLACED = ("sgl_kernel", "torchvision")
+
 
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -26,10 +28,15 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.delattr(torch, "npu", raising=False)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    with mock.patch.dict(os.environ), mock.patch.dict(sys.modules):
+    with mock.patch.dict(os.environ):
         for variable in ("SGLANG_USE_CPU_ENGINE", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"):
             os.environ.pop(variable, None)
+        loaded = {name: sys.modules.pop(name, None) for name in REPLACED}
         yield
+    for name, module in loaded.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
 
 
 # -- when the stand-ins are needed
@@ -74,8 +81,6 @@ def test_sglang_finds_the_platform_by_its_entry_point():
 
 def test_with_cuda_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("sgl_kernel", "torchvision"):
-        sys.modules.pop(name, None)
     environment, modules = dict(os.environ), dict(sys.modules)
     assert cpu_platform.activate() is None
     assert dict(os.environ) == environment
@@ -102,7 +107,7 @@ def test_variables_that_the_user_set_are_kept(monkeypatch):
     assert (os.environ["TORCHDYNAMO_DISABLE"], os.environ["OMP_NUM_THREADS"]) == ("0", "7")
 
 
-@pytest.mark.parametrize("name", ["sgl_kernel", "torchvision"])
+@pytest.mark.parametrize("name", REPLACED)
 def test_a_package_that_is_there_is_left_alone(name):
     real = sys.modules[name] = ModuleType(name)
     getattr(cpu_platform, f"_install_{name}")()
@@ -114,7 +119,6 @@ def test_a_package_that_is_there_is_left_alone(name):
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`sgl_kernel` as it is where no wheel of it can be had."""
     monkeypatch.setattr(cpu_platform, "_is_installed", lambda name: False)
-    sys.modules.pop("sgl_kernel", None)
     cpu_platform._install_sgl_kernel()
     return importlib.import_module("sgl_kernel")
 
@@ -130,8 +134,10 @@ def test_the_stand_in_has_the_one_kernel_that_is_needed(stand_in):
     assert kernel is cpu_platform.assign_req_to_token_pool_cpu
 
 
-def test_the_stand_in_does_not_make_sglang_think_of_amx(stand_in):
-    assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed")
+def test_the_stand_in_does_not_make_sglang_think_of_amx(request):
+    before = hasattr(torch.ops.sgl_kernel, "convert_weight_packed")
+    request.getfixturevalue("stand_in")
+    assert hasattr(torch.ops.sgl_kernel, "convert_weight_packed") == before
 
 
 # -- the one kernel

@@ -306,7 +306,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[Body], list[int]]:
     return lines, [index for index in range(count) if index not in done]
 
 
-@settings(deadline=None, database=None)
+@settings(deadline=None, database=None, max_examples=60)
 @given(
     job=jobs(),
     per_step=st.integers(1, 20),

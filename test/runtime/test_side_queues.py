@@ -129,6 +129,16 @@ def test_a_retracted_request_waits_on_the_side_of_its_plan_whatever_it_has_produ
     assert waiting(queues, RIGHT) == []
 
 
+def test_the_latest_that_started_and_still_run_may_hold_a_prefix():
+    queues = queues_of(planned("a"), planned("b"), planned("x", RIGHT))
+    assert list(queues.latest_running()) == []
+    for side in (LEFT, LEFT, RIGHT):
+        start(queues, side)
+    assert {request.req.rid for request in queues.latest_running()} == {"a", "b", "x"}
+    queues.finish("b")
+    assert {request.req.rid for request in queues.latest_running()} == {"a", "x"}
+
+
 # -- endings
 
 
@@ -171,31 +181,34 @@ def test_removing_leaves_running_requests_alone():
 # -- memory
 
 
+def test_memory_is_kept_for_the_estimate_and_not_much_more():
+    assert 20 <= planned("a", estimate=20.0, max_new_tokens=1000).output_tokens <= 30
+
+
+@pytest.mark.parametrize("produced", [60, 61, 98])
+def test_an_output_that_outgrew_its_estimate_is_expected_to_go_on(produced):
+    request = planned("a", estimate=20.0, max_new_tokens=100, output_ids=[0] * produced)
+    assert request.output_tokens == produced + 1
+    assert request.remaining_tokens == 1
+
+
+def test_no_output_is_expected_beyond_its_limit():
+    request = planned("a", estimate=500.0, max_new_tokens=50)
+    assert (request.output_tokens, request.remaining_tokens) == (50, 50)
+    request.req.output_ids += [0] * 50
+    assert (request.output_tokens, request.remaining_tokens) == (50, 0)
+
+
 def test_a_running_request_books_what_it_holds_alone_and_half_its_expected_output():
     queues = queues_of(
         planned("a", prompt_tokens=100, estimate=30.0),
         planned("x", RIGHT, prompt_tokens=7, estimate=60.0),
     )
     assert (queues.account(LEFT), queues.account(RIGHT)) == (0, 0)
-    start(queues, LEFT, private_tokens=40)
-    start(queues, RIGHT, private_tokens=7)
-    assert (queues.account(LEFT), queues.account(RIGHT)) == (55, 37)
-
-
-@pytest.mark.parametrize(
-    ("produced", "expected", "remaining"),
-    [(0, 20, 20), (19, 20, 1), (20, 21, 1), (35, 36, 1), (49, 50, 1), (50, 50, 0)],
-)
-def test_an_output_is_expected_to_go_on_beyond_its_estimate_up_to_the_limit(
-    produced, expected, remaining
-):
-    request = planned("a", estimate=20.0, max_new_tokens=50, output_ids=[0] * produced)
-    assert request.output_tokens == expected
-    assert request.remaining_tokens == remaining
-
-
-def test_an_estimate_above_the_limit_books_the_limit():
-    assert planned("a", estimate=500.0, max_new_tokens=50).account_tokens == 25
+    left = start(queues, LEFT, private_tokens=40)
+    right = start(queues, RIGHT, private_tokens=7)
+    assert queues.account(LEFT) == 40 + left.output_tokens / 2
+    assert queues.account(RIGHT) == 7 + right.output_tokens / 2
 
 
 def test_a_request_that_outlives_its_estimate_counts_on_the_right():
@@ -203,10 +216,10 @@ def test_a_request_that_outlives_its_estimate_counts_on_the_right():
     request = start(queues, LEFT, private_tokens=20)
     request.req.output_ids += [0, 0, 0]
     assert (queues.running_count(LEFT), queues.running_count(RIGHT)) == (1, 0)
-    assert (queues.account(LEFT), queues.account(RIGHT)) == (22, 0)
+    assert (queues.account(LEFT), queues.account(RIGHT)) == (request.account_tokens, 0)
     request.req.output_ids.append(0)
     assert (queues.running_count(LEFT), queues.running_count(RIGHT)) == (0, 1)
-    assert (queues.account(LEFT), queues.account(RIGHT)) == (0, 22.5)
+    assert (queues.account(LEFT), queues.account(RIGHT)) == (0, request.account_tokens)
 
 
 def test_a_request_of_the_right_stays_there():
@@ -224,12 +237,13 @@ def test_growth_is_what_each_running_request_will_take_and_give_back():
         planned("b", estimate=5.0),
     )
     assert queues.growth().peak_tokens() == 0
-    start(queues, LEFT, private_tokens=40)
-    start(queues, RIGHT, private_tokens=7)
-    assert queues.growth().remaining_tokens.tolist() == [18, 60]
+    left = start(queues, LEFT, private_tokens=40)
+    right = start(queues, RIGHT, private_tokens=7)
+    remaining = [left.output_tokens - 12, right.output_tokens]
+    assert queues.growth().remaining_tokens.tolist() == remaining
     assert queues.growth().private_tokens.tolist() == [52, 7]
     queues.finish("a")
-    assert queues.growth().remaining_tokens.tolist() == [60]
+    assert queues.growth().remaining_tokens.tolist() == remaining[1:]
 
 
 # -- any sequence of events

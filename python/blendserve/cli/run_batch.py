@@ -40,13 +40,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         _check_paths(options)
         endpoint = _endpoint(options.input)
+        _clear(options)
         return _run(options, server_flags, endpoint, console)
     except (RunBatchError, ServerFailed) as error:
-        console.print(f"blendserve run-batch: {error}", highlight=False, markup=False)
+        _say(console, f"blendserve run-batch: {error}")
         return 1
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         return 130
+
+
+def _say(console: Console, text: str) -> None:
+    # Not folded or coloured: paths in messages must stay whole, for eyes and for grep.
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,6 +71,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--overwrite", action="store_true", help="drop an earlier output and its state, begin anew"
     )
     options, rest = parser.parse_known_args(list(argv))
+    if not options.output.name:
+        parser.error(f"-o {options.output}: give the name of a file")
     if options.errors is None:
         options.errors = options.output.with_suffix(".errors.jsonl")
     options.state = options.output.with_name(options.output.name + ".blendserve")
@@ -74,17 +82,26 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _check_paths(options: argparse.Namespace) -> None:
     if not options.input.is_file():
         raise RunBatchError(f"input {options.input} is not a file")
-    if not options.output.parent.is_dir():
-        raise RunBatchError(f"the output's folder {options.output.parent} does not exist")
-    if options.overwrite:
-        for path in (options.output, options.errors):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(options.state, ignore_errors=True)
+    paths = [path.resolve() for path in (options.input, options.output, options.errors)]
+    if len(set(paths)) < len(paths):
+        raise RunBatchError("input, output and errors must be three different files")
     for path in (options.output, options.errors):
-        if path.exists():
+        if path.is_dir():
+            raise RunBatchError(f"{path} is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
+            raise RunBatchError(f"the folder of {path} does not exist")
+        if path.exists() and not options.overwrite:
             raise RunBatchError(
                 f"{path} exists already. Give another name, or --overwrite to replace it."
             )
+
+
+def _clear(options: argparse.Namespace) -> None:
+    """Make room for the answers, once everything else has been found right."""
+    if options.overwrite:
+        options.output.unlink(missing_ok=True)
+        options.errors.unlink(missing_ok=True)
+        shutil.rmtree(options.state, ignore_errors=True)
     options.state.mkdir(exist_ok=True)
 
 
@@ -112,7 +129,7 @@ def _run(
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--batch-dir", str(options.state / "batches")]
     log = options.state / "server.log"
-    console.print(f"Starting the engine (its log: {log}) ...", highlight=False)
+    _say(console, f"Starting the engine (its log: {log}) ...")
     with running_server(command, port, log) as url:
         client = openai_client(url, {})
         batch = _find_or_create(client, options.input, endpoint)
@@ -128,8 +145,8 @@ def _run(
     shutil.rmtree(options.state)
     counts = batch.request_counts
     assert counts is not None
-    console.print(f"{batch.status}: {counts.completed} answered in {options.output}", end="")
-    console.print(f", {counts.failed} failed in {options.errors}" if counts.failed else "")
+    failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
+    _say(console, f"{batch.status}: {counts.completed} answered in {options.output}{failed}")
     return 1 if counts.failed or batch.status != "completed" else 0
 
 

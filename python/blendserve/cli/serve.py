@@ -73,7 +73,8 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     model.add_argument("--model-path", "--model", default=None)
     model.add_argument("--served-model-name", default=None)
     options, rest = ours.parse_known_args(list(argv))
-    overrides = {name: value for name in _SETTING_FLAGS if (value := getattr(options, name))}
+    given = {name: getattr(options, name) for name in _SETTING_FLAGS}
+    overrides = {name: value for name, value in given.items() if value is not None}
     settings = load_settings(enabled=True, **overrides)
     os.environ.update(to_environment(settings))
 
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
 
     load_plugins()
     # SGLang's parser would name an unknown flag without a hint, and only print its own usage.
-    parser = _Parser(prog="blendserve serve")
+    parser = _Parser(prog="blendserve serve", allow_abbrev=False)
     add_setting_flags(parser)
     ServerArgs.add_cli_args(parser)
     if "--config" not in flags:

@@ -15,6 +15,10 @@ from .length_estimator import choose_sample, estimate
 from .prefix_tree import Floats, Ints, PrefixTree
 from .transform import transform
 
+# Up to this limit an output is taken as known for the choice of the sample: next to any prompt, it
+# does not change which side a request belongs to.
+PINNED_OUTPUT_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class PlannerConfig:
@@ -151,8 +155,14 @@ def make_plan(
         waiting[request] = False
     sample = np.empty(0, dtype=np.int64)
     if not observed:
+        # A short limit pins a length about as well as a sample would.
+        open_ended = job.max_output_tokens > PINNED_OUTPUT_TOKENS
         sample = choose_sample(
-            tree, config.sample_fraction, config.seed, config.min_sample, waiting & ~known
+            tree,
+            config.sample_fraction,
+            config.seed,
+            config.min_sample,
+            waiting & ~known & open_ended,
         )
 
     rest = tree.subset(waiting[tree.requests])

@@ -29,6 +29,10 @@ class Credits:
         """Record that ``sequences`` engine requests went to a side."""
         self._sent[side] += sequences
 
+    def refused(self, side: Side, sequences: int) -> None:
+        """Take ``sent`` back: the server answered with an error, before any queue."""
+        self._sent[side] -= sequences
+
     def on_report(self, report: SchedulerReport) -> None:
         before = self._taken.get(report.dp_rank, Counter())
         taken = Counter({side: report.taken[side.value] for side in Side})
@@ -36,6 +40,9 @@ class Credits:
         for side in Side:
             admitted = taken[side] - before[side]
             self._depth[side] = min(max(self._depth[side], _DEPTH_PER_STEP * admitted), _MAX_DEPTH)
+            if self.queued(side) < 0:
+                # More was taken than is known to be sent: a report came after `settle`.
+                self._sent[side] -= self.queued(side)
 
     def queued(self, side: Side) -> int:
         """Requests sent to a side that the scheduler has not yet taken from its queue."""

@@ -71,8 +71,10 @@ def installed_sglang() -> str:
 
 def check_version(version: str) -> None:
     """Raise UnsupportedSGLang if the version is outside the supported range."""
-    release = Version(version)
-    if not Version(OLDEST_SGLANG) <= release <= Version(NEWEST_SGLANG):
+    # The release alone: a build for another CUDA or a re-packaged release has the same code.
+    parsed = Version(version)
+    oldest, newest = Version(OLDEST_SGLANG).release, Version(NEWEST_SGLANG).release
+    if parsed.is_prerelease or not oldest <= parsed.release <= newest:
         raise UnsupportedSGLang(
             f"SGLang {version} is installed; BlendServe supports {OLDEST_SGLANG} to "
             f"{NEWEST_SGLANG}. Install one of these, for example: "

@@ -55,10 +55,10 @@ def mount(
         limits = BatchLimits(
             max_lines=settings.max_batch_lines, max_file_bytes=settings.max_file_bytes
         )
+        executor = BlendExecutor(app, server_args, tokenizer_manager, settings)
         store = BatchStore(settings.batch_dir)
     except (UnsupportedSGLang, BatchDirectoryError, ValueError) as error:
         raise SystemExit(f"blendserve: {error}") from error
-    executor = BlendExecutor(app, server_args, tokenizer_manager, settings)
     service = BatchService(store, executor, limits)
     app.include_router(build_router(service))
     app.include_router(_status_router(executor, service))

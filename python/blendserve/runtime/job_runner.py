@@ -115,6 +115,7 @@ class JobRunner:
         self._observed: dict[int, int] = {}
         self._started: set[int] = set()
         self._ranks = dict.fromkeys(Side, 0)
+        self._sides: dict[int, Side] = {}
         self._prefill_work: dict[int, int] = {}
 
     def wake(self) -> None:
@@ -128,11 +129,13 @@ class JobRunner:
         plan = await self._plan(work)
         scanner = self._adopt(work, plan)
         # Samples go first and their answers count like any other.
-        sample = deque(int(position) for position in plan.sample)
-        unseen = set(sample)
-        self.view.sampled = len(sample)
+        sample = self._sample_by_side(plan)
+        unseen = {position for queue in sample.values() for position in queue}
+        self.view.sampled = len(unseen)
         replan: asyncio.Task[Plan] | None = None
         self.view.phase = "running"
+        # Nothing of this server's batches is in flight now, so nothing can be in the queues.
+        self._credits.settle()
         try:
             while True:
                 if replan is None and self.view.sampled and not unseen:
@@ -156,7 +159,7 @@ class JobRunner:
                 result = task.result()
                 if position is not None:
                     unseen.discard(position)
-                    self._observe(position, result)
+                    self._observe(work, position, result)
                 yield result
         finally:
             if replan is not None:
@@ -215,24 +218,30 @@ class JobRunner:
 
     # -- dispatch, on the event loop -----------------------------------------------------------
 
-    def _dispatch(self, work: _Work, plan: Plan, scanner: DualScanner, sample: deque[int]) -> None:
-        """Send as much as the credits allow: sample first, then the two fronts."""
+    @staticmethod
+    def _sample_by_side(plan: Plan) -> dict[Side, deque[int]]:
+        """The sample, each request on the side of the target that its density is on."""
+        sample: dict[Side, deque[int]] = {side: deque() for side in Side}
+        for position in map(int, plan.sample):
+            dense = plan.request_density[position] >= plan.target_density
+            sample[Side.LEFT if dense else Side.RIGHT].append(position)
+        return sample
+
+    def _dispatch(
+        self, work: _Work, plan: Plan, scanner: DualScanner, sample: dict[Side, deque[int]]
+    ) -> None:
+        """Send as much as the credits allow: on each side the sample first, then the front."""
         while work.unplannable:
             line = self._lines.read(work.unplannable.popleft())
             self._start(line, None, 1, None)
-        while sample:
-            position = sample[0]
-            dense = plan.request_density[position] >= plan.target_density
-            side = Side.LEFT if dense else Side.RIGHT
-            if self._credits.available(side) <= 0:
-                break
-            sample.popleft()
-            if scanner.remove(position):
-                self._send(work, position, side, float(plan.request_density[position]), scanner)
         for side in Side:
+            while sample[side] and self._credits.available(side) > 0:
+                position = sample[side].popleft()
+                if scanner.remove(position):
+                    density = float(plan.request_density[position])
+                    self._send(work, position, side, density, scanner)
             while not scanner.exhausted and self._credits.available(side) > 0:
-                density = scanner.density(side)
-                assert density is not None
+                density = scanner.density(side) or 0.0
                 self._send(work, scanner.take(side), side, density, scanner)
         self.view.target_density = scanner.target_density
         self.view.left_density = scanner.density(Side.LEFT)
@@ -257,6 +266,7 @@ class JobRunner:
         )
         self._ranks[side] += 1
         self._started.add(position)
+        self._sides[position] = side
         self._credits.sent(side, sequences)
         self._start(line, tag, sequences, position)
 
@@ -267,8 +277,10 @@ class JobRunner:
         task.add_done_callback(lambda done: self._events.put_nowait((done, position)))
         self.view.in_flight += 1
 
-    def _observe(self, position: int, result: LineResult) -> None:
+    def _observe(self, work: _Work, position: int, result: LineResult) -> None:
         produced = usage_of(result.body).output_tokens
         if result.status_code == 200:
             self._observed[position] = produced
+        else:
+            self._credits.refused(self._sides.pop(position), work.prompts[position].sequences)
         self.view.done_work_tokens += self._prefill_work.get(position, 0) + produced

@@ -14,6 +14,7 @@ from typing import Any
 from blendserve.planner import Side
 
 _PREFIX = "blendserve_"
+_NUMBERS = ("rank", "density", "target", "output_tokens")
 # JSON has no infinity; a density this high is compute-bound on any hardware.
 _LARGEST_DENSITY = 1e12
 
@@ -52,16 +53,15 @@ class PlanTag:
         if not params or f"{_PREFIX}side" not in params:
             return None
         try:
-            return cls(
-                side=Side(params[f"{_PREFIX}side"]),
-                rank=int(params[f"{_PREFIX}rank"]),
-                density=float(params[f"{_PREFIX}density"]),
-                target_density=float(params[f"{_PREFIX}target"]),
-                output_tokens=float(params[f"{_PREFIX}output_tokens"]),
-            )
-        except (KeyError, TypeError, ValueError):
+            numbers = [float(params[f"{_PREFIX}{name}"]) for name in _NUMBERS]
+            side = Side(params[f"{_PREFIX}side"])
+        except (KeyError, TypeError, ValueError, OverflowError):
             # A client wrote these keys itself. Its request is served, as any online request.
             return None
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            return None
+        rank, density, target_density, output_tokens = numbers
+        return cls(side, int(rank), density, target_density, output_tokens)
 
 
 def _finite(density: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from blendserve.runtime.plan_tag import PlanTag
 # Memory is kept for this much more than the estimate: outgrowing it costs a retraction, which
 # computes everything anew, while memory kept in vain is only lent a little later.
 _MEMORY_MARGIN = 1.25
-# How many of the latest started requests of a side are searched for one that holds a prefix.
-_LATEST_STARTED = 8
+# How far back, and for how many of each side, to look for a running request that holds a prefix.
+_LATEST_SEARCHED = 64
+_LATEST_PER_SIDE = 8
 
 
 @dataclass
@@ -61,9 +63,6 @@ class SideQueues:
     def __init__(self) -> None:
         self.waiting: dict[Side, deque[PlannedRequest]] = {side: deque() for side in Side}
         self.running: dict[str, PlannedRequest] = {}
-        self._latest: dict[Side, deque[PlannedRequest]] = {
-            side: deque(maxlen=_LATEST_STARTED) for side in Side
-        }
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
         self.retractions = 0
 
@@ -83,7 +82,6 @@ class SideQueues:
         request = self.waiting[side].popleft()
         request.private_tokens = private_tokens
         self.running[request.req.rid] = request
-        self._latest[side].append(request)
         self.taken[side] += 1
         return request
 
@@ -93,8 +91,12 @@ class SideQueues:
         Requests that share a prefix start one after the other on a side, so a longer look would
         find no more.
         """
-        for latest in self._latest.values():
-            yield from (request for request in latest if request.req.rid in self.running)
+        seen = dict.fromkeys(Side, 0)
+        for request in islice(reversed(self.running.values()), _LATEST_SEARCHED):
+            side = request.tag.side
+            if seen[side] < _LATEST_PER_SIDE:
+                seen[side] += 1
+                yield request
 
     def put_back(self, request: PlannedRequest) -> None:
         """Undo ``start`` for a request that SGLang did not admit after all."""
