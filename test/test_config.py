@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
+from blendserve.planner import HARDWARE
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +126,15 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_nearest_name(toml):
     path = toml('hardwear = "cpu"\n')
     with pytest.raises(ConfigError) as refusal:
         load_settings()
-    assert f"setting 'hardwear' in {path}: no such setting" in str(refusal.value)
+    assert f"setting 'hardwear' ({path}): no such setting" in str(refusal.value)
+    assert "Did you mean 'hardware'?" in str(refusal.value)
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest_name(toml):
+    toml('hardware = "cpu"\n')
+    with pytest.raises(ConfigError) as refusal:
+        load_settings(hardwear="cpu")
+    assert "setting 'hardwear' (argument): no such setting" in str(refusal.value)
     assert "Did you mean 'hardware'?" in str(refusal.value)
 
 
@@ -158,6 +167,8 @@ def test_a_name_like_no_other_is_refused_with_all_the_names():
         ("max_batch_lines", "0"),
         ("max_batch_lines", "2.5"),
         ("max_file_bytes", "200MB"),
+        ("hardware", ""),
+        ("hardware", "h100"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_setting_and_itself(setting, value):
@@ -177,6 +188,20 @@ def test_a_bad_value_on_the_command_line_is_refused_with_its_setting_and_itself(
         load_settings(sample_fraction="7")
 
 
+def test_hardware_that_is_not_in_the_planners_table_is_refused_with_what_is(toml):
+    toml('hardware = "h100"\n')
+    with pytest.raises(ConfigError) as refusal:
+        load_settings()
+    assert all(name in str(refusal.value) for name in HARDWARE)
+    assert "did you mean 'h100-80g-sxm'?" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["auto", *HARDWARE])
+def test_every_row_of_the_planners_table_may_be_named(name):
+    os.environ["BLENDSERVE_HARDWARE"] = name
+    assert load_settings().hardware == name
+
+
 def test_all_bad_values_are_named_at_once():
     os.environ["BLENDSERVE_MAX_BATCH_LINES"] = "none"
     os.environ["BLENDSERVE_SAMPLE_FRACTION"] = "3"
@@ -192,6 +217,24 @@ def test_a_config_file_that_is_none_is_refused_by_its_name(tmp_path, name):
     assert f"BLENDSERVE_CONFIG names {tmp_path / name}, which is not a file" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"enabled = [",
+        b"enabled = true\nhardware cpu\n",
+        b"hardware = 'cpu'\nhardware = 'l40s'\n",
+        b"\xff\xfeh\0",
+        b"hardware = '\xe9'\n",
+    ],
+)
+def test_a_malformed_config_file_is_refused_by_its_name(toml, data):
+    path = toml("")
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as refusal:
+        load_settings()
+    assert str(refusal.value).startswith(f"{path} is not a TOML file: ")
+
+
 # -- handing the settings on
 
 words = st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=20)
@@ -200,7 +243,7 @@ words = st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=
 @given(
     enabled=st.booleans(),
     batch_dir=words.map(Path),
-    hardware=words,
+    hardware=st.sampled_from(["auto", *HARDWARE]),
     sample_fraction=st.floats(0, 1),
     sharing_preserved=st.floats(0, 1, exclude_min=True),
     max_batch_lines=st.integers(1, 10**12),

@@ -151,6 +151,7 @@ def test_a_flag_without_its_value_is_refused(capsys, machine):
     [
         (["--sample-fraction", "7"], "sample_fraction = '7': "),
         (["--max-batch-lines", "many"], "max_batch_lines = 'many': "),
+        (["--hardware", "h100"], "hardware = 'h100': "),
     ],
 )
 def test_a_bad_setting_ends_serve_with_its_name_and_value(capsys, machine, argv, message):
@@ -288,11 +289,126 @@ def test_an_input_that_is_no_file_is_refused(capsys, engine, files, source):
     assert engine == []
 
 
-def test_an_output_folder_that_does_not_exist_is_refused(capsys, engine, files):
-    assert run(files, output="results/out.jsonl") == 1
-    assert f"the output's folder {files / 'results'} does not exist" in capsys.readouterr().err
+def contents(folder: Path) -> dict[str, str | None]:
+    """All that lies in a folder, and what the files among it say."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("flag", ["-o", "--errors"])
+def test_a_folder_that_does_not_exist_is_refused(capsys, engine, files, flag):
+    before = contents(files)
+    path = files / "results" / "out.jsonl"
+    assert run(files, flag, str(path)) == 1
+    assert f"the folder of {path} does not exist" in capsys.readouterr().err
     assert engine == []
-    assert not (files / "results").exists()
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("flag", ["-o", "--errors"])
+def test_a_folder_is_refused_as_an_output(capsys, engine, files, flag, overwrite):
+    (files / "results").mkdir()
+    (files / "results" / "kept.txt").write_text("kept\n")
+    before = contents(files)
+    assert run(files, flag, str(files / "results"), *overwrite) == 1
+    said = capsys.readouterr().err
+    assert f"{files / 'results'} is a folder; give the name of a file in it" in said
+    assert engine == []
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("output", [".", "/", "./"])
+def test_an_output_without_a_name_is_wrong_usage(capsys, engine, files, monkeypatch, output):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit) as end:
+        main(["run-batch", "-i", "in.jsonl", "-o", output, "--overwrite"])
+    assert end.value.code == 2
+    assert f"-o {Path(output)}: give the name of a file" in capsys.readouterr().err
+    assert engine == []
+    assert contents(files) == {"in.jsonl": json.dumps(LINE) + "\n"}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("output", "errors"),
+    [
+        ("in.jsonl", "errors.jsonl"),
+        ("out.jsonl", "in.jsonl"),
+        ("out.jsonl", "out.jsonl"),
+        ("sub/../in.jsonl", "errors.jsonl"),
+        ("out.jsonl", "link.jsonl"),  # to the input
+        ("loop/in.jsonl", "errors.jsonl"),  # through a link to the folder
+        ("sub/out.jsonl", "sub/../sub/out.jsonl"),
+    ],
+)
+def test_input_output_and_errors_must_be_three_files(
+    capsys, engine, files, output, errors, overwrite
+):
+    (files / "sub").mkdir()
+    (files / "link.jsonl").symlink_to("in.jsonl")
+    (files / "loop").symlink_to(".")
+    before = contents(files)
+    assert run(files, "--errors", str(files / errors), *overwrite, output=output) == 1
+    said = capsys.readouterr().err
+    assert "input, output and errors must be three different files" in said
+    assert engine == []
+    assert contents(files) == before
+
+
+REFUSED = pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("nonsense\n", []),
+        ("\n", []),
+        (json.dumps(LINE), ["-i", "missing.jsonl"]),
+        (json.dumps(LINE), ["-o", "missing/out.jsonl"]),
+        (json.dumps(LINE), ["--errors", "missing/out.errors.jsonl"]),
+        (json.dumps(LINE), ["--errors", "out.jsonl"]),
+    ],
+)
+
+
+@REFUSED
+def test_a_refusal_leaves_nothing_behind(engine, files, monkeypatch, text, more):
+    monkeypatch.chdir(files)
+    (files / "in.jsonl").write_text(text)
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", *more]) == 1
+    assert engine == []
+    assert contents(files) == {"in.jsonl": text}
+
+
+@REFUSED
+def test_a_refusal_drops_nothing_of_an_earlier_run(engine, files, monkeypatch, text, more):
+    monkeypatch.chdir(files)
+    (files / "in.jsonl").write_text(text)
+    (files / "out.jsonl.blendserve").mkdir()
+    for name in ("out.jsonl", "out.errors.jsonl", "out.jsonl.blendserve/batches.db"):
+        (files / name).write_text("earlier\n")
+    before = contents(files)
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--overwrite", *more]) == 1
+    assert engine == []
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("columns", ["20", None])
+def test_a_message_is_not_broken_into_lines(capsys, engine, files, columns):
+    del os.environ["COLUMNS"]
+    if columns is not None:
+        os.environ["COLUMNS"] = columns
+    source = "input of many words " * 5 + "[bold]" + "x" * 100
+    assert run(files, source=source) == 1
+    said = capsys.readouterr().err
+    assert said == f"blendserve run-batch: input {files / source} is not a file\n"
+
+
+def test_the_path_of_the_engines_log_is_not_broken_into_lines(capsys, engine, files):
+    os.environ["COLUMNS"] = "20"
+    run(files)
+    log = files / "out.jsonl.blendserve" / "server.log"
+    assert f"Starting the engine (its log: {log}) ...\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl"])

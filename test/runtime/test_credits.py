@@ -110,10 +110,33 @@ def test_settling_forgets_what_was_sent_and_never_counted(counted):
     assert credits.queued(LEFT) == 1
 
 
+def test_what_the_server_refused_gives_its_credit_back_to_its_side():
+    credits = Credits()
+    credits.sent(LEFT, 16)
+    credits.sent(RIGHT, 16)
+    credits.refused(LEFT, 6)
+    assert (credits.available(LEFT), credits.available(RIGHT)) == (6, 0)
+    credits.on_report(report(left=10))
+    assert credits.queued(LEFT) == 0
+
+
+def test_a_report_that_comes_after_settling_makes_no_credit_out_of_nothing():
+    credits = Credits()
+    credits.sent(LEFT, 16)
+    credits.settle()
+    credits.on_report(report(left=16))  # of what was sent and aborted before
+    depth = DEPTH_PER_STEP * 16
+    assert (credits.queued(LEFT), credits.available(LEFT)) == (0, depth)
+    credits.sent(LEFT, 5)
+    credits.on_report(report(left=18))
+    assert (credits.queued(LEFT), credits.available(LEFT)) == (3, depth - 3)
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(Side),
         st.integers(0, 60),  # wanted
+        st.integers(0, 60),  # refused of these at most
         st.integers(0, 2),  # rank that takes
         st.integers(0, 60),  # taken at most
         st.booleans(),  # whether the report arrives
@@ -131,10 +154,13 @@ def test_a_sender_that_heeds_its_credits_never_fills_a_queue_beyond_its_depth(st
     taken = {rank: Counter(dict.fromkeys(Side, 0)) for rank in range(3)}
     reported = {rank: Counter(counts) for rank, counts in taken.items()}
     depth = dict.fromkeys(Side, FIRST_DEPTH)
-    for side, wanted, rank, most, arrives in steps:
+    for side, wanted, refused, rank, most, arrives in steps:
         sent = min(wanted, max(credits.available(side), 0))
         credits.sent(side, sent)
-        queue[side] += sent
+        assert credits.queued(side) <= depth[side]
+        refused = min(refused, sent)
+        credits.refused(side, refused)
+        queue[side] += sent - refused
         # What the scheduler holds is never more than the sender believes.
         assert queue[side] <= credits.queued(side) <= depth[side]
         admitted = min(most, queue[side])

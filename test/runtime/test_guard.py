@@ -51,7 +51,20 @@ def test_a_release_is_taken_exactly_if_it_lies_in_the_supported_range(release):
             guard.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.5.9", "0.5.15", "0.5.16rc1", "0.5.24", "0.6.0", "1.0"])
+@pytest.mark.parametrize("bound", RANGE)
+@pytest.mark.parametrize("suffix", ["+cu130", ".post1", ".post2+cu126"])
+def test_another_build_of_a_supported_release_is_taken(bound, suffix):
+    guard.check_version(bound + suffix)
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        *["0.5.9", "0.5.15", "0.5.24", "0.6.0", "1.0"],
+        *["0.5.15.post1", "0.5.24+cu130"],  # other builds of unsupported releases
+        *["0.5.16rc1", "0.5.20rc1", "0.5.20.dev3+g1234567", "0.5.23rc2", "0.5.24rc1"],
+    ],
+)
 def test_the_refusal_names_the_installed_version_and_the_supported_range(version):
     with pytest.raises(UnsupportedSGLang) as refusal:
         guard.check_version(version)
@@ -261,6 +274,7 @@ def test_an_unsupported_sglang_ends_the_process_with_the_message(registered, mon
         ("BLENDSERVE_ENABLED", "maybe", "enabled = 'maybe'"),
         ("BLENDSERVE_SAMPLE_FRACTION", "2", "sample_fraction = '2'"),
         ("BLENDSERVE_ENABLE", "1", "Did you mean 'enabled'?"),
+        ("BLENDSERVE_HARDWARE", "h100", "did you mean 'h100-80g-sxm'?"),
         ("BLENDSERVE_CONFIG", "no-such.toml", "no-such.toml, which is not a file"),
     ],
 )
@@ -270,4 +284,14 @@ def test_a_bad_setting_ends_the_process_with_the_message(registered, variable, v
         plugin.activate()
     assert str(end.value.code).startswith("blendserve: ")
     assert named in str(end.value.code)
+    assert registered.front_process == []
+
+
+def test_a_malformed_config_file_ends_the_process_with_the_message(registered, tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text("enabled = [")
+    os.environ["BLENDSERVE_CONFIG"] = str(path)
+    with pytest.raises(SystemExit) as end:
+        plugin.activate()
+    assert str(end.value.code).startswith(f"blendserve: {path} is not a TOML file: ")
     assert registered.front_process == []

@@ -25,6 +25,7 @@ from blendserve.planner import (
     hardware,
     make_plan,
 )
+from blendserve.planner.plan import PINNED_OUTPUT_TOKENS
 from blendserve.runtime import job_runner
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.feedback import SchedulerReport
@@ -226,6 +227,9 @@ class Run:
         )
         self.server.on_report = self.runner.wake
 
+    def sent_on(self, side: Side) -> list[int]:
+        return [sent.index for sent in self.server.sent if sent.tag and sent.tag.side is side]
+
     async def finish(self) -> None:
         async with aclosing(self.runner.run()) as results:
             async for result in results:
@@ -392,6 +396,28 @@ def test_lines_that_never_reach_the_scheduler_do_not_stop_the_job():
     assert sorted(run.answered()) == list(range(150))
 
 
+def test_after_refused_lines_the_queues_are_as_deep_as_without_them():
+    # Some on each side, among the first that fill the queues and for a while after.
+    run = finished(
+        mixed(400), per_step=4, refuses=lambda index: index < 100 and index % 8 in (2, 5)
+    )
+    assert run.server.longest_queue == {Side.LEFT: FIRST_DEPTH, Side.RIGHT: FIRST_DEPTH}
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_a_refused_line_gives_its_credits_back(sequences):
+    credits = Credits()
+    lines = mixed(200, ignore_eos=True, sequences=sequences)
+    finished(lines, credits=credits, refuses=lambda index: index % 2 == 1 and index < 64)
+    assert [credits.queued(side) for side in Side] == [0, 0]
+
+
+def test_refused_lines_of_one_side_do_not_leave_the_rest_to_the_other():
+    run = finished(mixed(400, ignore_eos=True), refuses=lambda index: index % 2 == 1 and index < 64)
+    exams_on_the_right = [index for index in run.sent_on(Side.RIGHT) if index % 2]
+    assert exams_on_the_right == []
+
+
 def test_credits_that_an_aborted_job_took_along_do_not_stop_the_next():
     async def scenario() -> Run:
         credits = Credits()
@@ -405,7 +431,11 @@ def test_credits_that_an_aborted_job_took_along_do_not_stop_the_next():
         await following.finish()
         return following
 
-    assert sorted(asyncio.run(scenario()).answered()) == list(range(100))
+    following = asyncio.run(scenario())
+    assert sorted(following.answered()) == list(range(100))
+    # It begins with as much as the first one did.
+    first = Counter(sent.tag.side for sent in following.server.sent[: 2 * FIRST_DEPTH] if sent.tag)
+    assert first == {Side.LEFT: FIRST_DEPTH, Side.RIGHT: FIRST_DEPTH}
 
 
 # -- plan
@@ -438,23 +468,54 @@ def test_known_lengths_need_no_sample_and_are_what_the_tags_say():
 # -- sample and second plan
 
 
-@pytest.mark.parametrize("pending", [range(100), range(5, 400, 3)])
-def test_the_sample_is_sent_first(pending):
+@pytest.mark.parametrize("pending", [range(100), range(5, 400, 3), range(400)])
+@pytest.mark.parametrize("fraction", [0.01, 0.25])  # the larger one has to wait for credits
+def test_each_side_is_sent_its_sample_first(pending, fraction):
     lines = chat(400)
-    plan = make_plan(planner_job([lines[index] for index in pending]), COST_MODEL)
-    sample = [list(pending)[position] for position in plan.sample]
-    run = finished(lines, pending)
-    assert run.runner.view.sampled == len(sample) > 0
-    assert run.server.indexes[: len(sample)] == sample
+    config = PlannerConfig(sample_fraction=fraction)
+    plan = make_plan(planner_job([lines[index] for index in pending]), COST_MODEL, config)
+    sample: dict[Side, list[int]] = {side: [] for side in Side}
+    for position in plan.sample.tolist():
+        dense = plan.request_density[position] >= plan.target_density
+        sample[Side.LEFT if dense else Side.RIGHT].append(pending[position])
+    run = finished(lines, pending, config=config)
+    assert run.runner.view.sampled == len(plan.sample)
+    for side in Side:
+        assert sample[side]
+        assert run.sent_on(side)[: len(sample[side])] == sample[side]
 
 
 def test_the_sample_takes_the_sides_that_its_densities_say():
-    lines = mixed(100)
-    sample = make_plan(planner_job(lines), COST_MODEL).sample
+    # Long prompts that share nothing, with limits that do not say enough about their answers.
+    papers = [
+        {"prompt": list(range(1000 * n, 1000 * n + 300)), "max_tokens": PINNED_OUTPUT_TOKENS + 1}
+        for n in range(100)
+    ]
+    lines = [papers[n] if n % 2 else story(n) for n in range(100)]
+    sample = make_plan(planner_job(lines), COST_MODEL).sample.tolist()
     run = finished(lines)
-    sides = {sent.index: sent.tag.side for sent in run.server.sent[: len(sample)] if sent.tag}
-    assert sides == {int(n): Side.LEFT if n % 2 else Side.RIGHT for n in sample}
-    assert set(sides.values()) == set(Side)
+    sides = {sent.index: sent.tag.side for sent in run.server.sent if sent.tag}
+    assert {n: sides[n] for n in sample} == {n: Side.LEFT if n % 2 else Side.RIGHT for n in sample}
+    assert {sides[n] for n in sample} == set(Side)
+
+
+def test_a_sample_that_waits_on_one_side_does_not_hold_up_the_other():
+    lines = [exam(n) if n % 4 else story(n) for n in range(400)]
+    stories = set(range(0, 400, 4))
+    run = Run(lines, config=PlannerConfig(sample_fraction=1.0))
+    run.server.takes = lambda index: index not in stories
+    asyncio.run(asyncio.wait_for(run.stop_after(300), timeout=30))
+    # The answers of exams are short whatever they say, so the stories alone are sampled.
+    assert run.runner.view.sampled == len(stories)
+    assert set(run.answered()) == set(range(400)) - stories
+    assert len(run.sent_on(Side.RIGHT)) == FIRST_DEPTH
+
+
+@pytest.mark.parametrize(
+    ("limit", "sampled"), [(PINNED_OUTPUT_TOKENS, 0), (PINNED_OUTPUT_TOKENS + 1, 8)]
+)
+def test_lines_whose_answers_must_be_short_need_no_sample(limit, sampled):
+    assert finished(chat(100, max_tokens=limit)).runner.view.sampled == sampled
 
 
 def test_a_sample_larger_than_the_credits_waits_for_them():

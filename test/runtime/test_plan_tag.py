@@ -99,6 +99,20 @@ def test_a_tag_with_a_malformed_value_is_none(key, value):
     assert PlanTag.from_params({**TAG.to_params(), key: value}) is None
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + 400 * "0"])
+@pytest.mark.parametrize("name", ["rank", "density", "target", "output_tokens"])
+def test_a_tag_with_a_number_that_is_not_finite_is_none(name, number):
+    # As the text of a body: Python's parser takes all of these.
+    params = json.loads(json.dumps(TAG.to_params())[:-1] + f', "blendserve_{name}": {number}}}')
+    assert PlanTag.from_params(params) is None
+
+
+@pytest.mark.parametrize("number", [-1, -0.5, "-3", -(10**400)])
+@pytest.mark.parametrize("name", ["rank", "density", "target", "output_tokens"])
+def test_a_tag_with_a_negative_number_is_none(name, number):
+    assert PlanTag.from_params({**TAG.to_params(), f"blendserve_{name}": number}) is None
+
+
 @pytest.mark.parametrize("side", ["LEFT", "middle", 0, True])
 def test_there_are_two_sides_only(side):
     assert PlanTag.from_params({**TAG.to_params(), "blendserve_side": side}) is None

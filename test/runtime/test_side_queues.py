@@ -139,6 +139,33 @@ def test_the_latest_that_started_and_still_run_may_hold_a_prefix():
     assert {request.req.rid for request in queues.latest_running()} == {"a", "x"}
 
 
+def test_requests_put_back_do_not_hide_a_running_one_that_may_hold_a_prefix():
+    queues = queues_of(planned("a"), planned("b"))
+    start(queues, LEFT)
+    for _ in range(100):
+        queues.put_back(start(queues, LEFT))
+    assert [request.req.rid for request in queues.latest_running()] == ["a"]
+
+
+def test_requests_that_ended_do_not_hide_a_running_one_that_may_hold_a_prefix():
+    queues = queues_of(planned("a"), *(planned(f"b{n}") for n in range(100)))
+    start(queues, LEFT)
+    for n in range(100):
+        start(queues, LEFT)
+        queues.finish(f"b{n}")
+    assert [request.req.rid for request in queues.latest_running()] == ["a"]
+
+
+def test_a_request_that_started_again_may_hold_a_prefix_once_and_as_it_is_now():
+    queues = queues_of(planned("a"))
+    request = start(queues, LEFT, private_tokens=5)
+    queues.retract(PlannedRequest(request.req, request.tag))
+    assert list(queues.latest_running()) == []
+    start(queues, LEFT, private_tokens=7)
+    assert [each.private_tokens for each in queues.latest_running()] == [7]
+    assert list(queues.latest_running()) == list(queues.running.values())
+
+
 # -- endings
 
 
