@@ -36,7 +36,8 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmark/demo/run.py
+	mkdir -p benchmark/results
+	$(BIN)/python examples/demo.py --json benchmark/results/demo.json
 
 # The docs are Markdown; what can rot in them is checked: links, and the map of the house.
 docs: setup

@@ -38,7 +38,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    named = os.environ.get("BLENDSERVE_TEST_MODEL")
+    named = os.environ.get("END_TO_END_MODEL")
     if named:
         return resolve_model_path(named)
     return str(tiny_model.build(tmp_path_factory.mktemp("model") / "tiny"))

@@ -1,7 +1,7 @@
 """A Llama that is small enough for tests: seeded random weights, the default model's tokenizer.
 
 What it says is noise, but the same noise on every server, so it tells as well as a real model
-whether two servers computed the same. BLENDSERVE_TEST_MODEL names a real one to use instead.
+whether two servers computed the same. END_TO_END_MODEL names a real one to use instead.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _say(console: Console, text: str) -> None:
     # Not folded or coloured: paths in messages must stay whole, for eyes and for grep.
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -85,6 +85,11 @@ def _check_paths(options: argparse.Namespace) -> None:
     paths = [path.resolve() for path in (options.input, options.output, options.errors)]
     if len(set(paths)) < len(paths):
         raise RunBatchError("input, output and errors must be three different files")
+    state = options.state.resolve()
+    if any(path == state or state in path.parents for path in paths):
+        raise RunBatchError(f"{options.state} holds this command's state; keep files out of it")
+    if options.state.exists() and not options.state.is_dir():
+        raise RunBatchError(f"{options.state} is in the way; it must be a folder, or not exist")
     for path in (options.output, options.errors):
         if path.is_dir():
             raise RunBatchError(f"{path} is a folder; give the name of a file in it")

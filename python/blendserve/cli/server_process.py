@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import httpx
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 15
+_PR_SET_PDEATHSIG = 1
 
 
 class ServerFailed(RuntimeError):
@@ -53,12 +55,23 @@ def running_server(
             env={**os.environ, **(environment or {})},
             # A Ctrl-C on the terminal is for this process, which then stops the server itself.
             start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         try:
             _wait_until_serving(process, url, log)
             yield url
         finally:
             _stop(process)
+
+
+def _die_with_parent() -> None:
+    """In the child, on Linux: end with this process, even if it is killed without warning.
+
+    All state of the server is durable at any instant, so a kill loses nothing; a server left
+    behind would keep its directory locked.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_until_serving(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -281,6 +281,7 @@ class JobRunner:
         produced = usage_of(result.body).output_tokens
         if result.status_code == 200:
             self._observed[position] = produced
-        else:
+        elif result.status_code is not None and result.status_code < 500:
+            # The client's fault is found before any queue; the engine's may be found after.
             self._credits.refused(self._sides.pop(position), work.prompts[position].sequences)
         self.view.done_work_tokens += self._prefill_work.get(position, 0) + produced
