@@ -37,7 +37,8 @@ lint: setup
 
 bench: setup
 	mkdir -p benchmark/results
-	$(BIN)/python examples/demo.py --json benchmark/results/demo.json
+	$(BIN)/python examples/demo.py --json benchmark/results/demo-kv4096.json
+	$(BIN)/python examples/demo.py --kv-tokens 16384 --json benchmark/results/demo-kv16384.json
 
 # The docs are Markdown; what can rot in them is checked: links, and the map of the house.
 docs: setup

@@ -31,9 +31,6 @@ from blendserve.planner import PrefixTree
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 
 EXAMPLES = Path(__file__).parent
-# KV memory is what a GPU runs out of; the demo gives both servers the same, scarce, amount.
-KV_TOKENS = 4096
-ENGINE_FLAGS = ["--max-total-tokens", str(KV_TOKENS), "--chunked-prefill-size", "2048"]
 SHOWN_ANSWERS = ("sentiment-03", "routing-11", "open-05", "mixed-07")
 
 
@@ -63,35 +60,47 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--kv-tokens",
+        type=int,
+        default=4096,
+        help="KV memory of both servers, in tokens; scarce, as on a GPU under a real job",
+    )
     parser.add_argument("--json", type=Path, help="also write the measured figures to this file")
     options = parser.parse_args()
     console = Console(width=100)
     lines = [json.loads(line) for line in (EXAMPLES / "demo_batch.jsonl").open()]
     console.print(f"Model: {MODEL_NAME} (converted once into the user's cache)")
     model = resolve_model_path(MODEL_NAME)
+    flags = ["--max-total-tokens", str(options.kv_tokens), "--chunked-prefill-size", "2048"]
     best = best_cached_tokens(lines, model)
     with tempfile.TemporaryDirectory(prefix="blendserve-demo-") as folder:
         console.rule("BlendServe: Batch API, dual scan")
-        blended, answers, job = run_blended(Path(folder), best, console)
+        blended, answers, job = run_blended(Path(folder), flags, best, console)
         console.rule("Stock SGLang: the same lines, all sent at once, first come first served")
-        stock = run_stock(Path(folder), model, lines, best, console)
+        stock = run_stock(Path(folder), model, flags, lines, best, console)
     console.rule("Result")
     console.print(result_table(blended, stock))
     console.print(density_line(job))
     console.print(f"Throughput ratio, BlendServe : stock = {stock.seconds / blended.seconds:.2f}")
     show_answers(lines, answers, console)
     if options.json:
-        figures = {"blendserve": asdict(blended), "stock_fcfs": asdict(stock), "job": job}
+        figures = {
+            "kv_tokens": options.kv_tokens,
+            "blendserve": asdict(blended),
+            "stock_fcfs": asdict(stock),
+            "job": job,
+        }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 
 def run_blended(
-    folder: Path, best: int, console: Console
+    folder: Path, flags: list[str], best: int, console: Console
 ) -> tuple[Outcome, dict[str, dict[str, Any]], dict[str, Any]]:
     """The file through the Batch API; also its answers by custom_id, and what the planner saw."""
     port = free_port()
-    command = [sys.executable, "-m", "blendserve", "serve", *ENGINE_FLAGS]
+    command = [sys.executable, "-m", "blendserve", "serve", *flags]
     command += ["--port", str(port), "--batch-dir", str(folder / "batches")]
     with running_server(command, port, folder / "blendserve.log") as url:
         client = openai_client(url, {})
@@ -124,12 +133,17 @@ def run_blended(
 
 
 def run_stock(
-    folder: Path, model: str, lines: list[dict[str, Any]], best: int, console: Console
+    folder: Path,
+    model: str,
+    flags: list[str],
+    lines: list[dict[str, Any]],
+    best: int,
+    console: Console,
 ) -> Outcome:
     """The same bodies through an SGLang server without BlendServe, as fast as it takes them."""
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    command += ["--served-model-name", MODEL_NAME, "--port", str(port), *ENGINE_FLAGS]
+    command += ["--served-model-name", MODEL_NAME, "--port", str(port), *flags]
     command += ["--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.1"]
     command += ["--enable-cache-report", "--schedule-policy", "fcfs", "--sleep-on-idle"]
     environment = {"BLENDSERVE_ENABLED": "0"}
