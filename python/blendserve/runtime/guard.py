@@ -31,6 +31,11 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.managers.scheduler.Scheduler.process_batch_result": ("self", "batch", "result"),
     "sglang.srt.managers.scheduler.Scheduler.abort_request": ("self", "recv_req"),
     "sglang.srt.managers.scheduler.Scheduler.is_fully_idle": ("self", "for_health_check", "..."),
+    "sglang.srt.managers.scheduler.Scheduler.get_num_allocatable_reqs": (
+        "self",
+        "running_bs",
+        "...",
+    ),
     "sglang.srt.managers.schedule_batch.Req.init_next_round_input": ("self", "tree_cache", "..."),
     "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset": (
         "self",

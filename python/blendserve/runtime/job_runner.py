@@ -11,8 +11,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.batch.executor import BatchLine, LineResult, LineSource
 from blendserve.batch.progress import usage_of
@@ -29,6 +31,9 @@ from blendserve.runtime.credits import Credits
 from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.prompts import Prompt, PromptReader, UnreadablePrompt
+
+# Lines without a plan that may be with the server at a time; no credits bound them.
+_MAX_UNPLANNED = 64
 
 
 @dataclass
@@ -74,6 +79,10 @@ class _Work:
     prompts: list[Prompt] = field(default_factory=list)
     unplannable: deque[int] = field(default_factory=deque)
 
+    @cached_property
+    def prompt_tokens(self) -> NDArray[np.int64]:
+        return np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
+
 
 class JobRunner:
     """One job, from prompts to the last answer.
@@ -114,9 +123,9 @@ class JobRunner:
         )
         self._observed: dict[int, int] = {}
         self._started: set[int] = set()
+        self._unplanned = 0
         self._ranks = dict.fromkeys(Side, 0)
         self._sides: dict[int, Side] = {}
-        self._prefill_work: dict[int, int] = {}
 
     def wake(self) -> None:
         """The scheduler took requests from its queues, or a new plan is ready."""
@@ -126,13 +135,14 @@ class JobRunner:
         """Yield one result per pending line, as they come. Closing it aborts what is in flight."""
         work = await asyncio.to_thread(self._read_prompts)
         self.view.phase = "planning"
-        plan = await self._plan(work)
-        scanner = self._adopt(work, plan)
+        self._prefill_work = np.zeros(len(work.prompts), dtype=np.int64)
+        plan, scanner = await self._plan(work)
+        self._adopt(work, plan, scanner)
         # Samples go first and their answers count like any other.
         sample = self._sample_by_side(plan)
         unseen = {position for queue in sample.values() for position in queue}
         self.view.sampled = len(unseen)
-        replan: asyncio.Task[Plan] | None = None
+        replan: asyncio.Task[tuple[Plan, DualScanner]] | None = None
         self.view.phase = "running"
         # Nothing of this server's batches is in flight now, so nothing can be in the queues.
         self._credits.settle()
@@ -142,10 +152,10 @@ class JobRunner:
                     replan = asyncio.create_task(self._plan(work))
                     replan.add_done_callback(lambda _: self.wake())
                 if replan is not None and replan.done() and not self.view.replanned:
-                    scanner = self._adopt(work, replan.result())
+                    self._adopt(work, *replan.result())
                     self.view.replanned = True
-                self._dispatch(work, plan, scanner, sample)
-                self.view.waiting = scanner.remaining + len(work.unplannable)
+                self._dispatch(work, plan, sample)
+                self.view.waiting = self._scanner.remaining + len(work.unplannable)
                 if not self.view.in_flight:
                     if not self.view.waiting:
                         return
@@ -157,7 +167,9 @@ class JobRunner:
                 task, position = event
                 self.view.in_flight -= 1
                 result = task.result()
-                if position is not None:
+                if position is None:
+                    self._unplanned -= 1
+                else:
                     unseen.discard(position)
                     self._observe(work, position, result)
                 yield result
@@ -182,39 +194,38 @@ class JobRunner:
             work.prompts.append(prompt)
         return work
 
-    async def _plan(self, work: _Work) -> Plan:
-        job = Job(
-            token_ids=[prompt.token_ids for prompt in work.prompts],
-            max_output_tokens=np.array([p.max_output_tokens for p in work.prompts], dtype=np.int64),
-            known_output_tokens=np.array(
-                [p.max_output_tokens if p.ignore_eos else -1 for p in work.prompts], dtype=np.int64
-            ),
-        )
+    async def _plan(self, work: _Work) -> tuple[Plan, DualScanner]:
         # Copies: both go on changing on the event loop while the worker thread plans.
         observed, started = dict(self._observed), set(self._started)
-        return await asyncio.to_thread(
-            make_plan, job, self._cost_model, self._config, observed=observed, exclude=started
-        )
+        return await asyncio.to_thread(self._make_plan, work, observed, started)
 
-    def _adopt(self, work: _Work, plan: Plan) -> DualScanner:
-        """Walk this plan from now on; what started while it was made is not in it any more."""
-        scanner = DualScanner(plan)
+    def _make_plan(
+        self, work: _Work, observed: dict[int, int], started: set[int]
+    ) -> tuple[Plan, DualScanner]:
+        limits = np.array([prompt.max_output_tokens for prompt in work.prompts], dtype=np.int64)
+        exact = np.array([prompt.ignore_eos for prompt in work.prompts], dtype=bool)
+        job = Job(
+            token_ids=[prompt.token_ids for prompt in work.prompts],
+            max_output_tokens=limits,
+            known_output_tokens=np.where(exact, limits, -1),
+        )
+        plan = make_plan(job, self._cost_model, self._config, observed=observed, exclude=started)
+        return plan, DualScanner(plan)
+
+    def _adopt(self, work: _Work, plan: Plan, scanner: DualScanner) -> None:
+        """Walk this plan from now on; what started while it was made must not start again."""
         for position in self._started:
             scanner.remove(position)
+        self._scanner = scanner
         self._estimates = plan.estimated_output_tokens
         # Prefill work as this plan shares it; a line that it leaves out keeps its last figure.
-        for place, position in enumerate(plan.order):
-            shared = int(plan.shared_with_previous[place])
-            self._prefill_work[int(position)] = len(work.prompts[position].token_ids) - shared
-        self.view.total_work_tokens = sum(self._prefill_work.values()) + float(
-            self._estimates.sum()
-        )
+        self._prefill_work[plan.order] = work.prompt_tokens[plan.order] - plan.shared_with_previous
+        self.view.total_work_tokens = float(self._prefill_work.sum() + self._estimates.sum())
         if not self.view.prompt_tokens:
             self.view.prompt_tokens = plan.prompt_tokens
             self.view.unique_tokens = plan.unique_tokens
             self.view.best_sharing = plan.sharing_best
         self.view.planned_sharing = plan.sharing_planned
-        return scanner
 
     # -- dispatch, on the event loop -----------------------------------------------------------
 
@@ -227,11 +238,11 @@ class JobRunner:
             sample[Side.LEFT if dense else Side.RIGHT].append(position)
         return sample
 
-    def _dispatch(
-        self, work: _Work, plan: Plan, scanner: DualScanner, sample: dict[Side, deque[int]]
-    ) -> None:
+    def _dispatch(self, work: _Work, plan: Plan, sample: dict[Side, deque[int]]) -> None:
         """Send as much as the credits allow: on each side the sample first, then the front."""
-        while work.unplannable:
+        scanner = self._scanner
+        while work.unplannable and self._unplanned < _MAX_UNPLANNED:
+            self._unplanned += 1
             line = self._lines.read(work.unplannable.popleft())
             self._start(line, None, 1, None)
         for side in Side:
@@ -239,29 +250,22 @@ class JobRunner:
                 position = sample[side].popleft()
                 if scanner.remove(position):
                     density = float(plan.request_density[position])
-                    self._send(work, position, side, density, scanner)
+                    self._send(work, position, side, density)
             while not scanner.exhausted and self._credits.available(side) > 0:
                 density = scanner.density(side) or 0.0
-                self._send(work, scanner.take(side), side, density, scanner)
+                self._send(work, scanner.take(side), side, density)
         self.view.target_density = scanner.target_density
         self.view.left_density = scanner.density(Side.LEFT)
         self.view.right_density = scanner.density(Side.RIGHT)
 
-    def _send(
-        self,
-        work: _Work,
-        position: int,
-        side: Side,
-        density: float,
-        scanner: DualScanner,
-    ) -> None:
+    def _send(self, work: _Work, position: int, side: Side, density: float) -> None:
         line = self._lines.read(work.lines[position])
         sequences = work.prompts[position].sequences
         tag = PlanTag(
             side=side,
             rank=self._ranks[side],
             density=density,
-            target_density=scanner.target_density,
+            target_density=self._scanner.target_density,
             output_tokens=float(self._estimates[position]),
         )
         self._ranks[side] += 1
@@ -284,4 +288,4 @@ class JobRunner:
         elif result.status_code is not None and result.status_code < 500:
             # The client's fault is found before any queue; the engine's may be found after.
             self._credits.refused(self._sides.pop(position), work.prompts[position].sequences)
-        self.view.done_work_tokens += self._prefill_work.get(position, 0) + produced
+        self.view.done_work_tokens += int(self._prefill_work[position]) + produced
