@@ -100,7 +100,8 @@ def main() -> int:
 
 def machine() -> dict[str, Any]:
     """Where the figures come from."""
-    cpu = next(line for line in Path("/proc/cpuinfo").open() if line.startswith("model name"))
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next(line for line in cpu_lines if line.startswith("model name"))
     return {
         "device": cpu.partition(":")[2].strip(),
         "cores": os.cpu_count(),

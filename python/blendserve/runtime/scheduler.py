@@ -82,7 +82,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             report.decode_tokens += len(batch.reqs)
         elif mode.is_extend():
             decoding = len(batch.decoding_reqs or ())
-            report.prefill_tokens += batch.extend_num_tokens - decoding
+            # Verification steps of speculative decoding count as extend, without a prompt.
+            report.prefill_tokens += max((batch.extend_num_tokens or 0) - decoding, 0)
             report.decode_tokens += decoding
         if self.blend.running:
             self.blend.drop_finished()
