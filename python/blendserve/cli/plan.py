@@ -275,13 +275,15 @@ def warnings(report: Report) -> list[str]:
             f"own (first: {_place(job, int(large[0]))}): take more devices"
         )
     alone = alone_seconds(report)
-    slow = np.flatnonzero(alone > 0.25 * report.prediction.blend_seconds)
+    total = report.prediction.blend_seconds
+    slow = np.flatnonzero(alone > 0.25 * total)
     if len(slow) and len(plan.order) > 1:
         worst = int(slow[np.argmax(alone[slow])])
         found.append(
-            f"{len(slow)} will dominate the tail: alone they take over a quarter of the run; the "
-            f"longest, {_place(job, worst)}, about {alone[worst]:.3g} s for its "
-            f"{output[worst]:.0f} output tokens"
+            f"{len(slow)} will dominate the tail: alone, with the weights read for every token, "
+            f"they take over a quarter of the predicted run; the longest, {_place(job, worst)}, "
+            f"{alone[worst]:.3g} s for {output[worst]:.0f} output tokens"
+            + (", and no run is shorter than that" if alone[worst] > total else "")
         )
     if len(plan.sample):
         unknown = sum(known < 0 for known in job.known_output_tokens)

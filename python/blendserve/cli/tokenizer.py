@@ -24,6 +24,8 @@ class ModelTokenizer:
         folder = Path(name).expanduser()
         if folder.is_file():
             folder = folder.parent
+        if name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
+            raise JobFileError(f"{name}: no such folder; name one with a tokenizer.json")
         try:
             # A tokenizer alone, without a config.json, will do here.
             self._name = str(folder) if folder.is_dir() else resolve_model_path(name)

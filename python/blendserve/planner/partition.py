@@ -8,6 +8,7 @@ single large requests leave uneven is then evened out by moving and swapping req
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,12 @@ CUT_SLACK = 0.0025
 BALANCE_TOLERANCE = 0.002
 # Part of the plan's shared tokens that moves and swaps may cost together.
 MOVE_BUDGET = 0.004
+# Where times or densities are further apart than this, another division is tried that deals out
+# the large requests, those of at least this part of a replica's time, first. It is taken if it is
+# more even, its times are no further apart than before or than this, and it loses little sharing.
+COARSE = 0.01
+LARGE_REQUEST = 0.02
+MAX_LOST_SHARING = 0.01
 # Moves and swaps looked at per step: the largest requests of either replica, and some of the rest.
 _CANDIDATES = 192
 _STEPS_PER_REPLICA = 60
@@ -51,6 +58,17 @@ class Partition:
         mean = float(self.seconds.mean())
         return float(self.seconds.max() - self.seconds.min()) / mean if mean > 0 else 0.0
 
+    @property
+    def density_spread(self) -> float:
+        """(highest - lowest) / mean of the replicas' densities; inf where only some have one."""
+        densities = np.array([plan.target_density for plan in self.plans])
+        finite = densities[np.isfinite(densities)]
+        if not len(finite) or not finite.mean() > 0:
+            return 0.0
+        if len(finite) < len(densities):
+            return math.inf
+        return float((finite.max() - finite.min()) / finite.mean())
+
 
 def partition(plan: Plan, replicas: int, cost_model: CostModel) -> Partition:
     """Divides a plan among replicas. Deterministic. Raises ValueError for replicas < 1.
@@ -61,7 +79,21 @@ def partition(plan: Plan, replicas: int, cost_model: CostModel) -> Partition:
     if replicas < 1:
         raise ValueError(f"replicas must be at least 1, not {replicas}")
     sums = _Sums.of(plan, cost_model)
-    owner = _carve(plan, replicas)
+    found = _divide(plan, sums, replicas, _carve(plan, replicas, np.full(len(plan.order), -1)))
+    if max(found.imbalance, found.density_spread) > COARSE:
+        other = _divide(plan, sums, replicas, _carve(plan, replicas, _deal_large(plan, replicas)))
+        if (
+            other.lost_sharing <= max(found.lost_sharing, MAX_LOST_SHARING)
+            and other.imbalance <= max(found.imbalance, COARSE)
+            and max(other.imbalance, other.density_spread)
+            < max(found.imbalance, found.density_spread)
+        ):
+            return other
+    return found
+
+
+def _divide(plan: Plan, sums: _Sums, replicas: int, owner: Ints) -> Partition:
+    """Evens out a first division (n,) and counts what comes of it."""
     if replicas > 1:
         owner = _even_out(plan, sums, owner, replicas)
     plans = [_sub_plan(plan, sums, np.flatnonzero(owner == k)) for k in range(replicas)]
@@ -75,30 +107,49 @@ def partition(plan: Plan, replicas: int, cost_model: CostModel) -> Partition:
     )
 
 
-def _carve(plan: Plan, replicas: int) -> Ints:
+def _deal_large(plan: Plan, replicas: int) -> Ints:
+    """(n,) replica of the requests that are large next to a replica's share, -1 for the others:
+    the largest first, each to the replica that has least so far."""
+    work = plan.compute_seconds + plan.memory_seconds
+    dealt = np.full(len(work), -1, dtype=np.int64)
+    load = np.zeros(replicas)
+    for at in np.argsort(-work, kind="stable").tolist():
+        if work[at] < LARGE_REQUEST * work.sum() / replicas:
+            break
+        dealt[at] = int(np.argmin(load))
+        load[dealt[at]] += work[at]
+    return dealt
+
+
+def _carve(plan: Plan, replicas: int, dealt: Ints) -> Ints:
     """(n,) replica of each position, by two cursors that move towards each other.
 
-    After j replicas, both have together passed j / k of the compute and of the memory seconds.
-    For every place of the left cursor the compute fixes that of the right one; the pair whose
-    memory is nearest is taken, and both then move a little to where least is shared.
+    dealt: (n,) replicas of requests that have one already, -1 for those to divide. After j
+    replicas, both cursors have together passed what is left of j / k of the compute and of the
+    memory seconds. For every place of the left cursor the compute fixes that of the right one; the
+    pair whose memory is nearest is taken, and both then move a little to where least is shared.
     """
     n = len(plan.order)
-    compute = np.concatenate(([0.0], np.cumsum(plan.compute_seconds)))
-    memory = np.concatenate(([0.0], np.cumsum(plan.memory_seconds)))
+    free = dealt < 0
+    compute = np.concatenate(([0.0], np.cumsum(np.where(free, plan.compute_seconds, 0.0))))
+    memory = np.concatenate(([0.0], np.cumsum(np.where(free, plan.memory_seconds, 0.0))))
+    wanted = []  # What each replica still has to get: compute, memory.
+    for sums in (plan.compute_seconds, plan.memory_seconds):
+        has = np.bincount(dealt[~free], sums[~free], minlength=replicas)
+        wanted.append(np.maximum(sums.sum() / replicas - has, 0.0))
     owner = np.full(n, replicas - 1, dtype=np.int64)
     # Positions low .. high - 1 are not given away yet.
     low, high = 0, n
-    slack = CUT_SLACK * max(compute[-1], memory[-1]) / replicas
+    slack = CUT_SLACK * max(plan.compute_seconds.sum(), plan.memory_seconds.sum()) / replicas
     shared = np.append(plan.shared_with_previous, 0)
     for j in range(replicas - 1):
-        rest = (replicas - j - 1) / replicas
+        rest_compute, rest_memory = (float(sums[j + 1 :].sum()) for sums in wanted)
         lefts = np.arange(low, high + 1)
-        want = compute[lefts] + rest * compute[-1]
-        above = np.clip(np.searchsorted(compute, want), lefts, high)
+        above = np.clip(np.searchsorted(compute, compute[lefts] + rest_compute), lefts, high)
         below = np.maximum(above - 1, lefts)
         pairs = np.concatenate((lefts, lefts)), np.concatenate((above, below))
-        off_compute = compute[pairs[1]] - compute[pairs[0]] - rest * compute[-1]
-        off_memory = memory[pairs[1]] - memory[pairs[0]] - rest * memory[-1]
+        off_compute = compute[pairs[1]] - compute[pairs[0]] - rest_compute
+        off_memory = memory[pairs[1]] - memory[pairs[0]] - rest_memory
         best = int(np.argmin(off_compute**2 + off_memory**2))
         left, right = int(pairs[0][best]), int(pairs[1][best])
         left = _cheapest_cut(shared, compute, memory, left, low, right, slack)
@@ -106,7 +157,7 @@ def _carve(plan: Plan, replicas: int) -> Ints:
         owner[low:left] = j
         owner[right:high] = j
         low, high = left, right
-    return owner
+    return np.where(free, owner, dealt)
 
 
 def _cheapest_cut(
