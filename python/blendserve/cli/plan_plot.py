@@ -131,11 +131,12 @@ def _draw_tree(
 
 def _draw_run(axes: Any, report: Report) -> None:
     prediction = report.prediction
-    for name, run, colour, width in (
-        ("FCFS", prediction.fcfs[0], "0.7", 1.2),
-        ("DFS", prediction.dfs[0], "tab:orange", 1.2),
-        ("blend", prediction.blend[0], "tab:green", 2.2),
+    for name, runs, colour, width in (
+        ("FCFS", prediction.fcfs, "0.7", 1.2),
+        ("DFS", prediction.dfs, "tab:orange", 1.2),
+        ("blend", prediction.blend, "tab:green", 2.2),
     ):
+        run = max(runs, key=lambda run: run.seconds)
         times, compute_share = balance(run)
         label = f"{name}: {run.seconds:.3g} s"
         axes.stairs(compute_share, times, baseline=None, color=colour, linewidth=width, label=label)
@@ -148,7 +149,7 @@ def _draw_run(axes: Any, report: Report) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("predicted seconds")
     axes.set_ylabel("compute / (compute + memory)")
-    which = ", replica 0" if len(report.parts.plans) > 1 else ""
+    which = " of the slowest replica" if len(report.parts.plans) > 1 else ""
     axes.set_title(f"balance over the run{which}: the closer to the dotted line, the more overlaps")
     axes.legend(loc="upper center", ncols=4, frameon=False)
 
