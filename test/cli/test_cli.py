@@ -79,8 +79,8 @@ def test_no_command_prints_the_usage_and_fails(capsys):
     [
         ("sevre", "Did you mean 'serve'?"),
         ("run_batch", "Did you mean 'run-batch'?"),
-        ("benchmark", "Known: run-batch, serve."),
-        ("--verison", "Known: run-batch, serve."),
+        ("benchmark", "Known: plan, run-batch, serve."),
+        ("--verison", "Known: plan, run-batch, serve."),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_nearest_one(capsys, word, hint):

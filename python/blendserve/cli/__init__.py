@@ -13,8 +13,10 @@ usage: blendserve COMMAND [options]
 commands:
   serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
   run-batch   run a file of requests offline, and write the answers to a file
+  plan        say what a file of requests will cost and how it will be ordered, without a GPU
 
-Every SGLang flag works under its own name with both. `blendserve COMMAND --help` lists all.
+Every SGLang flag works under its own name with `serve` and `run-batch`.
+`blendserve COMMAND --help` lists all.
 """
 
 
@@ -27,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"blendserve {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "run-batch": _run_batch}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "serve": _serve,
+        "run-batch": _run_batch,
+        "plan": _plan,
+    }
     command = commands.get(args[0])
     if command is None:
         print(
@@ -56,3 +62,9 @@ def _run_batch(argv: list[str]) -> int:
     from blendserve.cli.run_batch import main as run_batch
 
     return run_batch(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from blendserve.cli.plan import main as plan
+
+    return plan(argv)

@@ -9,7 +9,9 @@ from .dual_scanner import DualScanner, Side, partition_memory
 from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
+from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
+from .prediction import OrderPrediction, Prediction, kv_capacity_tokens, predict
 from .prefix_tree import PrefixTree
 from .transform import Transformed, transform
 
@@ -27,8 +29,11 @@ __all__ = [
     "KVState",
     "ModelSpec",
     "ModelSpecError",
+    "OrderPrediction",
+    "Partition",
     "Plan",
     "PlannerConfig",
+    "Prediction",
     "PrefixTree",
     "Side",
     "Transformed",
@@ -38,8 +43,11 @@ __all__ = [
     "choose_sample",
     "estimate",
     "hardware",
+    "kv_capacity_tokens",
     "make_plan",
     "model_spec",
+    "partition",
     "partition_memory",
+    "predict",
     "transform",
 ]

@@ -1,0 +1,308 @@
+"""Reads a file of requests for the planner: OpenAI batch lines, or lines of token ids."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from blendserve.batch.lines import iter_lines
+
+_MAX_LINE_BYTES = 1 << 30
+_TOKEN_FIELDS = ("id", "input_ids", "output_len")
+# OpenAI's default for completions without max_tokens, and SGLang's.
+_COMPLETION_TOKENS = 16
+
+
+class JobFileError(ValueError):
+    """A file that cannot be planned; names the file, the line and the remedy."""
+
+
+class Encoder(Protocol):
+    """A model's tokenizer and chat template."""
+
+    def text(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with what the model puts before every text."""
+
+    def chat(self, messages: list[Any], tools: list[Any] | None) -> list[int]:
+        """Tokens of a conversation, up to where the answer begins."""
+
+
+@dataclass
+class JobFile:
+    """The requests of a file, as parallel lists; a line with n > 1 or several prompts is several.
+
+    ids, lines: its id and line number. token_ids: int32 prompts. max_output_tokens: limits.
+    known_output_tokens: lengths that are certain, -1 elsewhere.
+    too_long, media: (id, line) of lines left out: no room for an answer within the context
+    length; content that is not text.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    token_ids: list[NDArray[np.int32]] = field(default_factory=list)
+    max_output_tokens: list[int] = field(default_factory=list)
+    known_output_tokens: list[int] = field(default_factory=list)
+    too_long: list[tuple[str, int]] = field(default_factory=list)
+    media: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One line: its prompts, its limit (None: the context length), and whether it is exact."""
+
+    prompts: list[NDArray[np.int32]]
+    limit: int | None
+    exact: bool
+
+
+class _BadLine(ValueError):
+    pass
+
+
+class _NotText(Exception):
+    pass
+
+
+def read_job_file(path: Path, context_length: int, encoder: Callable[[], Encoder]) -> JobFile:
+    """Read all lines; blank ones are skipped.
+
+    Args:
+        context_length: of the model; longer prompts are left out and named in the result.
+        encoder: called once, at the first line that holds text.
+
+    Raises:
+        JobFileError: the file cannot be read, a line is no request, or there is none.
+    """
+    job = JobFile()
+    seen: dict[str, int] = {}
+    loaded: list[Encoder] = []
+
+    def tokenizer() -> Encoder:
+        if not loaded:
+            loaded.append(encoder())
+        return loaded[0]
+
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise JobFileError(
+            f"{path}: {error.strerror or error}; give the path of a JSONL file with -i"
+        ) from error
+    with stream:
+        for line in iter_lines(stream, _MAX_LINE_BYTES):
+            try:
+                name, request = _request(line.data, tokenizer)
+                if name in seen:
+                    raise _BadLine(
+                        f"the id {name!r} is that of line {seen[name]} already; make ids unique"
+                    )
+                seen[name] = line.number
+                _add(job, name, line.number, request, context_length)
+            except _BadLine as error:
+                raise JobFileError(f"{path}, line {line.number}: {error}") from error
+    if not seen:
+        raise JobFileError(
+            f"{path} has no requests; it must hold one JSON object per line, with custom_id, "
+            "method, url and body, or with id and input_ids"
+        )
+    return job
+
+
+def _add(
+    job: JobFile, name: str, number: int, request: _Request | None, context_length: int
+) -> None:
+    if request is None:
+        job.media.append((name, number))
+        return
+    for prompt in request.prompts:
+        room = context_length - len(prompt)
+        # A scoring request may fill the context; any other needs room for a token.
+        if room < (0 if request.limit == 0 else 1):
+            job.too_long.append((name, number))
+            continue
+        limit = room if request.limit is None else min(request.limit, room)
+        job.ids.append(name)
+        job.lines.append(number)
+        job.token_ids.append(prompt)
+        job.max_output_tokens.append(limit)
+        job.known_output_tokens.append(limit if request.exact else -1)
+
+
+def _request(data: bytes | None, tokenizer: Callable[[], Encoder]) -> tuple[str, _Request | None]:
+    if data is None:
+        raise _BadLine(f"longer than {_MAX_LINE_BYTES} bytes; split the file's requests into lines")
+    try:
+        entry = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise _BadLine(f"not valid JSON ({error}); write one JSON object per line") from error
+    if isinstance(entry, dict) and "input_ids" in entry:
+        return _token_line(entry)
+    if isinstance(entry, dict) and "body" in entry:
+        return _batch_line(entry, tokenizer)
+    raise _BadLine(
+        "no request; a line must be a JSON object with custom_id, method, url and body (OpenAI "
+        "batch), or with id, input_ids and perhaps output_len (token ids)"
+    )
+
+
+# -- token ids
+
+
+def _token_line(entry: dict[str, Any]) -> tuple[str, _Request]:
+    for key in entry:
+        if key not in _TOKEN_FIELDS:
+            near = difflib.get_close_matches(key, _TOKEN_FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_TOKEN_FIELDS)}"
+            raise _BadLine(f"unknown key {key!r}; {hint}")
+    name = _name(entry, "id")
+    prompt = _token_array(entry["input_ids"], "input_ids")
+    output = _count(entry, "output_len", 0)
+    return name, _Request([prompt], output, exact=output is not None)
+
+
+def _name(entry: Mapping[str, Any], key: str) -> str:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise _BadLine(f"{key} is {_shown(value)}; give every line a string that names it")
+    return str(value)
+
+
+def _token_array(value: Any, key: str) -> NDArray[np.int32]:
+    remedy = "it must be a list of whole numbers from 0 to 2147483647"
+    if not isinstance(value, list):
+        raise _BadLine(f"{key} is {_shown(value)}; {remedy}")
+    if not value:
+        return np.empty(0, dtype=np.int32)
+    try:
+        ids = np.array(value)
+    except ValueError as error:
+        raise _BadLine(f"{key} holds lists of unequal lengths; {remedy}") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise _BadLine(f"{key} holds something else than whole numbers; {remedy}")
+    if int(ids.min()) < 0 or int(ids.max()) > 0x7FFFFFFF:
+        raise _BadLine(f"{key} holds a token id out of range; {remedy}")
+    return ids.astype(np.int32)
+
+
+def _count(entry: Mapping[str, Any], key: str, least: int) -> int | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or value < least:
+        raise _BadLine(f"{key} is {_shown(value)}; it must be a whole number from {least}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return "missing" if value is None else text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- OpenAI batch
+
+
+def _batch_line(
+    entry: dict[str, Any], tokenizer: Callable[[], Encoder]
+) -> tuple[str, _Request | None]:
+    name = _name(entry, "custom_id")
+    body, url = entry["body"], entry.get("url")
+    if not isinstance(body, dict):
+        raise _BadLine(f"body is {_shown(body)}; it must be a JSON object")
+    readers: dict[str, Callable[[dict[str, Any], Callable[[], Encoder]], _Request]] = {
+        "/v1/chat/completions": _chat,
+        "/v1/completions": _completion,
+        "/v1/embeddings": _embedding,
+        "/v1/responses": _response,
+    }
+    if url not in readers:
+        raise _BadLine(f"url is {_shown(url)}; it must be one of {', '.join(readers)}")
+    try:
+        request = readers[url](body, tokenizer)
+    except _NotText:
+        return name, None
+    copies = _count(body, "n", 1) or 1
+    return name, _Request(
+        request.prompts * copies, request.limit, bool(body.get("ignore_eos")) or request.exact
+    )
+
+
+def _chat(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    limit = _count(body, "max_completion_tokens", 0)
+    if limit is None:
+        limit = _count(body, "max_tokens", 0)
+    ids = _conversation(body.get("messages"), "messages", body.get("tools"), tokenizer)
+    return _Request([ids], limit, exact=False)
+
+
+def _response(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    given = body.get("input")
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if isinstance(messages, list) and isinstance(body.get("instructions"), str):
+        messages = [{"role": "system", "content": body["instructions"]}, *messages]
+    ids = _conversation(messages, "input", body.get("tools"), tokenizer)
+    return _Request([ids], _count(body, "max_output_tokens", 0), exact=False)
+
+
+def _completion(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    limit = _count(body, "max_tokens", 0)
+    prompts = list(_prompts(body.get("prompt"), "prompt", tokenizer))
+    return _Request(prompts, _COMPLETION_TOKENS if limit is None else limit, exact=False)
+
+
+def _embedding(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    return _Request(list(_prompts(body.get("input"), "input", tokenizer)), 0, exact=True)
+
+
+def _prompts(value: Any, key: str, tokenizer: Callable[[], Encoder]) -> Iterator[NDArray[np.int32]]:
+    """A text, token ids, or a list of either."""
+    if isinstance(value, str):
+        yield np.array(tokenizer().text(value), dtype=np.int32)
+    elif isinstance(value, list) and value and isinstance(value[0], str | list):
+        for item in value:
+            yield from _prompts(item, key, tokenizer)
+    elif isinstance(value, list) and value:
+        yield _token_array(value, key)
+    else:
+        raise _BadLine(f"{key} is {_shown(value)}; it must be a text or a list of token ids")
+
+
+def _conversation(
+    messages: Any, key: str, tools: Any, tokenizer: Callable[[], Encoder]
+) -> NDArray[np.int32]:
+    if not isinstance(messages, list) or not messages:
+        raise _BadLine(f"{key} is {_shown(messages)}; it must be a list of messages")
+    plain = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _BadLine(f"{key} holds {_shown(message)}; every message needs a role and content")
+        plain.append({**message, "content": _plain_text(message.get("content"), key)})
+    try:
+        ids = tokenizer().chat(plain, tools if isinstance(tools, list) else None)
+    except JobFileError:
+        raise
+    except Exception as error:  # Templates are programs of the model's authors.
+        raise _BadLine(f"the chat template refuses {key}: {error}; mend the messages") from error
+    return np.array(ids, dtype=np.int32)
+
+
+def _plain_text(content: Any, key: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _BadLine(f"{key} holds content {_shown(content)}; it must be a text or text parts")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            raise _NotText
+        texts.append(text)
+    return "\n".join(texts)

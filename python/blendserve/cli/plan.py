@@ -1,0 +1,336 @@
+"""``blendserve plan``: what a job will cost and how it will be ordered, before any GPU runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blendserve.cli.job_file import Encoder, JobFile, JobFileError, read_job_file
+from blendserve.planner import (
+    HARDWARE,
+    MODEL_SPECS,
+    CostModel,
+    Job,
+    ModelSpecError,
+    Partition,
+    Plan,
+    PlannerConfig,
+    Prediction,
+    UnknownHardwareError,
+    hardware,
+    kv_capacity_tokens,
+    make_plan,
+    model_spec,
+    partition,
+    predict,
+)
+from blendserve.planner.prediction import dual_scan_sequence
+
+_QUARTILES = ((25, "p25"), (50, "p50"), (75, "p75"))
+
+
+class PlanError(RuntimeError):
+    """Nothing can be planned; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found out about a job. plan_seconds: making the plan, without reading the file
+    and predicting."""
+
+    job: JobFile
+    cost_model: CostModel
+    capacity_tokens: int
+    plan: Plan
+    parts: Partition
+    prediction: Prediction
+    plan_seconds: float
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 planned, 1 the job or an output file is at fault, 2 wrong usage."""
+    options = _parse(argv)
+    try:
+        _check_outputs(options)
+        report = _report(options)
+        if options.order:
+            _write_order(options.order, report, options.dp)
+        if options.plot:
+            from blendserve.cli.plan_plot import draw
+
+            draw(options.plot, report)
+    except (PlanError, JobFileError, OSError, ImportError) as error:
+        print(f"blendserve plan: {error}", file=sys.stderr)
+        return 1
+    except (ModelSpecError, UnknownHardwareError) as error:
+        print(f"blendserve plan: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(as_json(report), indent=2))
+        for warning in warnings(report):
+            print(f"warning: {warning}", file=sys.stderr)
+    else:
+        from blendserve.cli.plan_text import as_text
+
+        print(as_text(report))
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="blendserve plan",
+        description="Plan a job without running it: sharing, density, predicted time, order.",
+        epilog=f"Models by name: {', '.join(sorted(MODEL_SPECS))}. "
+        f"Hardware: {', '.join(sorted(HARDWARE))}.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        help='OpenAI batch file, or lines {"id", "input_ids", "output_len"?}',
+    )
+    parser.add_argument(
+        "--model-spec", required=True, metavar="NAME|PATH", help="model, config.json or its folder"
+    )
+    parser.add_argument("--hardware", required=True, metavar="NAME", help="device of a replica")
+    parser.add_argument("--tp", type=_positive, default=1, help="devices per replica (default: 1)")
+    parser.add_argument("--dp", type=_positive, default=1, help="replicas (default: 1)")
+    parser.add_argument(
+        "--kv-tokens",
+        type=_positive,
+        help="tokens of KV cache per replica (default: 0.9 of the memory, less the weights)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER|NAME",
+        help="for lines with text; default: that of --model-spec",
+    )
+    default = PlannerConfig.sample_fraction
+    parser.add_argument(
+        "--sample-fraction",
+        type=_fraction,
+        default=default,
+        metavar="F",
+        help=f"share of the requests to run first for their output lengths (default: {default})",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the tree and the run")
+    parser.add_argument("--order", type=Path, metavar="JSONL", help="write the planned order")
+    return parser.parse_args(list(argv))
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before minutes of work: the input may not be overwritten, the folders must be there."""
+    outputs = [path for path in (options.plot, options.order) if path is not None]
+    resolved = [path.resolve() for path in (options.input, *outputs)]
+    if len(set(resolved)) < len(resolved):
+        raise PlanError("-i, --plot and --order must be different files")
+    for path in outputs:
+        if path.is_dir():
+            raise PlanError(f"{path} is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
+            raise PlanError(f"the folder of {path} does not exist; make it first")
+    if options.plot is not None and options.plot.suffix.lower() != ".png":
+        raise PlanError(f"--plot {options.plot}: the picture is a PNG; give it a name in .png")
+
+
+def _report(options: argparse.Namespace) -> Report:
+    cost_model = CostModel(
+        model_spec(options.model_spec), hardware(options.hardware).scaled(options.tp)
+    )
+    try:
+        capacity = options.kv_tokens or kv_capacity_tokens(cost_model)
+    except ValueError as error:
+        raise PlanError(f"{error} (--tp, or --kv-tokens for a size of your own)") from error
+    context = cost_model.model.context_length
+    job_file = read_job_file(options.input, context, lambda: _encoder(options))
+    if not job_file.ids:
+        raise PlanError(
+            f"{options.input}: none of its lines can be planned: {len(job_file.too_long)} are too "
+            f"long for the {context} tokens of {cost_model.model.name}, {len(job_file.media)} are "
+            "not text"
+        )
+    job = Job(
+        token_ids=job_file.token_ids,
+        max_output_tokens=np.array(job_file.max_output_tokens),
+        known_output_tokens=np.array(job_file.known_output_tokens),
+    )
+    started = time.perf_counter()
+    plan = make_plan(job, cost_model, PlannerConfig(sample_fraction=options.sample_fraction))
+    parts = partition(plan, options.dp, cost_model)
+    plan_seconds = time.perf_counter() - started
+    return Report(
+        job=job_file,
+        cost_model=cost_model,
+        capacity_tokens=capacity,
+        plan=plan,
+        parts=parts,
+        prediction=predict(plan, cost_model, capacity, parts.plans),
+        plan_seconds=plan_seconds,
+    )
+
+
+def _encoder(options: argparse.Namespace) -> Encoder:
+    from blendserve.cli.tokenizer import ModelTokenizer
+
+    spec = options.model_spec
+    name = options.tokenizer
+    if name is None and spec.lower() == "smollm2-135m":
+        name = "smollm2-135m"
+    if name is None and spec.lower() not in MODEL_SPECS:
+        name = spec
+    if name is None:
+        raise JobFileError(
+            f"{options.input} holds text, and {spec} is known here by its sizes only: name a "
+            "folder with the model's tokenizer.json with --tokenizer, or give token ids "
+            '({"id", "input_ids"}) in place of text'
+        )
+    return ModelTokenizer(name)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The figures of a job, with fixed keys. A density without bound (no decoding) is null."""
+    plan, prediction = report.plan, report.prediction
+    return {
+        "requests": len(plan.order),
+        "prompt_tokens": plan.prompt_tokens,
+        "unique_tokens": plan.unique_tokens,
+        "sharing": {
+            "best": plan.sharing_best,
+            "random": prediction.sharing_random,
+            "planned": prediction.sharing_planned,
+        },
+        "density": {
+            "job": _finite(plan.target_density),
+            **{name: _finite(value) for name, value in quartiles(plan).items()},
+        },
+        "predicted_seconds": {
+            "fcfs": prediction.fcfs_seconds,
+            "dfs": prediction.dfs_seconds,
+            "blend": prediction.blend_seconds,
+            "bound": prediction.bound_seconds,
+        },
+        "plan_seconds": report.plan_seconds,
+    }
+
+
+def quartiles(plan: Plan) -> dict[str, float]:
+    """Density that a quarter, half, three quarters of the requests do not exceed; after sharing.
+    Always that of a request, so that requests without decoding (inf) do no harm."""
+    found = np.quantile(plan.density, [q / 100 for q, _ in _QUARTILES], method="inverted_cdf")
+    return {name: float(value) for (_, name), value in zip(_QUARTILES, found, strict=True)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def warnings(report: Report) -> list[str]:
+    """What is likely to surprise in this run, each a sentence with its first example."""
+    job, plan, model = report.job, report.plan, report.cost_model.model
+    found = []
+    for lines, reason in (
+        (job.too_long, f"leave no room for an answer in {model.context_length} tokens of context"),
+        (job.media, "carry something else than text"),
+    ):
+        if lines:
+            name, line = lines[0]
+            count = f"{len(lines)} request" + ("s" if len(lines) > 1 else "")
+            found.append(f"{count} left out: they {reason} (first: {name!r}, line {line})")
+    output = plan.estimated_output_tokens
+    length = np.empty(len(output), dtype=np.int64)
+    length[plan.tree.requests] = plan.tree.length
+    large = np.flatnonzero(length + output > report.capacity_tokens)
+    if len(large):
+        found.append(
+            f"{len(large)} need more than the {report.capacity_tokens} tokens of KV cache on their "
+            f"own (first: {_place(job, int(large[0]))}): take more devices"
+        )
+    alone = alone_seconds(report)
+    total = report.prediction.blend_seconds
+    slow = np.flatnonzero(alone > 0.25 * total)
+    if len(slow) and len(plan.order) > 1:
+        worst = int(slow[np.argmax(alone[slow])])
+        found.append(
+            f"{len(slow)} will dominate the tail: alone, with the weights read for every token, "
+            f"they take over a quarter of the predicted run; the longest, {_place(job, worst)}, "
+            f"{alone[worst]:.3g} s for {output[worst]:.0f} output tokens"
+            + (", and no run is shorter than that" if alone[worst] > total else "")
+        )
+    if len(plan.sample):
+        unknown = sum(known < 0 for known in job.known_output_tokens)
+        found.append(
+            f"{unknown} output lengths are unknown: {len(plan.sample)} requests run first as a "
+            "sample; until their answers are in, the figures rest on limits and an assumed length"
+        )
+    if all(run.window[-1] == 0 for run in report.prediction.blend if len(run.window)):
+        found.append("all requests fit into the KV cache at once, so their order matters little")
+    return found
+
+
+def _place(job: JobFile, request: int) -> str:
+    return f"{job.ids[request]!r} in line {job.lines[request]}"
+
+
+def alone_seconds(report: Report) -> np.ndarray:
+    """(n,) seconds that a request takes with the engine for itself: its prefill, and per output
+    token the traffic of all weights and of its KV cache. No batch can make it faster."""
+    plan, cost_model = report.plan, report.cost_model
+    tree = plan.tree
+    output = plan.estimated_output_tokens[tree.requests]
+    weights = cost_model.model.weight_bytes / cost_model.hardware.bandwidth_bytes
+    seconds = np.empty(tree.num_leaves)
+    seconds[tree.requests] = (
+        cost_model.prefill_seconds_saved(tree.length)
+        + output * weights
+        + cost_model.memory_seconds(tree.length, output)
+    )
+    return seconds
+
+
+def _write_order(path: Path, report: Report, replicas: int) -> None:
+    """One line per request, in planned order: side is the scanner that will take it. With several
+    replicas, theirs one after the other, each with its own ranks."""
+    job, output = report.job, report.plan.estimated_output_tokens
+    with path.open("w", encoding="utf-8") as stream:
+        for replica, plan in enumerate(report.parts.plans):
+            order, from_left = dual_scan_sequence(plan)
+            left = set(order[from_left].tolist())
+            for rank, request in enumerate(plan.order.tolist()):
+                line: dict[str, Any] = {
+                    "id": job.ids[request],
+                    "rank": rank,
+                    "side": "left" if request in left else "right",
+                    "estimated_output_len": round(float(output[request]), 1),
+                }
+                if replicas > 1:
+                    line["replica"] = replica
+                stream.write(json.dumps(line) + "\n")
