@@ -32,7 +32,7 @@ def choose_sample(
     Each subtree large enough to expect one gets its share: at least one, and the more, the less of
     their prompts its requests have in common (a few-shot exam is answered alike, a chat is not).
     Within such a subtree every request is as likely as any other, and the choice is spread evenly
-    over prompt lengths, from a seeded start.
+    over prompt lengths.
     candidates: (n,) by request index, false where the length is known anyway.
     Raises ValueError for a fraction outside [0, 1] or a negative min_requests.
     """
@@ -53,11 +53,18 @@ def choose_sample(
     _, stratum = np.unique(stratum, return_inverse=True)
     size = np.bincount(stratum)
     own_part = np.maximum(1 - np.bincount(stratum, weights=common) / size, MIN_OWN_PART)
-    rate = (_shares(size, own_part, count) / size)[stratum]
+    random = np.random.default_rng(seed)
+    # Rounded at random so that a share of 1 or more never becomes 0.
+    ends = np.cumsum(_shares(size, own_part, count))
+    drawn = np.searchsorted(ends, random.random() + np.arange(count), side="right")
+    drawn = np.minimum(drawn, len(size) - 1)
+    number = np.bincount(drawn, minlength=len(size))
+    # One from each of as many equal stretches of the stratum, by prompt length. Equal steps would
+    # be as even, but how good they are would hang on the one start.
+    nth = np.arange(count) - (np.cumsum(number) - number)[drawn]
+    within = (nth + random.random(count)) * (size / np.maximum(number, 1))[drawn]
+    picks = (np.cumsum(size) - size)[drawn] + within.astype(np.int64)
     ranked = np.lexsort((leaves, length, stratum))
-    expected = np.cumsum(rate[ranked])  # Ends at count.
-    start = np.random.default_rng(seed).random()
-    picks = np.searchsorted(expected, start + np.arange(count), side="right")
     picks = _distinct(picks, len(leaves) - 1)
     sample: Ints = tree.requests[np.sort(leaves[ranked[picks]])]
     return sample

@@ -131,14 +131,15 @@ class LengthModel:
         usable = ~self._exact[requests]
         answers = np.where(usable, self._finished[requests], np.nan)
         ended = ~np.isnan(answers)
-        fit = _fit_once(self._tree, answers, ended)
-        running = usable & (self._running[requests] > 0)
+        so_far = np.where(usable & (self._running[requests] > 0), self._running[requests], np.nan)
+        running = ~np.isnan(so_far)
+        fit = _fit_once(self._tree, answers, ended, so_far)
         if running.any():
             no_limit = np.full(len(answers), np.inf)
             for _ in range(CENSORED_PASSES):
                 expected = self._unfinished(fit, _mean_ratio, no_limit)
                 answers = np.where(running, expected, answers)
-                fit = _fit_once(self._tree, answers, ended)
+                fit = _fit_once(self._tree, answers, ended, so_far)
         return fit
 
 
@@ -163,9 +164,9 @@ def _quantile_ratio(ratios: Floats, above: Floats, q: float) -> Floats:
     return np.asarray(np.where(count > 0, ratios[np.minimum(at, len(ratios) - 1)], tail))
 
 
-def _fit_once(tree: PrefixTree, answers: Floats, ended: Bools) -> _Fit:
-    """answers: (n,) in leaf order, nan where there is none. ended: (n,) where the answer is a true
-    length, not an expected one: only those say how lengths are distributed about their mean."""
+def _fit_once(tree: PrefixTree, answers: Floats, ended: Bools, so_far: Floats) -> _Fit:
+    """All (n,) in leaf order. answers: true lengths and, of running requests, expected ones, nan
+    where there is neither. ended: which are true. so_far: tokens of running requests, else nan."""
     seen = ~np.isnan(answers)
     value = np.where(seen, answers, 0.0) + 1.0
     location, count = _shrunk_means(tree, value, seen)
@@ -179,14 +180,39 @@ def _fit_once(tree: PrefixTree, answers: Floats, ended: Bools) -> _Fit:
     families = int(family.max()) + 1 if len(family) else 1
     factor = _prompt_length_factor(tree.length, family, families, value / leaf_location, seen)
     leaf_location = np.maximum(leaf_location * factor, 1.0)
-    ratio = (value / leaf_location)[ended]
-    order = np.lexsort((ratio, family[ended]))
-    cuts = np.cumsum(np.bincount(family[ended], minlength=families))[:-1]
+    known = np.where(ended, value, so_far + 1) / leaf_location
+    runs = ~np.isnan(so_far)
     ratios = []
-    for own in np.split(ratio[order], cuts):
-        mixed = np.sort(np.concatenate((own, PRIOR_RATIOS)))
-        ratios.append(mixed / mixed.mean())
+    for members in _split(np.flatnonzero(ended | runs), family, families):
+        over = runs[members]
+        lengths = np.concatenate((known[members[~over]], PRIOR_RATIOS))
+        spread = _survivors(lengths, known[members[over]])
+        ratios.append(spread / spread.mean())
     return _Fit(leaf_location, family, ratios)
+
+
+def _split(leaves: Ints, family: Ints, families: int) -> list[Ints]:
+    """The leaves of each family."""
+    order = leaves[np.argsort(family[leaves], kind="stable")]
+    return np.split(order, np.cumsum(np.bincount(family[leaves], minlength=families))[:-1])
+
+
+def _survivors(lengths: Floats, exceeded: Floats) -> Floats:
+    """Equally likely values, ascending, that stand for `lengths` together with others of which only
+    the values that they exceed are known: the Kaplan-Meier estimate, its rest exponential."""
+    if not len(exceeded):
+        return np.sort(lengths)
+    value = np.concatenate((lengths, exceeded))
+    over = np.arange(len(value)) >= len(lengths)
+    order = np.lexsort((over, value))
+    value, over = value[order], over[order]
+    left = np.arange(len(value), 0, -1)
+    survival = np.cumprod(np.where(over, 1.0, 1.0 - 1.0 / left))
+    chance = (np.arange(2 * len(value)) + 0.5) / (2 * len(value))
+    at = np.searchsorted(1.0 - survival, chance)
+    beyond = np.log(np.maximum(survival[-1], 1e-12) / (1.0 - chance))
+    last = len(value) - 1
+    return np.where(at <= last, value[np.minimum(at, last)], value[last] + np.maximum(beyond, 0))
 
 
 def _shrunk_means(tree: PrefixTree, value: Floats, seen: Bools) -> tuple[Floats, Floats]:
