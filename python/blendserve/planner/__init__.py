@@ -6,8 +6,10 @@ Pure: numpy and the standard library, deterministic for a seed. Knows neither to
 from .admission import Admission, Candidate, Growth, KVState, account_side, account_tokens
 from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
+from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
+from .length_model import LengthModel
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
@@ -23,10 +25,12 @@ __all__ = [
     "Candidate",
     "CostModel",
     "DualScanner",
+    "FlatTokens",
     "Growth",
     "Hardware",
     "Job",
     "KVState",
+    "LengthModel",
     "ModelSpec",
     "ModelSpecError",
     "OrderPrediction",

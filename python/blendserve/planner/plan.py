@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from .annotation import amortised_compute
 from .cost_model import CostModel, density
-from .length_estimator import choose_sample, estimate
+from .flat_tokens import FlatTokens
+from .length_estimator import choose_sample
+from .length_model import LengthModel
 from .prefix_tree import Floats, Ints, PrefixTree
 from .transform import transform
 
@@ -66,6 +68,20 @@ class Job:
                 raise ValueError(f"{name} has shape {shape}, the job has {n} requests")
         if n and int(self.max_output_tokens.min()) < 0:
             raise ValueError("max_output_tokens must not be negative")
+
+    @classmethod
+    def from_flat(
+        cls,
+        tokens: NDArray[Any],
+        offsets: NDArray[Any],
+        max_output_tokens: NDArray[Any],
+        known_output_tokens: NDArray[Any] | None = None,
+    ) -> Job:
+        """A job whose prompts stand end to end in one array, tokens[offsets[r] : offsets[r + 1]]:
+        the leanest form, as int32 tokens are never copied. Raises ValueError for ids outside
+        0 .. 2^31 - 1 and offsets that do not cover the tokens in order."""
+        prompts = FlatTokens.checked(tokens, offsets)
+        return cls(prompts, max_output_tokens, known_output_tokens)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -126,12 +142,14 @@ def make_plan(
     observed: Mapping[int, int] | None = None,
     exclude: Collection[int] = (),
     tree: PrefixTree | None = None,
+    running: Mapping[int, int] | None = None,
 ) -> Plan:
     """Plans a job, or what is left of it.
 
     observed: true output lengths by request index, as far as they are known. exclude: requests
     that have started; they inform the estimates but are not planned. tree: `Plan.tree` of an
-    earlier plan of the same job. Deterministic, and the same plan whatever the order of the
+    earlier plan of the same job. running: output tokens so far of requests that have not ended;
+    their estimates exceed that. Deterministic, and the same plan whatever the order of the
     requests in the job. Raises ValueError for indices that are not in the job.
     """
     n = len(job)
@@ -146,7 +164,7 @@ def make_plan(
     limit = np.where(
         known, np.minimum(job.known_output_tokens, job.max_output_tokens), job.max_output_tokens
     )
-    output = estimate(tree, observed, limit, known)
+    output = LengthModel(tree, limit, known).fit(observed, running).mean()
 
     waiting = np.ones(n, dtype=bool)
     for request in exclude:

@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .flat_tokens import FlatTokens
+from .prefix_sort import sort_prompts
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -44,27 +48,21 @@ class PrefixTree:
     level: Ints
 
     @staticmethod
-    def build(
-        token_ids: Sequence[NDArray[np.int32]], tie_keys: Sequence[ArrayLike] = ()
-    ) -> PrefixTree:
-        """Sorts the prompts and builds the tree; O(N log N) comparisons plus one pass over tokens.
+    def build(token_ids: Sequence[NDArray[Any]], tie_keys: Sequence[ArrayLike] = ()) -> PrefixTree:
+        """Sorts the prompts and builds the tree; see `sort_prompts`.
 
+        token_ids: arrays, which are copied into one for the time of the sort, or `FlatTokens`,
+        which are not.
         tie_keys: arrays of shape (n,) that order requests with identical prompts, the most
         important first. Requests that tie in those too are interchangeable.
         Raises ValueError for a prompt that is not a 1-d array of non-negative integers.
         """
-        n = len(token_ids)
-        order: list[int] = list(range(n))
-        if n and tie_keys:
-            order = np.lexsort([np.asarray(key) for key in reversed(tie_keys)]).tolist()
-        # Big-endian bytes compare like the token sequences they encode.
-        keys = [_sort_key(ids, index) for index, ids in enumerate(token_ids)]
-        order.sort(key=keys.__getitem__)
-        shared = np.zeros(n, dtype=np.int64)
-        for k in range(1, n):
-            shared[k] = common_prefix(keys[order[k - 1]], keys[order[k]])
-        length = np.fromiter((len(keys[r]) // 4 for r in order), dtype=np.int64, count=n)
-        return PrefixTree.from_lcp(np.array(order, dtype=np.int64), length, shared)
+        prompts = FlatTokens.of(token_ids)
+        order = np.arange(len(prompts))
+        if len(prompts) and tie_keys:
+            order = np.lexsort([np.asarray(key) for key in reversed(tie_keys)])
+        order, shared = sort_prompts(prompts, order)
+        return PrefixTree.from_lcp(order, prompts.lengths[order], shared)
 
     @staticmethod
     def from_lcp(requests: Ints, length: Ints, shared: Ints) -> PrefixTree:
@@ -161,25 +159,6 @@ class PrefixTree:
         """(m,) what the shared prefixes below each node save: with k children under node i the
         prefix of i is computed once and found k - 1 times, so sum of (k - 1) * saved[i]."""
         return self.subtree_sum(np.zeros(self.num_leaves), (self.num_children - 1) * saved)
-
-
-def common_prefix(a: bytes, b: bytes) -> int:
-    """Tokens (4 bytes each) that two prompts have in common from the start."""
-    size = min(len(a), len(b))
-    if a[:size] == b[:size]:
-        return size // 4
-    left = np.frombuffer(a, dtype=np.uint32, count=size // 4)
-    right = np.frombuffer(b, dtype=np.uint32, count=size // 4)
-    return int((left != right).argmax())
-
-
-def _sort_key(ids: NDArray[np.int32], index: int) -> bytes:
-    array = np.asarray(ids)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"prompt {index} must be a 1-d array of integer token ids")
-    if array.size and (int(array.min()) < 0 or int(array.max()) > 0x7FFFFFFF):
-        raise ValueError(f"prompt {index} holds a token id outside 0 .. 2^31 - 1")
-    return array.astype(">u4").tobytes()
 
 
 def _interval_tree(lcp: list[int]) -> tuple[Ints, Ints, Ints, Ints, Ints]:
