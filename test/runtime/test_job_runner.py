@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from blendserve.batch.executor import BatchLine, LineResult
 from blendserve.planner import (
-    DEFAULT_OUTPUT_TOKENS,
     MODEL_SPECS,
     CostModel,
     Job,
@@ -570,7 +569,8 @@ def test_the_rest_is_planned_again_once_with_the_lengths_of_the_sample(plans):
     assert run.runner.view.replanned
     first, second = plans
     assert (first.observed, first.exclude) == ({}, set())
-    sample = make_plan(planner_job(lines), COST_MODEL).sample.tolist()
+    unseen = make_plan(planner_job(lines), COST_MODEL)
+    sample = unseen.sample.tolist()
     assert second.observed == dict.fromkeys(sample, ANSWER_TOKENS)
     # What had started, and so kept the engine busy, is not planned a second time.
     sent_before = run.server.indexes[: len(second.exclude)]
@@ -580,15 +580,18 @@ def test_the_rest_is_planned_again_once_with_the_lengths_of_the_sample(plans):
 
     for sent in run.server.sent:
         assert sent.tag is not None
-        expected = DEFAULT_OUTPUT_TOKENS if sent.index in second.exclude else ANSWER_TOKENS
-        assert sent.tag.output_tokens == expected
+        guess = unseen.estimated_output_tokens[sent.index]
+        expected = guess if sent.index in second.exclude else ANSWER_TOKENS
+        assert sent.tag.output_tokens == pytest.approx(expected)
 
 
 def test_a_line_that_failed_says_nothing_about_the_length_of_others(plans):
-    run = sampled_then_paused(chat(100), respond=answer_400)
+    lines = chat(100)
+    run = sampled_then_paused(lines, respond=answer_400)
     asyncio.run(run.finish())
     assert [plan.observed for plan in plans] == [{}, {}]
-    assert {s.tag.output_tokens for s in run.server.sent if s.tag} == {DEFAULT_OUTPUT_TOKENS}
+    unseen = make_plan(planner_job(lines), COST_MODEL).estimated_output_tokens
+    assert {s.tag.output_tokens for s in run.server.sent if s.tag} == set(unseen.tolist())
 
 
 def test_without_a_sample_there_is_no_second_plan(plans):
