@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	mkdir -p benchmark/results
+	$(BIN)/python benchmark/planner/run.py
 	$(BIN)/python examples/demo.py --json benchmark/results/demo-kv4096.json
 	$(BIN)/python examples/demo.py --kv-tokens 16384 --json benchmark/results/demo-kv16384.json
 
