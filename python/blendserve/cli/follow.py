@@ -85,7 +85,8 @@ class BatchDisplay:
         if not self._console.is_terminal and now - self._printed_at >= 5:
             self._printed_at = now
             self._console.print(
-                f"{batch.status}: {done}/{total} done, {failed} failed  {rates}  {eta}".rstrip()
+                f"{batch.status}: {done}/{total} done, {failed} failed  {rates}  {eta}".rstrip(),
+                soft_wrap=True,
             )
 
     def _rates(self, now: float, schedulers: list[dict[str, Any]]) -> str:
