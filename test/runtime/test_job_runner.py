@@ -537,9 +537,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
     """The calls of the planner, as they come."""
     calls: list[Planned] = []
 
-    def watched(job, cost_model, config, *, observed, exclude):
+    def watched(job, cost_model, config, *, observed, exclude, tree):
+        # Only the first plan has to sort the prompts.
+        assert (tree is None) == (not calls)
         calls.append(Planned(dict(observed), set(exclude)))
-        return make_plan(job, cost_model, config, observed=observed, exclude=exclude)
+        return make_plan(job, cost_model, config, observed=observed, exclude=exclude, tree=tree)
 
     monkeypatch.setattr(job_runner, "make_plan", watched)
     return calls

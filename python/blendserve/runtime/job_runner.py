@@ -24,6 +24,7 @@ from blendserve.planner import (
     Job,
     Plan,
     PlannerConfig,
+    PrefixTree,
     Side,
     make_plan,
 )
@@ -124,6 +125,7 @@ class JobRunner:
         self._observed: dict[int, int] = {}
         self._started: set[int] = set()
         self._unplanned = 0
+        self._tree: PrefixTree | None = None
         self._ranks = dict.fromkeys(Side, 0)
         self._sides: dict[int, Side] = {}
 
@@ -209,7 +211,16 @@ class JobRunner:
             max_output_tokens=limits,
             known_output_tokens=np.where(exact, limits, -1),
         )
-        plan = make_plan(job, self._cost_model, self._config, observed=observed, exclude=started)
+        plan = make_plan(
+            job,
+            self._cost_model,
+            self._config,
+            observed=observed,
+            exclude=started,
+            # The prompts do not change between two plans, so neither does their tree.
+            tree=self._tree,
+        )
+        self._tree = plan.tree
         return plan, DualScanner(plan)
 
     def _adopt(self, work: _Work, plan: Plan, scanner: DualScanner) -> None:
