@@ -14,7 +14,7 @@ from typing import Any
 from blendserve.planner import Side
 
 _PREFIX = "blendserve_"
-_NUMBERS = ("rank", "density", "target", "output_tokens")
+_NUMBERS = ("rank", "density", "target", "output_tokens", "output_deviation", "shared_tokens")
 # JSON has no infinity; a density this high is compute-bound on any hardware.
 _LARGEST_DENSITY = 1e12
 
@@ -29,6 +29,9 @@ class PlanTag:
         density: compute density of its leaf, as the scanner sees it.
         target_density: density of what was left of the job when it was dispatched.
         output_tokens: estimated output length.
+        output_deviation: standard deviation of that estimate in tokens; 0 where it is exact.
+        shared_tokens: prompt tokens in common with the request of the rank before on this side; 0
+            for the first, and where it is not known.
     """
 
     side: Side
@@ -36,6 +39,8 @@ class PlanTag:
     density: float
     target_density: float
     output_tokens: float
+    output_deviation: float = 0.0
+    shared_tokens: int = 0
 
     def to_params(self) -> dict[str, str | int | float]:
         """Scalars for ``custom_params``."""
@@ -45,6 +50,8 @@ class PlanTag:
             f"{_PREFIX}density": _finite(self.density),
             f"{_PREFIX}target": _finite(self.target_density),
             f"{_PREFIX}output_tokens": float(self.output_tokens),
+            f"{_PREFIX}output_deviation": float(self.output_deviation),
+            f"{_PREFIX}shared_tokens": self.shared_tokens,
         }
 
     @classmethod
@@ -60,8 +67,16 @@ class PlanTag:
             return None
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             return None
-        rank, density, target_density, output_tokens = numbers
-        return cls(side, int(rank), density, target_density, output_tokens)
+        rank, density, target_density, output_tokens, output_deviation, shared_tokens = numbers
+        return cls(
+            side,
+            int(rank),
+            density,
+            target_density,
+            output_tokens,
+            output_deviation,
+            int(shared_tokens),
+        )
 
 
 def _finite(density: float) -> float:
