@@ -266,4 +266,6 @@ def test_the_environment_handed_on_wins_over_a_config_file(toml):
 
 def test_every_setting_is_handed_on():
     names = {f"BLENDSERVE_{name.upper()}" for name in Settings.model_fields}
-    assert set(to_environment(load_settings())) == names
+    handed_on = to_environment(load_settings(trace_file="steps.jsonl"))
+    assert set(handed_on) == names
+    assert "BLENDSERVE_TRACE_FILE" not in to_environment(load_settings()), "unset stays unset"

@@ -66,6 +66,16 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(
         default=200_000_000, ge=1, description="Bytes allowed in an uploaded file."
     )
+    online_share: float = Field(
+        default=0.2,
+        ge=0.0,
+        lt=1.0,
+        description="Share of KV memory and prefill that batch work leaves to online requests, "
+        "while any come.",
+    )
+    trace_file: Path | None = Field(
+        default=None, description="File for one JSON line per scheduler step; none by default."
+    )
     feedback_address: str = Field(
         default="", description="Internal: where the scheduler reports to the front process."
     )
@@ -127,7 +137,11 @@ def load_settings(**overrides: Any) -> Settings:
 def to_environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for processes started from here."""
     values = settings.model_dump(mode="json")
-    return {f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in values.items()}
+    return {
+        f"{ENV_PREFIX}{name.upper()}": str(value)
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _require_known(name: str, known: set[str], where: str) -> None:

@@ -24,6 +24,10 @@ ENGINE_FLAGS = (
 )
 
 
+# Threads that wait without spinning: several engines share few cores here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @dataclass
 class Server:
     """A running server and the directory that its Batch API keeps."""

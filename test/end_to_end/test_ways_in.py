@@ -25,6 +25,11 @@ def blendserve(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def tail(log: Path, lines: int = 40) -> str:
+    """The end of a server's log, long lines cut."""
+    return "\n".join(line[:300] for line in log.read_text(errors="replace").splitlines()[-lines:])
+
+
 def test_a_frontend_program_runs_unmodified(blend: Server) -> None:
     program = runpy.run_path(str(EXAMPLES / "frontend_program.py"))
     assert program["main"](blend.url) == 0
@@ -35,9 +40,14 @@ def test_run_batch_answers_a_file_and_reports_failed_lines(model: str, tmp_path:
     lines[3]["body"]["temperature"] = "warm"
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(jsonl(lines))
-    run = blendserve(
-        *("run-batch", "-i", str(source), "-o", str(output), "--model-path", model, *ENGINE_FLAGS)
-    )
+    try:
+        run = blendserve(
+            *("run-batch", "-i", str(source), "-o", str(output), "--model-path", model),
+            *ENGINE_FLAGS,
+        )
+    except subprocess.TimeoutExpired:
+        log = tmp_path / "out.jsonl.blendserve" / "server.log"
+        pytest.fail("no end; the server's log ends:\n" + tail(log))
     assert run.returncode == 1, run.stderr
     answered = [json.loads(line)["custom_id"] for line in output.open()]
     failed = [json.loads(line)["custom_id"] for line in (tmp_path / "out.errors.jsonl").open()]

@@ -13,12 +13,9 @@ from blendserve.planner import (
     Admission,
     Candidate,
     DualScanner,
-    Growth,
     Job,
-    KVState,
+    KVAccount,
     Side,
-    account_side,
-    account_tokens,
     make_plan,
     partition_memory,
 )
@@ -103,18 +100,28 @@ def candidate(side, prompt=100, output=10.0, density=1.0, blocked=False):
     return Candidate(side, prompt, prompt, output, density, blocked)
 
 
+def pool(total, free, left=0, right=0):
+    """A pool in which one request of each side has booked so much, and is about to end."""
+    kv = KVAccount(total)
+    for side, booked in ((LEFT, left), (RIGHT, right)):
+        if booked:
+            kv.start(side, Candidate(side, booked, booked, 0.0, 1.0))
+    kv.free_tokens = free
+    return kv
+
+
 def test_the_side_with_more_of_its_partition_unused_goes_first():
     left, right = candidate(LEFT, density=3.0), candidate(RIGHT, density=1.0)
     choose = Admission().choose
     # Target 2 divides 1000 tokens in halves.
-    assert choose(left, right, KVState(1000, 500, 400, 100), 2.0) is RIGHT
-    assert choose(left, right, KVState(1000, 500, 100, 400), 2.0) is LEFT
+    assert choose(left, right, pool(1000, 500, 400, 100), 2.0) is RIGHT
+    assert choose(left, right, pool(1000, 500, 100, 400), 2.0) is LEFT
     # Target 1.2: the left has 100 tokens, the right 900.
-    assert choose(left, right, KVState(1000, 500, 50, 400), 1.2) is RIGHT
+    assert choose(left, right, pool(1000, 500, 50, 400), 1.2) is RIGHT
 
 
 def test_a_side_keeps_to_its_partition_while_the_other_has_requests():
-    kv = KVState(1000, 200, 700, 100)
+    kv = pool(1000, 200, 700, 100)
     left = candidate(LEFT, density=3.0)
     choose = Admission().choose
     # Target 2 gives the left 500 tokens, of which it has booked 700.
@@ -124,7 +131,7 @@ def test_a_side_keeps_to_its_partition_while_the_other_has_requests():
 
 
 def test_where_no_division_hits_the_target_the_warm_prefix_goes_first():
-    kv = KVState(1000, 500, 300, 200)
+    kv = pool(1000, 500, 300, 200)
     cold = Candidate(LEFT, 100, 90, 10.0, 4.0)
     warm = Candidate(RIGHT, 100, 20, 10.0, 3.0)
     for target in (2.0, 5.0):
@@ -134,7 +141,7 @@ def test_where_no_division_hits_the_target_the_warm_prefix_goes_first():
 
 def test_what_does_not_fit_or_is_blocked_waits():
     choose = Admission().choose
-    busy = KVState(1000, 100, 450, 450)
+    busy = pool(1000, 100, 450, 450)
     assert choose(candidate(LEFT), candidate(RIGHT), busy, 1.0) is None
     assert choose(None, None, busy, 1.0) is None
     blocked = candidate(LEFT, prompt=1, output=1, blocked=True)
@@ -143,44 +150,24 @@ def test_what_does_not_fit_or_is_blocked_waits():
 
 def test_a_prefix_that_running_requests_hold_takes_no_new_memory():
     held = Candidate(LEFT, 700, 20, 2.0, 50.0, locked_prefix_tokens=680)
-    assert Admission().choose(held, None, KVState(1000, 50, 900, 0), 2.0) is LEFT
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=8),
-)
-def test_the_peak_of_growth_is_that_of_a_step_by_step_run(requests):
-    """Every request takes a token a step, and gives all it holds back once it has ended."""
-    free, lowest = 0, 0
-    left = {k: remaining for k, (remaining, _) in enumerate(requests)}
-    held = {k: private for k, (_, private) in enumerate(requests)}
-    while left:
-        for k in [k for k, remaining in left.items() if remaining == 0]:
-            free += held[k]
-            del left[k]
-        for k in left:
-            free -= 1
-            held[k] += 1
-            left[k] -= 1
-        lowest = min(lowest, free)
-    growth = Growth(
-        np.array([float(remaining) for remaining, _ in requests]),
-        np.array([float(private) for _, private in requests]),
-    )
-    assert growth.peak_tokens() == -lowest
+    assert Admission().choose(held, None, pool(1000, 50, 900), 2.0) is LEFT
 
 
 def test_memory_that_short_requests_give_back_is_lent_to_long_ones():
-    # 10 requests of 50 tokens end after 5 more; the candidate takes 400 in the long run.
-    growth = Growth(np.full(10, 5.0), np.full(10, 50.0))
-    kv = KVState(1000, 150, 500, 0, growth)
-    long = Candidate(RIGHT, 50, 50, 400.0, 0.1)
+    # 10 requests of 50 tokens end after 5 more; the candidate takes 200 in the long run.
+    kv = KVAccount(1000)
+    for key in range(10):
+        kv.start(key, Candidate(LEFT, 50, 50, 5.0, 1.0))
+    long = Candidate(RIGHT, 50, 50, 200.0, 0.1)
+    # 10 x 5 tokens and its own 55 at first; 250 in the end, when 500 will have come back.
+    kv.free_tokens = 105
     assert Admission().choose(None, long, kv, 1.0) is RIGHT
-    assert Admission().choose(None, long, replace(kv, free_tokens=99), 1.0) is None
+    kv.free_tokens = 104
+    assert Admission().choose(None, long, kv, 1.0) is None
 
 
 def test_an_idle_engine_starts_even_what_does_not_fit():
-    idle = KVState(1000, 1000, 0, 0)
+    idle = pool(1000, 1000)
     large, larger = candidate(LEFT, output=5_000.0), candidate(RIGHT, output=9_000.0)
     assert Admission().choose(large, None, idle, 1.0) is LEFT
     assert Admission().choose(None, larger, idle, 1.0) is RIGHT
@@ -192,15 +179,9 @@ def test_admission_never_deadlocks(job, total, order_of_end):
     """Run to the end on a toy engine: requests hold p + d tokens, and end in some order."""
     scanner = DualScanner(make_plan(job, LLAMA_ON_A100))
     outputs = job.known_output_tokens
-    running: list[tuple[int, Side]] = []
+    kv = KVAccount(total)
+    running: list[int] = []
     done = 0
-
-    def held(side):
-        return sum(
-            max(1.0, account_tokens(len(job.token_ids[r]), outputs[r]))
-            for r, where in running
-            if where is side
-        )
 
     def head(side):
         request = scanner.head(side)
@@ -210,13 +191,14 @@ def test_admission_never_deadlocks(job, total, order_of_end):
         return Candidate(side, p, p, float(outputs[request]), scanner.density(side))
 
     for _ in range(4 * len(job) + 1):
-        used = sum(len(job.token_ids[r]) + int(outputs[r]) for r, _ in running)
-        kv = KVState(total, total - used, held(LEFT), held(RIGHT))
-        side = Admission().choose(head(LEFT), head(RIGHT), kv, scanner.target_density)
+        kv.free_tokens = total - sum(len(job.token_ids[r]) + int(outputs[r]) for r in running)
+        heads = {side: head(side) for side in Side}
+        side = Admission().choose(heads[LEFT], heads[RIGHT], kv, scanner.target_density)
         if side is not None:
-            running.append((scanner.take(side), side))
+            running.append(scanner.take(side))
+            kv.start(running[-1], heads[side])
         elif running:
-            running.pop(order_of_end % len(running))
+            assert kv.end(running.pop(order_of_end % len(running)))
             done += 1
         else:
             break
@@ -228,7 +210,7 @@ def test_both_sides_run_together_on_a_mixed_job():
     job = mixed_job(600)
     plan = make_plan(job, LLAMA_ON_A100)
     scanner = DualScanner(plan)
-    kv = KVState(200_000, 200_000, 0, 0)
+    kv = KVAccount(200_000)
     sides = []
     while True:
         heads = []
@@ -242,14 +224,35 @@ def test_both_sides_run_together_on_a_mixed_job():
         chosen = heads[0] if side is LEFT else heads[1]
         scanner.take(side)
         sides.append(side)
-        kv = kv.with_started(chosen)
+        kv.start(len(sides), chosen)
     assert set(sides) == {LEFT, RIGHT}
 
 
 def test_a_request_that_outlives_its_estimate_counts_on_the_right():
-    assert account_side(LEFT, 10, 10.0) is LEFT
-    assert account_side(LEFT, 11, 10.0) is RIGHT
-    assert account_side(RIGHT, 11, 10.0) is RIGHT
+    kv = KVAccount(1000)
+    head = replace(candidate(LEFT, output=4.0), output_deviation=10.0, max_output_tokens=12.0)
+    kv.start("a", head)
+    # Uncertain: memory for a quarter more than the 4 expected tokens, and for the deviation.
+    assert (kv.left_tokens, kv.right_tokens) == (102.5, 0.0)
+    assert kv.growth_tokens() == 5.0 + 10.0
+    assert [kv.decode_step() for _ in range(5)] == [False] * 4 + [True]
+    # Memory for as much more as it was uncertain, but never beyond its limit of 12.
+    assert (kv.left_tokens, kv.right_tokens) == (0.0, 106.0)
+    assert kv.growth_tokens() == 7.0 + 10.0
+    assert kv.end("a")
+    assert not kv.end("a")
+    assert kv.idle
+    assert (kv.left_tokens, kv.right_tokens, kv.growth_tokens()) == (0.0, 0.0, 0.0)
+
+
+def test_a_prefix_that_a_later_request_shares_does_not_come_free_with_the_first():
+    kv = KVAccount(1000)
+    kv.start("first", candidate(LEFT, prompt=400, output=1.0))
+    kv.start("second", Candidate(LEFT, 400, 10, 200.0, 1.0, locked_prefix_tokens=390))
+    # The first gives back its 400 tokens before the second has grown to 200.
+    assert kv.growth_tokens() == 2.0
+    kv.share("first", 10)
+    assert kv.growth_tokens() == 200.0 - 10.0
     assert LEFT.other is RIGHT
     assert RIGHT.other is LEFT
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -26,34 +26,33 @@ class FakeReq:
     prompt_tokens: int = 10
     max_new_tokens: int = 100
     output_ids: list[int] = field(default_factory=list)
-    ended: bool = False
+    ids: list[int] | None = None
 
     @property
     def origin_input_ids(self):
-        return range(self.prompt_tokens)
+        # Prompts without ids of their own have nothing in common.
+        first = hash(self.rid) % 10**9
+        return array("q", self.ids or range(first, first + self.prompt_tokens))
 
     @property
     def sampling_params(self):
         return SimpleNamespace(max_new_tokens=self.max_new_tokens)
 
-    def finished(self):
-        return self.ended
 
-
-def planned(rid, side=LEFT, estimate=8.0, **req):
-    tag = PlanTag(side, rank=0, density=1.0, target_density=1.0, output_tokens=estimate)
+def planned(rid, side=LEFT, estimate=8.0, deviation=0.0, **req):
+    tag = PlanTag(side, 0, 1.0, 1.0, output_tokens=estimate, output_deviation=deviation)
     return PlannedRequest(FakeReq(rid, **req), tag)
 
 
-def queues_of(*requests):
-    queues = SideQueues()
+def queues_of(*requests, total_tokens=10_000):
+    queues = SideQueues(total_tokens)
     for request in requests:
         queues.add(request)
     return queues
 
 
-def start(queues, side, private_tokens=0):
-    return queues.start(side, private_tokens)
+def start(queues, side):
+    return queues.start(queues.candidate(side))
 
 
 def waiting(queues, side):
@@ -72,16 +71,12 @@ def test_each_side_starts_in_order_of_arrival():
 
 
 def test_the_head_is_what_starts_next_and_looking_takes_nothing():
-    queues = queues_of(planned("a"), planned("b"))
-    assert queues.head(LEFT) is queues.head(LEFT)
+    queues = queues_of(planned("a", prompt_tokens=7), planned("b", prompt_tokens=8))
+    assert queues.candidate(LEFT) == queues.candidate(LEFT)
+    assert queues.candidate(LEFT).prompt_tokens == 7
     assert start(queues, LEFT).req.rid == "a"
-    assert queues.head(LEFT).req.rid == "b"
-    assert queues.head(RIGHT) is None
-
-
-def test_an_empty_side_has_nothing_to_start():
-    with pytest.raises(IndexError):
-        start(queues_of(planned("x", RIGHT)), LEFT)
+    assert queues.candidate(LEFT).prompt_tokens == 8
+    assert queues.candidate(RIGHT) is None
 
 
 def test_a_started_request_runs_and_is_counted_once():
@@ -123,47 +118,88 @@ def test_a_retracted_request_waits_on_the_side_of_its_plan_whatever_it_has_produ
     queues = queues_of(planned("a", LEFT, estimate=2.0))
     request = start(queues, LEFT)
     request.req.output_ids += [0] * 50
-    assert queues.running_count(RIGHT) == 1
+    for _ in range(50):
+        queues.account.decode_step()
+    assert queues.account.running == {LEFT: 0, RIGHT: 1}
     queues.retract(request)
     assert waiting(queues, LEFT) == ["a"]
     assert waiting(queues, RIGHT) == []
 
 
-def test_the_latest_that_started_and_still_run_may_hold_a_prefix():
-    queues = queues_of(planned("a"), planned("b"), planned("x", RIGHT))
-    assert list(queues.latest_running()) == []
-    for side in (LEFT, LEFT, RIGHT):
-        start(queues, side)
-    assert {request.req.rid for request in queues.latest_running()} == {"a", "b", "x"}
-    queues.finish("b")
-    assert {request.req.rid for request in queues.latest_running()} == {"a", "x"}
+# -- shared prefixes
+
+PREFIX = list(range(100))
 
 
-def test_requests_put_back_do_not_hide_a_running_one_that_may_hold_a_prefix():
-    queues = queues_of(planned("a"), planned("b"))
+def sharing(rid, *suffix, side=LEFT, **req):
+    return planned(rid, side, ids=PREFIX + list(suffix), **req)
+
+
+def test_siblings_wait_until_the_prefix_that_they_share_is_there():
+    queues = queues_of(sharing("a", 1), sharing("b", 2), sharing("x", 3, side=RIGHT))
+    first = queues.candidate(LEFT)
+    assert (first.uncached_tokens, first.blocked) == (101, False)
     start(queues, LEFT)
-    for _ in range(100):
-        queues.put_back(start(queues, LEFT))
-    assert [request.req.rid for request in queues.latest_running()] == ["a"]
+    assert queues.candidate(LEFT).blocked
+    assert queues.candidate(RIGHT).blocked, "the other side shares it too"
+    assert queues.prefilled("a")
+    assert not queues.prefilled("a"), "that is no news"
+    for side in Side:
+        head = queues.candidate(side)
+        assert (head.blocked, head.uncached_tokens, head.locked_prefix_tokens) == (False, 1, 100)
 
 
-def test_requests_that_ended_do_not_hide_a_running_one_that_may_hold_a_prefix():
-    queues = queues_of(planned("a"), *(planned(f"b{n}") for n in range(100)))
+def test_what_was_cached_before_blocks_nobody():
+    queues = queues_of(sharing("a", 1), sharing("b", 2), sharing("c", 3))
     start(queues, LEFT)
-    for n in range(100):
-        start(queues, LEFT)
-        queues.finish(f"b{n}")
-    assert [request.req.rid for request in queues.latest_running()] == ["a"]
+    queues.prefilled("a")
+    start(queues, LEFT)
+    # b computes only its own token; the prefix is there already.
+    assert not queues.candidate(LEFT).blocked
+    assert queues.candidate(LEFT).uncached_tokens == 1
 
 
-def test_a_request_that_started_again_may_hold_a_prefix_once_and_as_it_is_now():
-    queues = queues_of(planned("a"))
-    request = start(queues, LEFT, private_tokens=5)
-    queues.retract(PlannedRequest(request.req, request.tag))
-    assert list(queues.latest_running()) == []
-    start(queues, LEFT, private_tokens=7)
-    assert [each.private_tokens for each in queues.latest_running()] == [7]
-    assert list(queues.latest_running()) == list(queues.running.values())
+def test_a_few_common_tokens_are_not_worth_waiting_for():
+    queues = queues_of(planned("a", ids=[1] * 15 + [2] * 10), planned("b", ids=[1] * 15 + [3] * 10))
+    start(queues, LEFT)
+    assert not queues.candidate(LEFT).blocked
+
+
+def test_the_last_token_of_a_prompt_is_always_computed():
+    queues = queues_of(sharing("a"), sharing("b"))
+    start(queues, LEFT)
+    queues.prefilled("a")
+    assert queues.candidate(LEFT).uncached_tokens == 1
+
+
+def test_a_prefix_is_locked_as_long_as_somebody_runs_who_holds_it():
+    queues = queues_of(sharing("a", 1), sharing("b", 2))
+    start(queues, LEFT)
+    queues.prefilled("a")
+    assert queues.finish("a")
+    head = queues.candidate(LEFT)
+    # Still cached, but it now takes memory that could have been evicted.
+    assert (head.uncached_tokens, head.locked_prefix_tokens) == (1, 0)
+
+
+def test_who_goes_before_its_prompt_was_computed_holds_up_nobody():
+    queues = queues_of(sharing("a", 1), sharing("b", 2))
+    queues.put_back(start(queues, LEFT))
+    assert waiting(queues, LEFT) == ["a", "b"]
+    head = queues.candidate(LEFT)
+    assert (head.blocked, head.uncached_tokens) == (False, 101)
+
+
+def test_a_prefix_that_two_hold_does_not_come_free_with_the_first():
+    queues = queues_of(
+        sharing("a", 1, estimate=1.0), sharing("b", 2, estimate=150.0, max_new_tokens=150)
+    )
+    start(queues, LEFT)
+    assert queues.account.growth_tokens() == 1.0
+    queues.prefilled("a")
+    start(queues, LEFT)
+    # a gives back one token of its own, not the 100 that b needs too.
+    assert queues.account.growth_tokens() == 149.0
 
 
 # -- endings
@@ -171,19 +207,20 @@ def test_a_request_that_started_again_may_hold_a_prefix_once_and_as_it_is_now():
 
 def test_finishing_a_request_that_does_not_run_changes_nothing():
     queues = queues_of(planned("a"))
-    queues.finish("a")
-    queues.finish("unheard-of")
+    assert not queues.finish("a")
+    assert not queues.finish("unheard-of")
+    assert not queues.prefilled("a")
     assert waiting(queues, LEFT) == ["a"]
 
 
-def test_all_that_ended_is_dropped_and_all_else_kept():
-    queues = queues_of(*(planned(rid) for rid in "abc"), planned("x", RIGHT))
-    for side in (LEFT, LEFT, LEFT, RIGHT):
+def test_an_idle_engine_holds_nothing():
+    queues = queues_of(planned("a"), planned("b"), planned("x", RIGHT))
+    for side in (LEFT, RIGHT):
         start(queues, side)
-    queues.running["a"].req.ended = queues.running["x"].req.ended = True
-    queues.drop_finished()
-    assert list(queues.running) == ["b", "c"]
-    assert queues.taken == {LEFT: 3, RIGHT: 1}
+    queues.forget_running()
+    assert queues.running == {}
+    assert queues.account.idle
+    assert waiting(queues, LEFT) == ["b"]
 
 
 def test_removed_requests_leave_both_queues_and_count_as_taken():
@@ -208,22 +245,30 @@ def test_removing_leaves_running_requests_alone():
 # -- memory
 
 
-def test_memory_is_kept_for_the_estimate_and_not_much_more():
-    assert 20 <= planned("a", estimate=20.0, max_new_tokens=1000).output_tokens <= 30
-
-
-@pytest.mark.parametrize("produced", [60, 61, 98])
-def test_an_output_that_outgrew_its_estimate_is_expected_to_go_on(produced):
-    request = planned("a", estimate=20.0, max_new_tokens=100, output_ids=[0] * produced)
-    assert request.output_tokens == produced + 1
-    assert request.remaining_tokens == 1
+def test_memory_is_kept_for_a_known_length_and_for_an_estimate_a_little_more():
+    known, estimate = planned("a", estimate=20.0), planned("b", estimate=20.0, deviation=5.0)
+    queues = queues_of(known, estimate)
+    assert queues.candidate(LEFT).reserved_output_tokens == 20.0
+    start(queues, LEFT)
+    assert 20.0 < queues.candidate(LEFT).reserved_output_tokens <= 30.0
 
 
 def test_no_output_is_expected_beyond_its_limit():
-    request = planned("a", estimate=500.0, max_new_tokens=50)
-    assert (request.output_tokens, request.remaining_tokens) == (50, 50)
-    request.req.output_ids += [0] * 50
-    assert (request.output_tokens, request.remaining_tokens) == (50, 0)
+    queues = queues_of(planned("a", estimate=500.0, deviation=90.0, max_new_tokens=50))
+    assert queues.candidate(LEFT).reserved_output_tokens == 50
+
+
+def test_a_retracted_request_brings_its_output_back_as_prompt():
+    queues = queues_of(planned("a", prompt_tokens=10, estimate=30.0, deviation=4.0))
+    request = start(queues, LEFT)
+    for produced, still_to_come in ((12, 18.0), (40, 4.0)):
+        request.req.output_ids[:] = [0] * produced
+        queues.retract(request)
+        head = queues.candidate(LEFT)
+        assert (head.prompt_tokens, head.uncached_tokens) == (10 + produced, 10 + produced)
+        assert head.estimated_output_tokens == still_to_come
+        assert head.max_output_tokens == 100 - produced
+        start(queues, LEFT)
 
 
 def test_a_running_request_books_what_it_holds_alone_and_half_its_expected_output():
@@ -231,46 +276,12 @@ def test_a_running_request_books_what_it_holds_alone_and_half_its_expected_outpu
         planned("a", prompt_tokens=100, estimate=30.0),
         planned("x", RIGHT, prompt_tokens=7, estimate=60.0),
     )
-    assert (queues.account(LEFT), queues.account(RIGHT)) == (0, 0)
-    left = start(queues, LEFT, private_tokens=40)
-    right = start(queues, RIGHT, private_tokens=7)
-    assert queues.account(LEFT) == 40 + left.output_tokens / 2
-    assert queues.account(RIGHT) == 7 + right.output_tokens / 2
-
-
-def test_a_request_that_outlives_its_estimate_counts_on_the_right():
-    queues = queues_of(planned("a", LEFT, estimate=3.0))
-    request = start(queues, LEFT, private_tokens=20)
-    request.req.output_ids += [0, 0, 0]
-    assert (queues.running_count(LEFT), queues.running_count(RIGHT)) == (1, 0)
-    assert (queues.account(LEFT), queues.account(RIGHT)) == (request.account_tokens, 0)
-    request.req.output_ids.append(0)
-    assert (queues.running_count(LEFT), queues.running_count(RIGHT)) == (0, 1)
-    assert (queues.account(LEFT), queues.account(RIGHT)) == (0, request.account_tokens)
-
-
-def test_a_request_of_the_right_stays_there():
-    queues = queues_of(planned("x", RIGHT, estimate=3.0))
-    request = start(queues, RIGHT)
-    for _ in range(10):
-        assert (queues.running_count(LEFT), queues.running_count(RIGHT)) == (0, 1)
-        request.req.output_ids.append(0)
-
-
-def test_growth_is_what_each_running_request_will_take_and_give_back():
-    queues = queues_of(
-        planned("a", estimate=30.0, output_ids=[0] * 12),
-        planned("x", RIGHT, estimate=60.0),
-        planned("b", estimate=5.0),
-    )
-    assert queues.growth().peak_tokens() == 0
-    left = start(queues, LEFT, private_tokens=40)
-    right = start(queues, RIGHT, private_tokens=7)
-    remaining = [left.output_tokens - 12, right.output_tokens]
-    assert queues.growth().remaining_tokens.tolist() == remaining
-    assert queues.growth().private_tokens.tolist() == [52, 7]
+    for side in Side:
+        start(queues, side)
+    assert queues.account.left_tokens == 100 + 15
+    assert queues.account.right_tokens == 7 + 30
     queues.finish("a")
-    assert queues.growth().remaining_tokens.tolist() == remaining[1:]
+    assert queues.account.left_tokens == 0
 
 
 # -- any sequence of events
@@ -281,7 +292,7 @@ class QueuesMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.queues = SideQueues()
+        self.queues = SideQueues(2_000)
         self.every: dict[str, PlannedRequest] = {}
         self.waiting: dict[Side, list[str]] = {side: [] for side in Side}
         self.running: set[str] = set()
@@ -309,10 +320,7 @@ class QueuesMachine(RuleBasedStateMachine):
     @rule(side=st.sampled_from(Side), count=st.integers(1, 4), admitted=st.integers(0, 4))
     def offer(self, side, count, admitted):
         """SGLang is offered the heads of a side and takes the first few of them."""
-        offered = [
-            self.queues.start(side, private_tokens=len(self.every))
-            for _ in range(min(count, len(self.waiting[side])))
-        ]
+        offered = [start(self.queues, side) for _ in range(min(count, len(self.waiting[side])))]
         assert [request.req.rid for request in offered] == self.waiting[side][: len(offered)]
         for request in reversed(offered[admitted:]):
             self.queues.put_back(request)
@@ -325,6 +333,7 @@ class QueuesMachine(RuleBasedStateMachine):
     def decode(self, data, tokens):
         req = self.pick(data).req
         req.output_ids += [0] * min(tokens, req.max_new_tokens - len(req.output_ids))
+        self.queues.account.decode_step()
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -345,13 +354,9 @@ class QueuesMachine(RuleBasedStateMachine):
         self.gone.add(rid)
 
     @rule(data=st.data())
-    def drop_finished(self, data):
-        ended = data.draw(st.sets(st.sampled_from(sorted(self.running)))) if self.running else set()
-        for rid in ended:
-            self.every[rid].req.ended = True
-        self.queues.drop_finished()
-        self.running -= ended
-        self.gone |= ended
+    def prefill(self, data):
+        for rid in data.draw(st.sets(st.sampled_from(sorted(self.every)))) if self.every else ():
+            assert not self.queues.prefilled(rid) or rid in self.running
 
     @rule(prefix=st.sampled_from(["0-", "1-", ""]))
     def abort_waiting(self, prefix):
@@ -385,24 +390,13 @@ class QueuesMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_accounts_divide_the_running_requests(self):
-        running = [self.every[rid] for rid in self.running]
-        booked = sum(request.account_tokens for request in running)
-        assert sum(map(self.queues.account, Side)) == pytest.approx(booked)
-        assert sum(map(self.queues.running_count, Side)) == len(running)
-        outlived = {r.req.rid for r in running if len(r.req.output_ids) > r.tag.output_tokens}
-        right = {r.req.rid for r in running if r.tag.side is RIGHT}
-        assert self.queues.running_count(RIGHT) == len(outlived | right)
-
-    @invariant()
-    def nothing_is_expected_beyond_the_limit(self):
-        limits = sum(
-            self.every[rid].req.max_new_tokens - len(self.every[rid].req.output_ids)
-            for rid in self.running
-        )
-        remaining = self.queues.growth().remaining_tokens
-        assert len(remaining) == len(self.running)
-        assert (remaining >= 0).all()
-        assert remaining.sum() <= limits
+        account = self.queues.account
+        assert sum(account.running.values()) == len(self.running) == len(account)
+        right = sum(self.every[rid].tag.side is RIGHT for rid in self.running)
+        assert account.running[RIGHT] >= right, "one that outlives its estimate goes to the right"
+        for side, tokens in ((LEFT, account.left_tokens), (RIGHT, account.right_tokens)):
+            assert (tokens > 1e-6) == (account.running[side] > 0)
+        assert account.idle == (not self.running)
 
 
 TestAnySequenceOfEvents = QueuesMachine.TestCase

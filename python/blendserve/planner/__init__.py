@@ -3,11 +3,13 @@
 Pure: numpy and the standard library, deterministic for a seed. Knows neither torch nor SGLang.
 """
 
-from .admission import Admission, Candidate, Growth, KVState, account_side, account_tokens
+from .admission import Admission
 from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
+from .kv_account import Candidate, KVAccount
+from .kv_forecast import KVForecast
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
 from .length_model import LengthModel
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
@@ -26,10 +28,10 @@ __all__ = [
     "CostModel",
     "DualScanner",
     "FlatTokens",
-    "Growth",
     "Hardware",
     "Job",
-    "KVState",
+    "KVAccount",
+    "KVForecast",
     "LengthModel",
     "ModelSpec",
     "ModelSpecError",
@@ -42,8 +44,6 @@ __all__ = [
     "Side",
     "Transformed",
     "UnknownHardwareError",
-    "account_side",
-    "account_tokens",
     "choose_sample",
     "estimate",
     "hardware",

@@ -6,119 +6,9 @@ Pure: what is free and what is next go in, a side comes out. No clock, no I/O, n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-
-import numpy as np
-from numpy.typing import ArrayLike
 
 from .dual_scanner import Side, partition_memory
-from .prefix_tree import Floats
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What the running requests will still take from the KV pool, and give back when they end.
-
-    remaining_tokens: (n,) output tokens that each is expected to produce yet.
-    private_tokens: (n,) tokens that each holds now and no other running request does.
-    """
-
-    remaining_tokens: Floats = field(default_factory=lambda: np.empty(0))
-    private_tokens: Floats = field(default_factory=lambda: np.empty(0))
-
-    def peak_tokens(self) -> float:
-        """The most free tokens that they will take at any time from now on, if nothing is added.
-
-        All decode in step, so the demand peaks just before one of them ends: those that ended
-        earlier have given back what they held, and the others have grown as far as that one.
-        """
-        if not len(self.remaining_tokens):
-            return 0.0
-        order = np.argsort(self.remaining_tokens, kind="stable")
-        remaining = self.remaining_tokens[order]
-        returned = np.cumsum(self.private_tokens[order]) - self.private_tokens[order]
-        alive = np.arange(len(remaining), 0, -1)
-        return max(float(np.max(alive * remaining - returned)), 0.0)
-
-    def plus(self, remaining_tokens: float, private_tokens: float) -> Growth:
-        """The same with one more request."""
-        return Growth(
-            _appended(self.remaining_tokens, remaining_tokens),
-            _appended(self.private_tokens, private_tokens),
-        )
-
-
-def _appended(values: Floats, value: float) -> Floats:
-    added: ArrayLike = [value]
-    return np.append(values, added)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The request at the head of one side; token counts.
-
-    uncached_tokens: prompt tokens that must be prefilled.
-    density: of the plan, at this request.
-    blocked: it shares a prefix with a request that is being prefilled now; started at once it
-        would compute that prefix a second time.
-    locked_prefix_tokens: the part of its prompt that running requests hold in the KV cache, so
-        that it takes nothing from free_tokens. 0 is the safe value.
-    """
-
-    side: Side
-    prompt_tokens: int
-    uncached_tokens: int
-    estimated_output_tokens: float
-    density: float
-    blocked: bool = False
-    locked_prefix_tokens: int = 0
-
-    @property
-    def uncached_fraction(self) -> float:
-        """Part of the prompt that must be prefilled; 0 for an empty prompt."""
-        return self.uncached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def private_tokens(self) -> int:
-        """Prompt tokens that it takes from the free ones as soon as it starts."""
-        return self.prompt_tokens - self.locked_prefix_tokens
-
-
-@dataclass(frozen=True)
-class KVState:
-    """The KV pool, in tokens.
-
-    free_tokens: free and evictable ones.
-    left_tokens, right_tokens: `account_tokens` summed over the running requests of each side.
-    growth: what the running requests will take of the free ones.
-    """
-
-    total_tokens: int
-    free_tokens: float
-    left_tokens: float
-    right_tokens: float
-    growth: Growth = field(default_factory=Growth)
-
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether the pool lasts until all have ended, if this one starts now too."""
-        after = self.with_started(candidate)
-        return after.growth.peak_tokens() <= after.free_tokens
-
-    def with_started(self, candidate: Candidate) -> KVState:
-        """The pool as it is once a candidate has started."""
-        booked = account_tokens(candidate.private_tokens, candidate.estimated_output_tokens)
-        left = candidate.side is Side.LEFT
-        return replace(
-            self,
-            free_tokens=self.free_tokens - candidate.private_tokens,
-            left_tokens=self.left_tokens + (booked if left else 0.0),
-            right_tokens=self.right_tokens + (0.0 if left else booked),
-            growth=self.growth.plus(candidate.estimated_output_tokens, candidate.private_tokens),
-        )
-
-    @property
-    def idle(self) -> bool:
-        return self.left_tokens <= 0 and self.right_tokens <= 0
+from .kv_account import Candidate, KVAccount
 
 
 class Admission:
@@ -128,7 +18,7 @@ class Admission:
         self,
         left: Candidate | None,
         right: Candidate | None,
-        kv: KVState,
+        kv: KVAccount,
         target_density: float,
     ) -> Side | None:
         """The side whose head should start now, None when none can.
@@ -172,17 +62,3 @@ def unused_fraction(share: float, used: float) -> float:
     """Unused part of a partition as a fraction of it: 1 when empty, 0 when full, negative beyond;
     -inf for a side that is given no memory."""
     return (share - used) / share if share > 0 else -math.inf
-
-
-def account_tokens(private_tokens: float, estimated_output_tokens: float) -> float:
-    """p + d / 2: the memory that a request holds on average over its life.
-
-    Of a prefix that several running requests share, only the first of them counts the tokens.
-    """
-    return private_tokens + estimated_output_tokens / 2
-
-
-def account_side(side: Side, generated_tokens: int, estimated_output_tokens: float) -> Side:
-    """The side on whose account a running request stands: one from the left that has outlived its
-    estimate is a long decode after all, and counts on the right."""
-    return Side.RIGHT if generated_tokens > estimated_output_tokens else side

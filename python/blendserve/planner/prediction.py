@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .admission import account_tokens
 from .cost_model import CostModel
+from .kv_account import account_tokens
 from .plan import Plan
 from .prefix_tree import Floats, Ints, PrefixTree
 

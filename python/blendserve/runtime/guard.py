@@ -36,11 +36,12 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "running_bs",
         "...",
     ),
-    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": ("self", "tree_cache", "..."),
     "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset": (
         "self",
         "req",
     ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": ("self", "req", "..."),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": ("self", "req"),
 }
 HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (

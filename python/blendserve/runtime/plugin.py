@@ -42,15 +42,15 @@ def activate() -> None:
 def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from blendserve.runtime.scheduler import BlendScheduler, expected_growth
+    from blendserve.runtime.prefill_adder import BlendPrefillAdder
+    from blendserve.runtime.scheduler import BlendScheduler
 
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )
+    # The name by which SGLang's scheduler makes its adders, not the one where it is defined.
     HookRegistry.register(
-        "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
-        expected_growth,
-        HookType.AROUND,
+        "sglang.srt.managers.scheduler.PrefillAdder", BlendPrefillAdder, HookType.REPLACE
     )
     if in_front_process:
         HookRegistry.register(

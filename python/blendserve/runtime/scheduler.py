@@ -4,54 +4,74 @@ A planned request (one whose ``custom_params`` carry a plan tag) waits in one of
 instead of SGLang's waiting queue. Before each prefill batch is built, the admission code chooses
 which heads may start, and hands those, and only those, to SGLang, whose own code builds and runs
 the batch. A request without a tag never touches any of this.
+
+What may start changes only when a request arrives, ends, is prefilled or outlives its estimate:
+all others decode in step, and take the memory that was reserved for them. So a step in which none
+of this happened costs a few comparisons, whatever the number of running requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
 
 from blendserve import __version__
 from blendserve.config import load_settings
-from blendserve.planner import Admission, Candidate, KVState, Side
+from blendserve.planner import Admission, Side
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
+from blendserve.runtime.online import OnlineTraffic
 from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.prefill_adder import PLANNED_ATTRIBUTE, BlendPrefillAdder
+from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
+from blendserve.runtime.trace import StepTrace
 
-# A shared prefix shorter than this is cheaper computed twice than waited for.
-_MIN_SHARED_TOKENS = 16
+# Steps after which a report is sent even if nothing was taken from the queues.
+_REPORT_STEPS = 16
 
 
 class BlendScheduler(Scheduler):  # type: ignore[misc]
     """SGLang's scheduler, plus two queues and an admission test in front of its own."""
 
     waiting_queue: list[Any]
-    # Part of the running planned requests' growth that SGLang's memory test keeps free; there is
-    # one scheduler in a process, and SGLang makes the test's object anew for every step.
-    growth_share: ClassVar[float] = 1.0
 
     # -- life of the scheduler ---------------------------------------------------------------
 
     def init_running_status(self) -> None:
         super().init_running_status()
-        self.blend = SideQueues()
+        settings = load_settings()
+        self.blend = SideQueues(self.max_total_num_tokens)
         self.blend_admission = Admission()
         self.blend_target_density = 1.0
+        self.blend_online = OnlineTraffic(settings.online_share)
+        # Whether anything has changed since no more could start.
+        self.blend_changed = False
         self.blend_report = SchedulerReport(dp_rank=getattr(self, "dp_rank", None) or 0)
-        address = load_settings().feedback_address
+        self.blend_reported = (0, 0)
         # One rank of a tensor-parallel group speaks for all: they take the same decisions.
         speaks = getattr(self, "tp_rank", 0) == 0
+        address = settings.feedback_address
         self.blend_sender = ReportSender(address) if address and speaks else None
+        self.blend_trace = (
+            StepTrace(settings.trace_file) if settings.trace_file and speaks else None
+        )
+        watch_releases(self.tree_cache, self._released)
 
     def get_init_info(self) -> dict[str, Any]:
-        return {**super().get_init_info(), "blendserve": __version__}
+        # SGLang only logs a replacement that failed; the front process refuses to serve without.
+        live = scheduler_module.PrefillAdder is BlendPrefillAdder
+        return {**super().get_init_info(), "blendserve": __version__ if live else None}
 
     def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
-        return bool(super().is_fully_idle(*args, **kwargs)) and len(self.blend) == 0
+        idle = bool(super().is_fully_idle(*args, **kwargs)) and len(self.blend) == 0
+        if idle and self.blend.running:
+            self.blend.forget_running()
+            self._send_report()
+        if idle:
+            self.blend_online.forget_all()
+        return idle
 
     # -- arrival and departure ---------------------------------------------------------------
 
@@ -59,10 +79,15 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         tag = PlanTag.from_params(req.sampling_params.custom_params)
         # A request that failed validation arrives with its end already set: SGLang answers it.
         if tag is None or req.to_finish is not None:
+            if not is_retracted:
+                self.blend_online.arrived(req)
             super()._add_request_to_queue(req, is_retracted=is_retracted)
-        elif is_retracted:
+            return
+        self.blend_changed = True
+        if is_retracted:
             self.blend.retract(PlannedRequest(req, tag))
         else:
+            setattr(req, PLANNED_ATTRIBUTE, True)
             self.blend.add(PlannedRequest(req, tag))
 
     def abort_request(self, recv_req: Any) -> None:
@@ -71,22 +96,43 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             lambda rid: recv_req.abort_all or rid.startswith(recv_req.rid)
         ):
             self.waiting_queue.append(request.req)
+            self.blend_changed = True
+        waited = {req.rid for req in self.waiting_queue}
         super().abort_request(recv_req)
+        self.blend_online.forget(waited - {req.rid for req in self.waiting_queue})
+
+    def _released(self, rid: str) -> None:
+        """SGLang has given the memory of a request back."""
+        if self.blend.finish(rid) or self.blend_online.ended(rid):
+            self.blend_changed = True
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
         super().process_batch_result(batch, result)
         report = self.blend_report
         report.steps += 1
+        self.blend_online.step()
         mode = batch.forward_mode
+        prefilled = decoded = 0
         if mode.is_decode():
-            report.decode_tokens += len(batch.reqs)
+            decoded = len(batch.reqs)
         elif mode.is_extend():
-            decoding = len(batch.decoding_reqs or ())
+            decoded = len(batch.decoding_reqs or ())
             # Verification steps of speculative decoding count as extend, without a prompt.
-            report.prefill_tokens += max((batch.extend_num_tokens or 0) - decoding, 0)
-            report.decode_tokens += decoding
-        if self.blend.running:
-            self.blend.drop_finished()
+            prefilled = max((batch.extend_num_tokens or 0) - decoded, 0)
+            for req in batch.reqs[: len(batch.reqs) - decoded]:
+                if req is not self.chunked_req and self.blend.prefilled(req.rid):
+                    self.blend_changed = True
+        report.prefill_tokens += prefilled
+        report.decode_tokens += decoded
+        if decoded and self.blend.account.decode_step():
+            self.blend_changed = True
+        if self.blend_trace is not None:
+            self.blend_trace.step(self, batch, prefilled, decoded)
+        taken = (self.blend.taken[Side.LEFT], self.blend.taken[Side.RIGHT])
+        if taken != self.blend_reported or (
+            report.steps % _REPORT_STEPS == 0 and self.blend.running
+        ):
+            self.blend_reported = taken
             self._send_report()
 
     # -- admission ---------------------------------------------------------------------------
@@ -99,7 +145,17 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             # SGLang up to 0.5.21 does not check decode memory in a mixed step and dies when it
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        offered = self._offer(running_batch) if len(self.blend) or self.blend.running else []
+        online_waits = bool(self.waiting_queue)
+        BlendPrefillAdder.chunk_limit = self._chunk_limit(online_waits)
+        offered: list[PlannedRequest] = []
+        # Online requests go first, alone: a prefill batch is the longest step there is.
+        may_offer = not online_waits and not running_batch.batch_is_full
+        if self.blend_changed and may_offer and len(self.blend):
+            offered = self._offer(running_batch)
+        if self.blend.running:
+            BlendPrefillAdder.growth_tokens = self.blend.account.growth_tokens() - len(offered) * (
+                1 + self.page_size
+            )
         plan = super().get_new_batch_prefill(running_batch)
         if offered:
             self._take_back(offered, plan.batch_to_run)
@@ -107,62 +163,39 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
-        kv = self._kv_state()
-        growing = float(kv.growth.remaining_tokens.sum())
-        slots = self.get_num_allocatable_reqs(len(running_batch.reqs)) - len(self.waiting_queue)
+        account = self.blend.account
+        account.free_tokens = self._free_tokens()
+        slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
         budget = self._prefill_budget(running_batch)
-        filling = [_token_ids(req) for req in self._prefilling()]
-        candidates: dict[Side, Candidate | None] = {
-            side: self._candidate(side, filling) for side in Side
-        }
         offered: list[PlannedRequest] = []
-        while slots > len(offered) and budget > 0:
-            side = self.blend_admission.choose(
-                candidates[Side.LEFT], candidates[Side.RIGHT], kv, self.blend_target_density
-            )
+        while len(offered) < slots and budget > 0:
+            left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
+            side = self.blend_admission.choose(left, right, account, self.blend_target_density)
             if side is None:
+                # Nothing more, until something changes.
+                self.blend_changed = False
                 break
-            candidate = candidates[side]
+            candidate = left if side is Side.LEFT else right
             assert candidate is not None
-            holder = self._prefix_holder(_token_ids(self.blend.waiting[side][0].req))
-            request = self.blend.start(side, candidate.private_tokens)
-            if holder is not None:
-                # What two requests hold does not come free when one of them ends.
-                holder.private_tokens = min(
-                    holder.private_tokens, holder.prompt_tokens - candidate.locked_prefix_tokens
-                )
+            request = self.blend.start(candidate)
             super()._add_request_to_queue(request.req)
             offered.append(request)
-            filling.append(_token_ids(request.req))
             budget -= candidate.uncached_tokens
-            kv = kv.with_started(candidate)
-            # The request that just started fills a prefix that either head may share.
-            candidates = {side: self._candidate(side, filling) for side in Side}
-        self._share_growth(kv, growing, offered)
         return offered
-
-    def _share_growth(self, kv: KVState, growing: float, offered: list[PlannedRequest]) -> None:
-        """Tell SGLang's own memory test how much of the running requests' growth to keep free.
-
-        It adds up all growth, as if everyone reached full length at the same time. Our test knows
-        that the short ones have given their memory back by then; SGLang's must not refuse what
-        ours admitted, and charges the newly offered for all that they may produce.
-        """
-        charged = sum(request.req.sampling_params.max_new_tokens for request in offered)
-        needed = kv.growth.peak_tokens() - charged
-        BlendScheduler.growth_share = min(max(needed / growing, 0.0), 1.0) if growing else 1.0
 
     def _take_back(self, offered: list[PlannedRequest], batch: Any) -> None:
         """Return what SGLang's own budget left in the waiting queue to the front of its side."""
         left_over = {id(req) for req in self.waiting_queue}
         admitted = {id(req) for req in batch.reqs} if batch is not None else set()
+        report = self.blend_report
         for request in reversed(offered):
             if id(request.req) in left_over:
                 self.blend.put_back(request)
+                self.blend_changed = True
             elif id(request.req) in admitted:
                 self.blend_target_density = request.tag.target_density
-                self.blend_report.prompt_tokens += request.prompt_tokens
-                self.blend_report.cached_tokens += len(request.req.prefix_indices)
+                report.prompt_tokens += len(request.tokens)
+                report.cached_tokens += len(request.req.prefix_indices)
             else:
                 # SGLang answered it on the spot, for example because its queue limit is reached.
                 self.blend.finish(request.req.rid)
@@ -170,68 +203,32 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if returned:
             self.waiting_queue = [req for req in self.waiting_queue if id(req) not in returned]
 
-    def _candidate(self, side: Side, filling: list[NDArray[np.int64]]) -> Candidate | None:
-        """The head of a side as the admission code sees it; None if the side is empty."""
-        request = self.blend.head(side)
-        if request is None:
-            return None
-        req = request.req
-        req.init_next_round_input(self.tree_cache)
-        cached = min(len(req.prefix_indices), request.prompt_tokens - 1)
-        tokens = _token_ids(req)
-        blocked = any(
-            _common_prefix(tokens, other) - cached >= _MIN_SHARED_TOKENS for other in filling
+    def _free_tokens(self) -> float:
+        """Free and evictable KV tokens, less what online requests will take."""
+        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
+        return float(free) - self.blend_online.reserved_tokens(
+            self.max_total_num_tokens, self.new_token_ratio_tracker.current
         )
-        holder = self._prefix_holder(tokens)
-        shared = _common_prefix(tokens, _token_ids(holder.req)) if holder is not None else 0
-        return Candidate(
-            side=side,
-            prompt_tokens=request.prompt_tokens,
-            uncached_tokens=request.prompt_tokens + len(req.output_ids) - cached,
-            estimated_output_tokens=request.output_tokens,
-            density=request.tag.density,
-            blocked=blocked,
-            # Cached tokens that a running request holds anyway take nothing from the free ones.
-            locked_prefix_tokens=min(shared, cached),
-        )
-
-    def _prefix_holder(self, tokens: NDArray[np.int64]) -> PlannedRequest | None:
-        """The running request with the longest common prefix."""
-        return max(
-            self.blend.latest_running(),
-            key=lambda other: _common_prefix(tokens, _token_ids(other.req)),
-            default=None,
-        )
-
-    def _prefilling(self) -> Iterator[Any]:
-        """Requests whose prompt is being computed, so that its KV cannot be shared yet."""
-        if self.chunked_req is not None:
-            yield self.chunked_req
-        # With overlap scheduling the last step's result is processed after the next is launched.
-        for batch, _ in getattr(self, "result_queue", ()):
-            if batch.forward_mode.is_extend():
-                yield from batch.reqs[: len(batch.reqs) - len(batch.decoding_reqs or ())]
 
     def _prefill_budget(self, running_batch: Any) -> float:
-        """Prompt tokens that one step can take besides what is already due."""
-        if self.chunked_prefill_size is None:
-            return float(self.max_prefill_tokens)
-        budget = self.chunked_prefill_size
-        if self.is_mixed_chunk:
-            budget -= len(running_batch.reqs)
+        """Prompt tokens of planned requests that one step can take besides what is already due."""
+        budget = float(self.max_prefill_tokens)
+        if self.chunked_prefill_size is not None:
+            budget = min(budget, self.chunked_prefill_size)
+            if self.is_mixed_chunk:
+                budget -= len(running_batch.reqs)
+        budget *= self.blend_online.batch_share
         if self.chunked_req is not None:
             budget -= len(self.chunked_req.origin_input_ids) - len(self.chunked_req.prefix_indices)
-        return float(min(budget, self.max_prefill_tokens))
+        return budget
 
-    def _kv_state(self) -> KVState:
-        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        return KVState(
-            total_tokens=self.max_total_num_tokens,
-            free_tokens=free,
-            left_tokens=self.blend.account(Side.LEFT),
-            right_tokens=self.blend.account(Side.RIGHT),
-            growth=self.blend.growth(),
-        )
+    def _chunk_limit(self, online_waits: bool) -> int | None:
+        """How far a planned prompt that has begun may go on in this step, with online traffic."""
+        share = self.blend_online.batch_share
+        if self.chunked_prefill_size is None or (share == 1.0 and not online_waits):
+            return None
+        pages = 0 if online_waits else int(self.chunked_prefill_size * share) // self.page_size
+        return max(pages, 1) * int(self.page_size)
 
     # -- report ------------------------------------------------------------------------------
 
@@ -239,6 +236,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if self.blend_sender is None:
             return
         report = self.blend_report
+        account = self.blend.account
         report.target_density = self.blend_target_density
         report.retractions = self.blend.retractions
         report.kv_total_tokens = self.max_total_num_tokens
@@ -248,28 +246,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         for side in Side:
             report.taken[side.value] = self.blend.taken[side]
             report.queued[side.value] = len(self.blend.waiting[side])
-            report.running[side.value] = self.blend.running_count(side)
-            report.account_tokens[side.value] = self.blend.account(side)
+            report.running[side.value] = account.running[side]
+        report.account_tokens["left"] = account.left_tokens
+        report.account_tokens["right"] = account.right_tokens
         self.blend_sender.send(report)
-
-
-def expected_growth(original: Callable[..., float], adder: Any, req: Any) -> float:
-    """KV tokens to keep free for a running request; AROUND hook of SGLang's prefill adder.
-
-    SGLang guesses from max_new_tokens and a ratio tuned for chat; a plan has an estimate.
-    """
-    tag = PlanTag.from_params(req.sampling_params.custom_params)
-    if tag is None:
-        return float(original(adder, req))
-    return PlannedRequest(req, tag).remaining_tokens * BlendScheduler.growth_share
-
-
-def _token_ids(req: Any) -> NDArray[np.int64]:
-    return np.asarray(req.origin_input_ids, dtype=np.int64)
-
-
-def _common_prefix(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    """Length of the common prefix of two token sequences."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n

@@ -1,155 +1,151 @@
-"""The scheduler's two short queues of planned requests, and the memory each side has booked."""
+"""The scheduler's two short queues of planned requests, and what the running ones hold."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from blendserve.planner import Growth, Side, account_side, account_tokens
+from blendserve.planner import Candidate, KVAccount, Side
 from blendserve.runtime.plan_tag import PlanTag
-
-# Memory is kept for this much more than the estimate: outgrowing it costs a retraction, which
-# computes everything anew, while memory kept in vain is only lent a little later.
-_MEMORY_MARGIN = 1.25
-# How far back, and for how many of each side, to look for a running request that holds a prefix.
-_LATEST_SEARCHED = 64
-_LATEST_PER_SIDE = 8
+from blendserve.runtime.started_prompts import SharedPrefix, StartedPrompts
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class PlannedRequest:
     """A planned request in the scheduler: SGLang's own request object and its plan tag."""
 
     req: Any
     tag: PlanTag
-    private_tokens: int = 0
-    """Prompt tokens that no other running request held when it started."""
+    tokens: NDArray[np.int64] = field(init=False)
+    """The prompt, [prompt_tokens]; no copy where SGLang keeps it in an array."""
+
+    def __post_init__(self) -> None:
+        self.tokens = np.asarray(self.req.origin_input_ids, dtype=np.int64)
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self.req.origin_input_ids)
+    def output_deviation(self) -> float:
+        """Standard deviation of the output tokens still to come."""
+        return self.tag.output_deviation
 
-    @property
-    def output_tokens(self) -> float:
-        """Output length to keep memory for: the estimate with a margin, never past the limit."""
+    def candidate(self, shared: SharedPrefix) -> Candidate:
+        """This request as the admission code sees it."""
         done = len(self.req.output_ids)
-        limit = float(self.req.sampling_params.max_new_tokens)
-        return min(max(self.tag.output_tokens * _MEMORY_MARGIN, done + 1.0), limit)
-
-    @property
-    def account_tokens(self) -> float:
-        """KV memory in steady state: its own prompt tokens plus half the output."""
-        return account_tokens(self.private_tokens, self.output_tokens)
-
-    @property
-    def account_side(self) -> Side:
-        """The side whose memory it holds; a long decode counts on the right."""
-        return account_side(self.tag.side, len(self.req.output_ids), self.tag.output_tokens)
-
-    @property
-    def remaining_tokens(self) -> float:
-        """Output tokens still expected, each of which needs KV memory."""
-        return self.output_tokens - len(self.req.output_ids)
+        # Output of before a retraction is computed again with the prompt.
+        prompt = len(self.req.origin_input_ids) + done
+        return Candidate(
+            side=self.tag.side,
+            prompt_tokens=prompt,
+            uncached_tokens=prompt - shared.cached_tokens,
+            # One that has outlived its estimate will go on for about as long as it was uncertain.
+            estimated_output_tokens=max(
+                self.tag.output_tokens - done, self.output_deviation if done else 0.0, 1.0
+            ),
+            density=self.tag.density,
+            blocked=shared.blocked,
+            locked_prefix_tokens=shared.locked_tokens,
+            output_deviation=self.output_deviation,
+            max_output_tokens=self.req.sampling_params.max_new_tokens - done,
+        )
 
 
 class SideQueues:
-    """Waiting requests per side in rank order, and the running ones by request id."""
+    """Waiting requests per side in the order of their arrival, and the running ones.
 
-    def __init__(self) -> None:
+    Args:
+        total_tokens: size of the KV pool.
+
+    Attributes:
+        account: memory that the running requests hold and will take.
+        taken: requests of each side that have left its queue for good, so far.
+        retractions: times that a running request lost its memory.
+    """
+
+    def __init__(self, total_tokens: int) -> None:
         self.waiting: dict[Side, deque[PlannedRequest]] = {side: deque() for side in Side}
         self.running: dict[str, PlannedRequest] = {}
+        self.account = KVAccount(total_tokens)
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
         self.retractions = 0
+        self._prompts = StartedPrompts()
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self.waiting.values())
+        """Requests that wait."""
+        return len(self.waiting[Side.LEFT]) + len(self.waiting[Side.RIGHT])
 
     def add(self, request: PlannedRequest) -> None:
         """Append a new arrival to its side."""
         self.waiting[request.tag.side].append(request)
 
-    def head(self, side: Side) -> PlannedRequest | None:
+    def candidate(self, side: Side) -> Candidate | None:
+        """The head of a side as the admission code sees it; None if nothing waits there."""
         queue = self.waiting[side]
-        return queue[0] if queue else None
+        if not queue:
+            return None
+        return queue[0].candidate(self._prompts.shared(queue[0].tokens))
 
-    def start(self, side: Side, private_tokens: int) -> PlannedRequest:
-        """Take the head of a side into the running set."""
+    def start(self, candidate: Candidate) -> PlannedRequest:
+        """Take the head of a side into the running set and book its memory."""
+        side = candidate.side
         request = self.waiting[side].popleft()
-        request.private_tokens = private_tokens
-        self.running[request.req.rid] = request
+        rid, tokens = request.req.rid, request.tokens
+        shared = self._prompts.shared(tokens)
+        if shared.holder is not None:
+            # What two requests hold does not come free when one of them ends.
+            holder = self.running[shared.holder]
+            self.account.share(
+                shared.holder, len(holder.req.origin_input_ids) - shared.locked_tokens
+            )
+        self.account.start(rid, candidate)
+        self._prompts.start(rid, side, tokens, shared.cached_tokens)
+        self.running[rid] = request
         self.taken[side] += 1
         return request
 
-    def latest_running(self) -> Iterator[PlannedRequest]:
-        """Running requests that may hold the prefix of a head.
-
-        Requests that share a prefix start one after the other on a side, so a longer look would
-        find no more.
-        """
-        seen = dict.fromkeys(Side, 0)
-        for request in islice(reversed(self.running.values()), _LATEST_SEARCHED):
-            side = request.tag.side
-            if seen[side] < _LATEST_PER_SIDE:
-                seen[side] += 1
-                yield request
-
     def put_back(self, request: PlannedRequest) -> None:
         """Undo ``start`` for a request that SGLang did not admit after all."""
-        del self.running[request.req.rid]
-        self.taken[request.tag.side] -= 1
-        self.waiting[request.tag.side].appendleft(request)
+        self.finish(request.req.rid)
+        self._requeue(request)
 
     def retract(self, request: PlannedRequest) -> None:
         """A running request lost its memory: it waits again, at the front of its side."""
-        self.running.pop(request.req.rid, None)
+        self.finish(request.req.rid)
         self.retractions += 1
-        # It counts as taken already; the front process must not send another one for it.
+        self._requeue(request)
+
+    def _requeue(self, request: PlannedRequest) -> None:
+        # It counted as taken; the front process must not send another one in its place.
         self.taken[request.tag.side] -= 1
         self.waiting[request.tag.side].appendleft(request)
 
-    def finish(self, rid: str) -> None:
-        self.running.pop(rid, None)
+    def prefilled(self, rid: str) -> bool:
+        """The prompt of a request is in the KV pool now. True if that is news."""
+        return self._prompts.prefilled(rid)
 
-    def drop_finished(self) -> None:
-        """Forget the running requests that have ended, however they ended."""
-        finished = [rid for rid, request in self.running.items() if request.req.finished()]
-        for rid in finished:
+    def finish(self, rid: str) -> bool:
+        """A request has ended or lost its memory. False if it was not a running planned one."""
+        if self.running.pop(rid, None) is None:
+            return False
+        self.account.end(rid)
+        self._prompts.end(rid)
+        return True
+
+    def forget_running(self) -> None:
+        """Nothing runs in the engine: drop what is still booked."""
+        for rid in list(self.running):
             self.finish(rid)
 
     def remove_waiting(self, matches: Callable[[str], bool]) -> Iterator[PlannedRequest]:
         """Take the waiting requests whose id matches out of their queues."""
         for side, queue in self.waiting.items():
-            kept = deque(request for request in queue if not matches(request.req.rid))
-            if len(kept) == len(queue):
-                continue
             removed = [request for request in queue if matches(request.req.rid)]
-            self.waiting[side] = kept
-            self.taken[side] += len(removed)
-            yield from removed
-
-    def account(self, side: Side) -> float:
-        """KV tokens booked by the running requests of a side."""
-        return sum(
-            request.account_tokens
-            for request in self.running.values()
-            if request.account_side is side
-        )
-
-    def running_count(self, side: Side) -> int:
-        return sum(request.account_side is side for request in self.running.values())
-
-    def growth(self) -> Growth:
-        """What the running planned requests will still take from the KV pool."""
-        requests = self.running.values()
-        return Growth(
-            remaining_tokens=np.array([request.remaining_tokens for request in requests]),
-            private_tokens=np.array(
-                [request.private_tokens + len(request.req.output_ids) for request in requests],
-                dtype=np.float64,
-            ),
-        )
+            if removed:
+                self.waiting[side] = deque(
+                    request for request in queue if not matches(request.req.rid)
+                )
+                self.taken[side] += len(removed)
+                yield from removed

@@ -1,0 +1,70 @@
+"""SGLang's prefill adder, which trusts our memory test for planned requests.
+
+SGLang keeps memory free for what running requests may still produce: a share, tuned for chat, of
+all their limits, added up as if everyone reached full length at the same time. For planned
+requests the admission code has a better figure, and has already decided that they fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from sglang.srt.managers.schedule_policy import PrefillAdder
+
+# Set on SGLang's request object when it arrives with a plan tag.
+PLANNED_ATTRIBUTE = "blendserve_planned"
+
+
+def is_planned(req: Any) -> bool:
+    return getattr(req, PLANNED_ATTRIBUTE, False)
+
+
+class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
+    """Charges planned requests by the forecast of all of them together.
+
+    SGLang makes an adder anew for every prefill batch, in the one scheduler of a process; what it
+    needs to know of that batch lies in class attributes.
+
+    Attributes:
+        growth_tokens: KV tokens that all running planned requests, those offered now included,
+            will take at the most. The first one that SGLang asks for carries the sum.
+        chunk_limit: most tokens of a planned request's prompt to continue with in this batch; None
+            for SGLang's own limit.
+    """
+
+    growth_tokens: ClassVar[float] = 0.0
+    chunk_limit: ClassVar[int | None] = None
+
+    def _get_running_request_total_token_offset(self, req: Any) -> float:
+        if not getattr(req, PLANNED_ATTRIBUTE, False):
+            return float(super()._get_running_request_total_token_offset(req))
+        growth = BlendPrefillAdder.growth_tokens
+        BlendPrefillAdder.growth_tokens = 0.0
+        return growth
+
+    def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
+        return _charging_one_token(super().add_one_req, req, *args, **kwargs)
+
+    def add_chunked_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
+        limit = BlendPrefillAdder.chunk_limit
+        if limit is not None and is_planned(req):
+            own = getattr(self, "chunked_req_limit", None)
+            self.chunked_req_limit = limit if own is None else min(own, limit)
+        return _charging_one_token(super().add_chunked_req, req, *args, **kwargs)
+
+
+def _charging_one_token(add: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call SGLang's method with a planned request's output counted as one token.
+
+    Its whole expected output is in ``growth_tokens`` already.
+    """
+    if not is_planned(req):
+        return add(req, *args, **kwargs)
+    sampling = req.sampling_params
+    limit = sampling.max_new_tokens
+    sampling.max_new_tokens = len(req.output_ids) + 1
+    try:
+        return add(req, *args, **kwargs)
+    finally:
+        sampling.max_new_tokens = limit

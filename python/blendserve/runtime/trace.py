@@ -1,0 +1,67 @@
+"""One line per scheduler step, for a plot of what each step did (the paper's Figure 10)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class TraceStep(msgspec.Struct):
+    """One step, as a JSON line.
+
+    Attributes:
+        seconds: since the trace was opened, when the step's result was processed.
+        prefill_tokens, prefill_context_tokens: prompt tokens computed, and the sum over their
+            requests of the context that they attended to at the end of the chunk.
+        decode_requests, decode_context_tokens: requests that produced a token, and the sum of
+            their contexts.
+        left_tokens, right_tokens: KV memory booked per side.
+        free_tokens: free and evictable KV tokens.
+        target_density: of what is left of the job.
+    """
+
+    step: int
+    seconds: float
+    prefill_tokens: int
+    prefill_context_tokens: int
+    decode_requests: int
+    decode_context_tokens: int
+    left_tokens: float
+    right_tokens: float
+    free_tokens: int
+    target_density: float
+
+
+class StepTrace:
+    """Appends a line per step to a file; costs time in proportion to the running requests."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Line-buffered: a server that is killed leaves whole steps behind.
+        self._file = path.open("w", buffering=1)
+        self._started = time.monotonic()
+
+    def step(self, scheduler: Any, batch: Any, prefilled: int, decoded: int) -> None:
+        """Write what a batch did, after its result was processed."""
+        contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs]
+        split = len(contexts) - decoded
+        account = scheduler.blend.account
+        line = TraceStep(
+            step=scheduler.blend_report.steps,
+            seconds=round(time.monotonic() - self._started, 6),
+            prefill_tokens=prefilled,
+            prefill_context_tokens=sum(contexts[:split]),
+            decode_requests=decoded,
+            decode_context_tokens=sum(contexts[split:]),
+            left_tokens=account.left_tokens,
+            right_tokens=account.right_tokens,
+            free_tokens=int(
+                scheduler.token_to_kv_pool_allocator.available_size()
+                + scheduler.tree_cache.evictable_size()
+            ),
+            target_density=scheduler.blend_target_density,
+        )
+        self._file.write(msgspec.json.encode(line).decode() + "\n")
