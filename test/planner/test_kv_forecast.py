@@ -48,7 +48,8 @@ def test_time_passes_as_if_it_were_built_anew(running, steps):
     forecast = forecast_of(running)
     now = list(running)
     for _ in range(steps):
-        forecast.advance()
+        overdue = forecast.advance()
+        assert all(now[key][0] == 1 for key in overdue)
         now = [(remaining - 1, held + 1) for remaining, held in now]
         for key, (remaining, _) in enumerate(now):
             if remaining == 0:
@@ -78,8 +79,9 @@ def test_who_outlives_its_estimate_is_named_once_and_then_grows_again():
     forecast = KVForecast()
     forecast.add("short", 2, held_tokens=10)
     forecast.add("long", 100, held_tokens=10)
-    assert [forecast.advance(), forecast.advance()] == [[], ["short"]]
-    forecast.prolong("short", 50)
+    assert [forecast.advance(), forecast.advance()] == [{}, {"short": 12.0}]
+    assert forecast.peak_tokens() == 98.0, "it is not part of the forecast"
+    forecast.add("short", 50, held_tokens=12)
     # Both grow by 50; then "short" gives back 62, and "long" takes 48 more.
     assert forecast.peak_tokens() == 100.0
     forecast.end("short")

@@ -17,7 +17,8 @@ _COMMON_ERROR = 0.25
 _DEVIATIONS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+# Made for every head at every decision: not frozen, which would double the time to make one.
+@dataclass(slots=True)
 class Candidate:
     """The request at the head of one side; token counts.
 
@@ -158,7 +159,7 @@ class KVAccount:
         is reserved for as much more as the estimate was uncertain.
         """
         overdue = self._forecast.advance()
-        for key in overdue:
+        for key, held_tokens in overdue.items():
             booking = self._bookings[key]
             self._book(booking.side, -booking.booked_tokens, -1)
             more = min(max(booking.deviation, 1.0), max(booking.left_to_limit, 1.0))
@@ -166,7 +167,7 @@ class KVAccount:
             booking.side = Side.RIGHT
             booking.booked_tokens += more / 2
             self._book(booking.side, booking.booked_tokens, +1)
-            self._forecast.prolong(key, more)
+            self._forecast.add(key, more, held_tokens, booking.deviation)
         return bool(overdue)
 
     def _book(self, side: Side, tokens: float, requests: int) -> None:

@@ -34,10 +34,15 @@ class _Entry:
 class KVForecast:
     """Expected demand for KV tokens over the decode steps to come.
 
-    Adding, ending and moving the clock are O(1); the peak costs O(buckets), whatever the number of
-    requests. Ends are kept in buckets of equal width. Within one, nobody gives memory back before
-    all have grown to their end, so the peak is never below the exact one; it is above by at most
-    one bucket's worth of growth. The width doubles when a request ends beyond the last bucket.
+    Ends are kept in buckets of equal width. Within one, nobody gives memory back before all have
+    grown to their end, so the peak is never below the exact one; it is above by at most one
+    bucket's worth of growth. The width doubles when a request ends beyond the last bucket. Every
+    method costs O(buckets) at the most, whatever the number of requests.
+
+    With T the end of a bucket, the demand within it is the growth of those that end in it, plus
+    T - clock for each that ends later, less what each that ended before holds now. The clock is
+    the same part, -clock, of every running request's share; what is left changes only when a
+    request comes or goes, and is what `_demand` keeps.
 
     Deterministic, without clock or I/O of its own.
 
@@ -56,11 +61,10 @@ class KVForecast:
         self._width = 1
         # Bucket k holds the ends in ((first + k) width, (first + k + 1) width].
         self._first = 0
-        self._count = np.zeros(_BUCKETS)
-        self._held = np.zeros(_BUCKETS)
-        self._end_and_held = np.zeros(_BUCKETS)
-        self._bucket_ends = np.arange(1.0, _BUCKETS + 1)
+        self._ends = np.arange(1.0, _BUCKETS + 1)
+        self._demand = np.zeros(_BUCKETS)
         self._members: list[dict[Hashable, None]] = [{} for _ in range(_BUCKETS)]
+        self._held = 0.0
         self._variance = 0.0
 
     def __len__(self) -> int:
@@ -82,12 +86,8 @@ class KVForecast:
         end = self._reach(remaining_tokens)
         entry = _Entry(end, held_tokens - self._clock, deviation * deviation)
         self._entries[key] = entry
-        self._variance += entry.variance
-        bucket = self._bucket(end)
-        self._members[bucket][key] = None
-        self._count[bucket] += 1
-        self._held[bucket] += entry.held
-        self._end_and_held[bucket] += end + entry.held
+        self._members[self._bucket(end)][key] = None
+        self._count(entry)
 
     def end(self, key: Hashable) -> None:
         """A request has ended, or lost its memory. An unknown key is no error: it never started."""
@@ -100,70 +100,74 @@ class KVForecast:
             return
         bucket = self._bucket(entry.end)
         del self._members[bucket][key]
-        self._count[bucket] -= 1
-        self._held[bucket] -= entry.held
-        self._end_and_held[bucket] -= entry.end + entry.held
+        self._demand[:bucket] -= self._ends[:bucket]
+        self._demand[bucket] -= entry.end
+        self._demand[bucket + 1 :] += entry.held
+        self._held -= entry.held
         self._variance = max(self._variance - entry.variance, 0.0)
+
+    def _count(self, entry: _Entry) -> None:
+        bucket = self._bucket(entry.end)
+        self._demand[:bucket] += self._ends[:bucket]
+        self._demand[bucket] += entry.end
+        self._demand[bucket + 1 :] -= entry.held
+        self._held += entry.held
+        self._variance += entry.variance
 
     def hold(self, key: Hashable, tokens: float) -> None:
         """Change what a request alone holds by `tokens`, as when another comes to share it."""
         entry = self._entries.get(key)
         if entry is not None:
             entry.held += tokens
-            bucket = self._bucket(entry.end)
-            self._held[bucket] += tokens
-            self._end_and_held[bucket] += tokens
+            self._held += tokens
+            self._demand[self._bucket(entry.end) + 1 :] -= tokens
 
-    def advance(self) -> list[Hashable]:
-        """One decode step has passed. Returns who was expected to end by now and has not.
+    def advance(self) -> dict[Hashable, float]:
+        """One decode step has passed.
 
-        They count as ending at once until `add` gives them a new end.
+        Returns:
+            Who was expected to end by now and has not, with the KV tokens that it holds. They are
+            no longer part of the forecast, until `add` gives them a new end.
         """
         if not self._entries:
-            return []
+            return {}
         self._clock += 1
         if self._clock < (self._first + 1) * self._width:
-            return []
-        overdue = list(self._members[0])
-        for sums in (self._count, self._held, self._end_and_held):
-            first = sums[0]
-            sums[:-1] = sums[1:]
-            sums[-1] = 0.0
-            sums[0] += first
-        members = self._members.pop(0)
-        self._members.append({})
-        self._members[0].update(members)
-        self._first += 1
-        self._bucket_ends += self._width
+            return {}
+        overdue = {key: self._entries[key].held + self._clock for key in self._members[0]}
+        for key in overdue:
+            self.end(key)
+        if self._entries:
+            # The first bucket is empty now. Behind the last one, everyone has ended.
+            self._demand[:-1] = self._demand[1:]
+            self._demand[-1] = -self._held
+            self._members.append(self._members.pop(0))
+            self._ends += self._width
+            self._first += 1
         return overdue
 
     def peak_tokens(self) -> float:
         """The most free tokens that the running requests will take at any time from now on."""
         if not self._entries:
             return 0.0
-        # With c and h the counts and what is held summed up to and including a bucket that ends at
-        # T, and n all requests, the demand within it is the growth of those that end in it, plus
-        # (n - c)(T - clock) for those that end later, less what those of earlier buckets hold now
-        # and have returned by then. Collected by the clock, that is:
-        demand = self._end_and_held - np.cumsum(self._held)
-        demand += (len(self._entries) - np.cumsum(self._count)) * self._bucket_ends
-        expected = max(float(demand.max()) - len(self._entries) * self._clock, 0.0)
-        return expected + self._deviations * math.sqrt(self._variance)
+        return self._above(float(self._demand.max()), len(self._entries), self._variance)
 
     def peak_tokens_with(
         self, remaining_tokens: float, held_tokens: float, deviation: float = 0.0
     ) -> float:
         """`peak_tokens` if one more request started now. Its held_tokens are not part of it."""
-        key = object()
-        self.add(key, remaining_tokens, held_tokens, deviation)
-        peak = self.peak_tokens()
-        self.end(key)
-        return peak
+        end = self._reach(remaining_tokens)
+        bucket = self._bucket(end)
+        demand = self._demand
+        peak = float(demand[bucket]) + end
+        if bucket:
+            peak = max(peak, float((demand[:bucket] + self._ends[:bucket]).max()))
+        if bucket + 1 < _BUCKETS:
+            peak = max(peak, float(demand[bucket + 1 :].max()) - (held_tokens - self._clock))
+        return self._above(peak, len(self._entries) + 1, self._variance + deviation * deviation)
 
-    def prolong(self, key: Hashable, remaining_tokens: float) -> None:
-        """A running request will end that many steps from now, and not when it was expected to."""
-        entry = self._entries[key]
-        self.add(key, remaining_tokens, entry.held + self._clock, math.sqrt(entry.variance))
+    def _above(self, demand: float, requests: int, variance: float) -> float:
+        return max(demand - requests * self._clock, 0.0) + self._deviations * math.sqrt(variance)
 
     def _bucket(self, end: float) -> int:
         return max(math.ceil(end / self._width) - 1 - self._first, 0)
@@ -176,14 +180,13 @@ class KVForecast:
         return end
 
     def _widen(self) -> None:
-        """Merge the buckets in pairs."""
-        first = self._first // 2
-        merged = (np.arange(self._first, self._first + _BUCKETS) // 2) - first
-        for sums in (self._count, self._held, self._end_and_held):
-            sums[:] = np.bincount(merged, sums, _BUCKETS)
-        members: list[dict[Hashable, None]] = [{} for _ in range(_BUCKETS)]
-        for old, new in enumerate(merged):
-            members[new].update(self._members[old])
-        self._members = members
-        self._first, self._width = first, self._width * 2
-        self._bucket_ends = (np.arange(_BUCKETS) + first + 1.0) * self._width
+        """Make the buckets twice as wide."""
+        self._width *= 2
+        self._first //= 2
+        self._ends = (np.arange(_BUCKETS) + self._first + 1.0) * self._width
+        self._members = [{} for _ in range(_BUCKETS)]
+        self._demand[:] = 0.0
+        self._held = self._variance = 0.0
+        for key, entry in self._entries.items():
+            self._members[self._bucket(entry.end)][key] = None
+            self._count(entry)

@@ -194,7 +194,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
                 self.blend_changed = True
             elif id(request.req) in admitted:
                 self.blend_target_density = request.tag.target_density
-                report.prompt_tokens += len(request.tokens)
+                report.prompt_tokens += len(request.req.origin_input_ids)
                 report.cached_tokens += len(request.req.prefix_indices)
             else:
                 # SGLang answered it on the spot, for example because its queue limit is reached.

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blendserve.planner import Candidate, KVAccount, Side
 from blendserve.runtime.plan_tag import PlanTag
-from blendserve.runtime.started_prompts import SharedPrefix, StartedPrompts
+from blendserve.runtime.started_prompts import Prompt, SharedPrefix, StartedPrompts
 
 
 @dataclass(slots=True, eq=False)
@@ -21,16 +20,11 @@ class PlannedRequest:
 
     req: Any
     tag: PlanTag
-    tokens: NDArray[np.int64] = field(init=False)
-    """The prompt, [prompt_tokens]; no copy where SGLang keeps it in an array."""
+    prompt: Prompt = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = np.asarray(self.req.origin_input_ids, dtype=np.int64)
-
-    @property
-    def output_deviation(self) -> float:
-        """Standard deviation of the output tokens still to come."""
-        return self.tag.output_deviation
+        # No copy where SGLang keeps the tokens in an array.
+        self.prompt = Prompt(np.asarray(self.req.origin_input_ids, dtype=np.int64))
 
     def candidate(self, shared: SharedPrefix) -> Candidate:
         """This request as the admission code sees it."""
@@ -43,12 +37,12 @@ class PlannedRequest:
             uncached_tokens=prompt - shared.cached_tokens,
             # One that has outlived its estimate will go on for about as long as it was uncertain.
             estimated_output_tokens=max(
-                self.tag.output_tokens - done, self.output_deviation if done else 0.0, 1.0
+                self.tag.output_tokens - done, self.tag.output_deviation if done else 0.0, 1.0
             ),
             density=self.tag.density,
             blocked=shared.blocked,
             locked_prefix_tokens=shared.locked_tokens,
-            output_deviation=self.output_deviation,
+            output_deviation=self.tag.output_deviation,
             max_output_tokens=self.req.sampling_params.max_new_tokens - done,
         )
 
@@ -86,14 +80,14 @@ class SideQueues:
         queue = self.waiting[side]
         if not queue:
             return None
-        return queue[0].candidate(self._prompts.shared(queue[0].tokens))
+        return queue[0].candidate(self._prompts.shared(queue[0].prompt))
 
     def start(self, candidate: Candidate) -> PlannedRequest:
         """Take the head of a side into the running set and book its memory."""
         side = candidate.side
         request = self.waiting[side].popleft()
-        rid, tokens = request.req.rid, request.tokens
-        shared = self._prompts.shared(tokens)
+        rid = request.req.rid
+        shared = self._prompts.shared(request.prompt)
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
             holder = self.running[shared.holder]
@@ -101,7 +95,7 @@ class SideQueues:
                 shared.holder, len(holder.req.origin_input_ids) - shared.locked_tokens
             )
         self.account.start(rid, candidate)
-        self._prompts.start(rid, side, tokens, shared.cached_tokens)
+        self._prompts.start(rid, side, request.prompt, shared.cached_tokens)
         self.running[rid] = request
         self.taken[side] += 1
         return request

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,26 +22,51 @@ MIN_SHARED_TOKENS = 16
 _REMEMBERED = 512
 
 
+class Prompt:
+    """The prompt of a waiting request, and what it was last compared with.
+
+    Args:
+        tokens: int64 [prompt_tokens].
+    """
+
+    __slots__ = ("beginning", "compared", "tokens")
+
+    def __init__(self, tokens: NDArray[np.int64]) -> None:
+        self.tokens = tokens
+        # Only prompts that begin alike are compared; one too short to share begins like nobody.
+        self.beginning = (
+            tokens[:MIN_SHARED_TOKENS].tobytes() if len(tokens) >= MIN_SHARED_TOKENS else b""
+        )
+        self.compared: dict[Side, tuple[StartedPrompt, int]] = {}
+
+    def common_with(self, side: Side, started: StartedPrompt) -> int:
+        """Length of the prefix in common with the latest prompt of a side."""
+        compared = self.compared.get(side)
+        if compared is None or compared[0] is not started:
+            compared = (started, _common_prefix(self.tokens, started.prompt.tokens))
+            self.compared[side] = compared
+        return compared[1]
+
+
 @dataclass(slots=True, eq=False)
 class StartedPrompt:
     """A prompt that has been given to the engine.
 
     Attributes:
         rid: its request.
-        tokens: int64 [prompt_tokens].
+        prompt: the prompt.
         cached_tokens: what was there when it started; the rest is shareable once it is prefilled.
         prefilled, running: its state.
     """
 
     rid: str
-    tokens: NDArray[np.int64]
+    prompt: Prompt
     cached_tokens: int
     prefilled: bool = False
     running: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPrefix:
+class SharedPrefix(NamedTuple):
     """What a prompt shares with those that started before it.
 
     Attributes:
@@ -56,49 +82,48 @@ class SharedPrefix:
     blocked: bool = False
 
 
+_NOTHING_SHARED = SharedPrefix()
+
+
 class StartedPrompts:
-    """The prompts that started last, by side and beginning. All methods are O(prompt tokens)."""
+    """The prompts that started last, by side and beginning."""
 
     def __init__(self) -> None:
         self._latest: OrderedDict[tuple[Side, bytes], StartedPrompt] = OrderedDict()
         self._running: dict[str, StartedPrompt] = {}
 
-    def shared(self, tokens: NDArray[np.int64]) -> SharedPrefix:
-        """Compare a waiting prompt with the last one of each side that begins as it does."""
-        if len(tokens) < MIN_SHARED_TOKENS:
-            return SharedPrefix()
-        found = []
-        for side in Side:
-            started = self._latest.get((side, _beginning(tokens)))
-            if started is not None:
-                found.append((_common_prefix(tokens, started.tokens), started))
-        if not found:
-            return SharedPrefix()
+    def shared(self, prompt: Prompt) -> SharedPrefix:
+        """Compare a waiting prompt with the last one of each side that begins as it does.
+
+        Tokens are compared once for each pair of prompts; to ask again costs next to nothing.
+        """
+        cached = locked = about_to_come = 0
+        holder = None
         # Its last token is always computed: its logits give the first output token.
-        most = len(tokens) - 1
-        cached = max(
-            min(common, most if started.prefilled else started.cached_tokens, most)
-            for common, started in found
-        )
-        locked, holder = max(
-            ((common, started.rid) for common, started in found if started.running),
-            default=(0, None),
-        )
+        most = len(prompt.tokens) - 1
+        for side in Side:
+            started = self._latest.get((side, prompt.beginning))
+            if started is None:
+                continue
+            common = min(prompt.common_with(side, started), most)
+            ready = common if started.prefilled else min(common, started.cached_tokens)
+            cached = max(cached, ready)
+            if not started.prefilled:
+                about_to_come = max(about_to_come, common)
+            if started.running and common > locked:
+                locked, holder = common, started.rid
+        if not (cached or about_to_come):
+            return _NOTHING_SHARED
         return SharedPrefix(
-            cached_tokens=cached,
-            locked_tokens=min(locked, cached),
-            holder=holder,
-            blocked=any(
-                not started.prefilled and common - cached >= MIN_SHARED_TOKENS
-                for common, started in found
-            ),
+            cached, min(locked, cached), holder, about_to_come - cached >= MIN_SHARED_TOKENS
         )
 
-    def start(self, rid: str, side: Side, tokens: NDArray[np.int64], cached_tokens: int) -> None:
+    def start(self, rid: str, side: Side, prompt: Prompt, cached_tokens: int) -> None:
         """A request has been offered to the engine."""
-        started = self._running[rid] = StartedPrompt(rid, tokens, cached_tokens)
-        if len(tokens) >= MIN_SHARED_TOKENS:
-            key = (side, _beginning(tokens))
+        started = self._running[rid] = StartedPrompt(rid, prompt, cached_tokens)
+        prompt.compared = {}  # It waits no longer, and must not keep its predecessors alive.
+        if prompt.beginning:
+            key = (side, prompt.beginning)
             self._latest[key] = started
             self._latest.move_to_end(key)
             if len(self._latest) > _REMEMBERED:
@@ -123,15 +148,10 @@ class StartedPrompts:
             self._forget(started)
 
     def _forget(self, started: StartedPrompt) -> None:
-        if len(started.tokens) >= MIN_SHARED_TOKENS:
-            for side in Side:
-                key = (side, _beginning(started.tokens))
-                if self._latest.get(key) is started:
-                    del self._latest[key]
-
-
-def _beginning(tokens: NDArray[np.int64]) -> bytes:
-    return tokens[:MIN_SHARED_TOKENS].tobytes()
+        for side in Side:
+            key = (side, started.prompt.beginning)
+            if self._latest.get(key) is started:
+                del self._latest[key]
 
 
 def _common_prefix(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
