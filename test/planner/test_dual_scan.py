@@ -75,7 +75,9 @@ def test_scanners_meet_and_name_every_request_once(job, turns, data):
     if len(job):
         removed = data.draw(st.sets(st.integers(0, len(job) - 1)))
     for request in sorted(removed):
+        assert request in scanner
         assert scanner.remove(request)
+        assert request not in scanner
         assert not scanner.remove(request)
     seen = []
     position = {int(r): k for k, r in enumerate(plan.order)}
@@ -118,8 +120,9 @@ def test_a_head_shares_that_much_with_the_request_taken_before_it_on_its_side(jo
             assert shared == 0
         else:
             assert shared <= in_common(job.token_ids[last[side]], job.token_ids[head])
-            if abs(position[last[side]] - position[head]) == 1:
-                assert shared == plan.shared_with_previous[max(position[last[side]], position[head])]
+            before, after = sorted((position[last[side]], position[head]))
+            if after - before == 1:
+                assert shared == plan.shared_with_previous[after]
         last[side] = scanner.take(side)
     if scanner.exhausted:
         assert [scanner.shared_tokens(side) for side in Side] == [0, 0]

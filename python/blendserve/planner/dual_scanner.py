@@ -65,6 +65,11 @@ class DualScanner:
     def exhausted(self) -> bool:
         return self.remaining == 0
 
+    def __contains__(self, request: int) -> bool:
+        """Whether a request is in the plan and not yet gone."""
+        position = int(self._position[request]) if 0 <= request < len(self._position) else -1
+        return position >= 0 and not self._gone[position]
+
     def head(self, side: Side) -> int | None:
         """The request that `take(side)` would return; None when nothing is left. With one request
         left it is the head of both sides."""
@@ -84,9 +89,9 @@ class DualScanner:
     def remove(self, request: int) -> bool:
         """Takes a request out of turn (sampled first, cancelled). False when it is not in the plan
         or already gone."""
-        position = int(self._position[request]) if 0 <= request < len(self._position) else -1
-        if position < 0 or self._gone[position]:
+        if request not in self:
             return False
+        position = int(self._position[request])
         self._gone[position] = True
         self.remaining -= 1
         self._count_removed(position, +1)
