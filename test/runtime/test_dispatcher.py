@@ -24,7 +24,7 @@ class FakeJob:
     A group number with each says which belong together; every request takes `seconds` of work.
     """
 
-    name: str
+    job_id: str
     requests: list[tuple[float, int]]
     deadline: float | None = None
     seconds: float = 1.0
@@ -63,7 +63,7 @@ class FakeJob:
     def send(self, turn: Turn) -> None:
         _, self._group[turn.side] = self.requests.pop(0 if turn.side is LEFT else -1)
         self.turns.append(turn)
-        LOG.append((turn.side, self.name))
+        LOG.append((turn.side, self.job_id))
         CREDITS[0].sent(turn.side, 1)
 
     def send_unplanned(self) -> bool:
@@ -247,6 +247,23 @@ def test_one_line_is_sent_in_a_round_of_the_event_loop(dispatcher):
             most, before = max(most, len(LOG) - before), len(LOG)
         assert most == 1
         dispatcher.leave(long)
+
+    asyncio.run(scenario())
+
+
+def test_the_view_names_the_outermost_fronts_and_who_is_in_a_hurry(dispatcher, clock):
+    async def scenario() -> None:
+        jobs = [job("a", 9, 5, 1), job("b", 7, 0.5, deadline=clock.now + 1)]
+        for each in jobs:
+            dispatcher.join(each)
+        view = dispatcher.view()
+        assert view.densities == {"left": 9, "right": 0.5}
+        assert view.target_density == dispatcher.target_density
+        assert view.urgent == ["b"]
+        assert (view.queued, view.available) == ({"left": 0, "right": 0}, {"left": 16, "right": 16})
+        for each in jobs:
+            dispatcher.leave(each)
+        assert dispatcher.view().densities == {"left": None, "right": None}
 
     asyncio.run(scenario())
 

@@ -39,8 +39,32 @@ class Turn:
     follows: bool
 
 
+@dataclass(frozen=True)
+class DispatchView:
+    """What of the dispatcher is shown to an operator.
+
+    Attributes:
+        target_density: of what all jobs have left to send; inf where nothing of it decodes.
+        densities: of the outermost front of each side ("left", "right"); None when nothing is left.
+        queued, available: requests of each side that the scheduler has not taken from its queue,
+            and how many more may be sent to it now.
+        pace: see `Dispatcher.pace`.
+        urgent: ids of the jobs that go first for their deadlines.
+    """
+
+    target_density: float
+    densities: dict[str, float | None]
+    queued: dict[str, int]
+    available: dict[str, int]
+    pace: float
+    urgent: list[str]
+
+
 class DispatchedJob(Protocol):
     """A job as the dispatcher sees it. Everything is O(1) and runs on the event loop."""
+
+    @property
+    def job_id(self) -> str: ...
 
     @property
     def deadline(self) -> float | None:
@@ -151,6 +175,19 @@ class Dispatcher:
             if now + _DEADLINE_MARGIN * seconds >= deadline:
                 pressed = count
         return [job for _, job in due[:pressed]]
+
+    def view(self) -> DispatchView:
+        """For the operator."""
+        left = [density for job in self._jobs if (density := job.density(Side.LEFT)) is not None]
+        right = [density for job in self._jobs if (density := job.density(Side.RIGHT)) is not None]
+        return DispatchView(
+            target_density=self.target_density,
+            densities={"left": max(left, default=None), "right": min(right, default=None)},
+            queued={side.value: self.credits.queued(side) for side in Side},
+            available={side.value: self.credits.available(side) for side in Side},
+            pace=self.pace,
+            urgent=[job.job_id for job in self.urgent()],
+        )
 
     # -- sending -------------------------------------------------------------------------------
 

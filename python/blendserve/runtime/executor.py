@@ -22,14 +22,17 @@ from blendserve.planner import (
     hardware,
 )
 from blendserve.runtime.credits import Credits
-from blendserve.runtime.dispatcher import Dispatcher
+from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.feedback import ReportReceiver, SchedulerReport
 from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.prompts import PromptReader
 
+# How old what GET /metrics shows may be.
+_METRICS_SECONDS = 1.0
 # Names under which torch reports the chips of the planner's hardware table.
 _CHIPS = {
     "A100": "a100-80g-sxm",
@@ -71,7 +74,7 @@ class BlendExecutor:
             ThreadPoolExecutor(1, "blendserve-planning"),
         )
         self._receiver = ReportReceiver(settings.feedback_address, self._on_report)
-        self._receiving: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._runners: dict[str, JobRunner] = {}
         self.reports: dict[int, SchedulerReport] = {}
 
@@ -143,17 +146,28 @@ class BlendExecutor:
     def start(self) -> None:
         """Warm the planner up, and begin to listen to the scheduler. Call on the event loop."""
         self._threads.planning.submit(self._planner.start)
-        self._receiving = asyncio.create_task(self._receiver.run())
+        self._tasks.append(asyncio.create_task(self._receiver.run()))
+        if self._server_args.enable_metrics:
+            self._tasks.append(asyncio.create_task(self._keep_metrics(Metrics())))
 
     async def stop(self) -> None:
-        if self._receiving is not None:
-            self._receiving.cancel()
-            await asyncio.gather(self._receiving, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._planner.close()
 
     def jobs(self) -> list[JobView]:
         """The jobs that run now."""
         return [runner.view for runner in self._runners.values()]
+
+    def dispatch(self) -> DispatchView:
+        """How the scheduler's queues are shared between them."""
+        return self._dispatcher.view()
+
+    async def _keep_metrics(self, metrics: Metrics) -> None:
+        while True:
+            metrics.update(self.reports, self.jobs(), self.dispatch())
+            await asyncio.sleep(_METRICS_SECONDS)
 
     def _on_report(self, report: SchedulerReport) -> None:
         self.reports[report.dp_rank] = report

@@ -115,7 +115,7 @@ class JobRunner:
         joined = False
         try:
             self._work = await read_prompts(
-                self.view.job_id,
+                self.job_id,
                 self._lines,
                 self._pending,
                 self._reader,
@@ -143,14 +143,14 @@ class JobRunner:
                 if joined:
                     self._dispatcher.leave(self)
                 # Behind whatever is still being read. A planner that died has forgotten it, too.
-                self._threads.reading.submit(self._planner.forget, self.view.job_id)
+                self._threads.reading.submit(self._planner.forget, self.job_id)
 
     # -- planning --------------------------------------------------------------------------------
 
     async def _plan(self, news: News) -> JobPlan:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads.planning, self._planner.plan, self.view.job_id, news
+            self._threads.planning, self._planner.plan, self.job_id, news
         )
 
     def _begin(self, plan: JobPlan) -> None:
@@ -194,7 +194,7 @@ class JobRunner:
             self._adopt(await self._plan(self._news()))
         except Exception:
             # A job can go on with the plan that it has.
-            logger.exception("%s is not planned again", self.view.job_id)
+            logger.exception("%s is not planned again", self.job_id)
         self._replanning = None
         self._dispatcher.wake()
 
@@ -219,6 +219,10 @@ class JobRunner:
     @property
     def _scanner(self) -> DualScanner:
         return self._plan_now.scanner
+
+    @property
+    def job_id(self) -> str:
+        return self.view.job_id
 
     @property
     def in_flight(self) -> int:
