@@ -1,6 +1,7 @@
 """The two scanners, the memory partition between them, and admission."""
 
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_workloads import LLAMA_ON_A100, jobs, mixed_job
+from planner_workloads import shared_tokens as in_common
 
 from blendserve.planner import (
     Admission,
@@ -70,7 +72,9 @@ def test_scanners_meet_and_name_every_request_once(job, turns, data):
     if len(job):
         removed = data.draw(st.sets(st.integers(0, len(job) - 1)))
     for request in sorted(removed):
+        assert request in scanner
         assert scanner.remove(request)
+        assert request not in scanner
         assert not scanner.remove(request)
     seen = []
     position = {int(r): k for k, r in enumerate(plan.order)}
@@ -94,6 +98,42 @@ def test_scanners_meet_and_name_every_request_once(job, turns, data):
     assert scanner.target_density == math.inf
     with pytest.raises(IndexError):
         scanner.take(LEFT)
+
+
+@given(jobs(), st.lists(st.tuples(st.sampled_from(Side), st.booleans(), st.integers(0, 99))))
+def test_a_head_shares_that_much_with_the_request_taken_before_it_on_its_side(job, turns):
+    plan = make_plan(job, LLAMA_ON_A100)
+    scanner = DualScanner(plan)
+    position = {int(r): k for k, r in enumerate(plan.order)}
+    last = dict.fromkeys(Side)
+    for side, out_of_turn, pick in turns:
+        if scanner.exhausted:
+            break
+        if out_of_turn:
+            scanner.remove(pick)
+            continue
+        head, shared = scanner.head(side), scanner.shared_tokens(side)
+        if last[side] is None:
+            assert shared == 0
+        else:
+            assert shared <= in_common(job.token_ids[last[side]], job.token_ids[head])
+            before, after = sorted((position[last[side]], position[head]))
+            if after - before == 1:
+                assert shared == plan.shared_with_previous[after]
+        last[side] = scanner.take(side)
+    if scanner.exhausted:
+        assert [scanner.shared_tokens(side) for side in Side] == [0, 0]
+
+
+def test_a_scanner_is_the_same_in_another_process_and_leaves_the_tree_behind():
+    job = mixed_job(200)
+    scanner = DualScanner(make_plan(job, LLAMA_ON_A100))
+    copy = pickle.loads(pickle.dumps(scanner))
+    assert len(pickle.dumps(scanner)) < 200 * 100
+    while not scanner.exhausted:
+        side = LEFT if scanner.remaining % 3 else RIGHT
+        assert copy.take(side) == scanner.take(side)
+    assert copy.exhausted
 
 
 def candidate(side, prompt=100, output=10.0, density=1.0, blocked=False):

@@ -84,10 +84,15 @@ class Executor(Protocol):
         ...
 
     def run(
-        self, job_id: str, lines: LineSource, pending: Sequence[int]
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         """An async generator with one result for each index in `pending`, in any order.
 
+        Several may run at once. One that may miss its `deadline` (unix seconds) goes first.
         Cancelling or closing it must abort whatever is in flight before it returns. Raises
         `EngineUnavailable` when the engine died; results already yielded stay valid.
         """

@@ -14,6 +14,8 @@ from .plan import Plan
 # as it holds nothing from step to step; but its prompts need room while they are prefilled. A
 # twentieth of the pool holds several prefill chunks on a GPU, and costs the other side little.
 PREFILL_ONLY_SHARE = 0.05
+# No prompt is longer.
+_MANY_TOKENS = 1 << 62
 
 
 class Side(StrEnum):
@@ -34,12 +36,19 @@ class DualScanner:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        # Only what the walk needs: a plan holds the tree of the whole job, and a scanner is sent
+        # from the process that plans to the one that walks.
+        self._order = plan.order
+        self._density = plan.density
+        self._shared = plan.shared_with_previous
+        self._compute_seconds = plan.compute_seconds
+        self._memory_seconds = plan.memory_seconds
         n = len(plan.order)
         self._low = 0
         self._high = n - 1
         self._gone = np.zeros(n, dtype=bool)
-        self._position = {int(request): k for k, request in enumerate(plan.order)}
+        self._position = np.full(len(plan.request_density), -1, dtype=np.int64)
+        self._position[plan.order] = np.arange(n)
         self.remaining = n
         # Differences of running sums do not drift as repeated subtraction would, and are exactly
         # zero where all items between are.
@@ -49,56 +58,82 @@ class DualScanner:
         self._removed_compute = 0.0
         self._removed_memory = 0.0
         self._removed_between = 0
+        # Prompt tokens that each head has in common with the request last taken on its side.
+        self._in_common = dict.fromkeys(Side, 0)
 
     @property
     def exhausted(self) -> bool:
         return self.remaining == 0
+
+    def __contains__(self, request: int) -> bool:
+        """Whether a request is in the plan and not yet gone."""
+        position = int(self._position[request]) if 0 <= request < len(self._position) else -1
+        return position >= 0 and not self._gone[position]
 
     def head(self, side: Side) -> int | None:
         """The request that `take(side)` would return; None when nothing is left. With one request
         left it is the head of both sides."""
         if self.exhausted:
             return None
-        return int(self._plan.order[self._cursor(side)])
+        return int(self._order[self._cursor(side)])
 
     def take(self, side: Side) -> int:
         """Removes and returns the head of a side. Raises IndexError when nothing is left."""
         request = self.head(side)
         if request is None:
             raise IndexError("the plan is exhausted")
+        self._in_common[side] = _MANY_TOKENS
         self.remove(request)
         return request
 
     def remove(self, request: int) -> bool:
         """Takes a request out of turn (sampled first, cancelled). False when it is not in the plan
         or already gone."""
-        position = self._position.get(request)
-        if position is None or self._gone[position]:
+        if request not in self:
             return False
+        position = int(self._position[request])
         self._gone[position] = True
         self.remaining -= 1
         self._count_removed(position, +1)
         while self._low <= self._high and self._gone[self._low]:
             self._count_removed(self._low, -1)
             self._low += 1
+            self._pass(Side.LEFT, self._low)
         while self._low <= self._high and self._gone[self._high]:
             self._count_removed(self._high, -1)
+            self._pass(Side.RIGHT, self._high)
             self._high -= 1
         return True
 
+    def _pass(self, side: Side, link: int) -> None:
+        """A cursor crosses from one request to the next; `link` is the later of the two."""
+        if link < len(self._shared):
+            self._in_common[side] = min(self._in_common[side], int(self._shared[link]))
+
     def density(self, side: Side) -> float | None:
         """Compute density of the head of a side, None when nothing is left."""
-        return None if self.exhausted else float(self._plan.density[self._cursor(side)])
+        return None if self.exhausted else float(self._density[self._cursor(side)])
+
+    def shared_tokens(self, side: Side) -> int:
+        """Prompt tokens that the head of a side has in common, at least, with the request taken
+        before it on this side; 0 when none was, or nothing is left."""
+        return 0 if self.exhausted else self._in_common[side]
+
+    @property
+    def remaining_seconds(self) -> tuple[float, float]:
+        """Seconds of compute (after sharing) and of memory traffic of what is left."""
+        if self.exhausted:
+            return 0.0, 0.0
+        compute = self._compute[self._high + 1] - self._compute[self._low] - self._removed_compute
+        memory = self._memory[self._high + 1] - self._memory[self._low] - self._removed_memory
+        return max(float(compute), 0.0), max(float(memory), 0.0)
 
     @property
     def target_density(self) -> float:
         """Density of what is left: compute seconds (after sharing) over memory seconds. inf when
         nothing that is left decodes, or nothing is left."""
-        memory = self._memory[self._high + 1] - self._memory[self._low] - self._removed_memory
-        if self.exhausted or memory <= 0.0:
-            return math.inf
-        compute = self._compute[self._high + 1] - self._compute[self._low] - self._removed_compute
-        return float(max(compute, 0.0) / memory)
+        compute, memory = self.remaining_seconds
+        return compute / memory if memory > 0.0 else math.inf
 
     def _cursor(self, side: Side) -> int:
         return self._low if side is Side.LEFT else self._high
@@ -108,8 +143,8 @@ class DualScanner:
         if self._removed_between == 0:
             self._removed_compute = self._removed_memory = 0.0
             return
-        self._removed_compute += sign * float(self._plan.compute_seconds[position])
-        self._removed_memory += sign * float(self._plan.memory_seconds[position])
+        self._removed_compute += sign * float(self._compute_seconds[position])
+        self._removed_memory += sign * float(self._memory_seconds[position])
 
 
 def partition_memory(

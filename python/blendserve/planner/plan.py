@@ -17,6 +17,8 @@ from .length_model import LengthModel
 from .prefix_tree import Floats, Ints, PrefixTree
 from .transform import transform
 
+# Parts of equal chance that a length's distribution is cut into for its standard deviation.
+DEVIATION_PARTS = 8
 # Up to this limit an output is taken as known for the choice of the sample: next to any prompt, it
 # does not change which side a request belongs to.
 PINNED_OUTPUT_TOKENS = 16
@@ -105,7 +107,8 @@ class Plan:
       compute_seconds, memory_seconds: cost of each request; the compute of a shared prefix is
           divided equally among those that share it, so that the sums are those of the job.
     By request index, shape (n,):
-      estimated_output_tokens; request_density: nan where the request is not planned.
+      estimated_output_tokens; output_deviation: standard deviation of each estimate, 0 where the
+          length is known; request_density: nan where the request is not planned.
     sample: (s,) request indices to run first, so that the rest can be planned again with what
         they show; empty when the job's lengths are known or some were observed already.
     target_density: of the planned requests together, after sharing; inf without decoding.
@@ -123,6 +126,7 @@ class Plan:
     compute_seconds: Floats
     memory_seconds: Floats
     estimated_output_tokens: Floats
+    output_deviation: Floats
     request_density: Floats
     sample: Ints
     target_density: float
@@ -164,7 +168,8 @@ def make_plan(
     limit = np.where(
         known, np.minimum(job.known_output_tokens, job.max_output_tokens), job.max_output_tokens
     )
-    output = LengthModel(tree, limit, known).fit(observed, running).mean()
+    lengths = LengthModel(tree, limit, known).fit(observed, running)
+    output = lengths.mean()
 
     waiting = np.ones(n, dtype=bool)
     for request in exclude:
@@ -205,6 +210,7 @@ def make_plan(
         compute_seconds=compute_after,
         memory_seconds=memory_after,
         estimated_output_tokens=output,
+        output_deviation=_deviation(lengths, output),
         request_density=request_density,
         sample=sample,
         target_density=float(density(compute_after.sum(), memory_after.sum())),
@@ -216,3 +222,11 @@ def make_plan(
         moved_requests=int((in_common < rest.depth[rest.leaf_parent[result.order]]).sum()),
         tree=tree,
     )
+
+
+def _deviation(lengths: LengthModel, mean: Floats) -> Floats:
+    """(n,) standard deviation of each length, from the middle values of equally likely parts."""
+    variance = np.zeros(len(mean))
+    for part in range(DEVIATION_PARTS):
+        variance += (lengths.quantile((part + 0.5) / DEVIATION_PARTS) - mean) ** 2
+    return np.asarray(np.sqrt(variance / DEVIATION_PARTS))

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -21,11 +22,17 @@ from blendserve.planner import (
     hardware,
 )
 from blendserve.runtime.credits import Credits
+from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.feedback import ReportReceiver, SchedulerReport
-from blendserve.runtime.job_runner import JobRunner, JobView
+from blendserve.runtime.job_runner import JobRunner, Threads
+from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.metrics import Metrics
+from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.prompts import PromptReader
 
+# How old what GET /metrics shows may be.
+_METRICS_SECONDS = 1.0
 # Names under which torch reports the chips of the planner's hardware table.
 _CHIPS = {
     "A100": "a100-80g-sxm",
@@ -51,16 +58,23 @@ class BlendExecutor:
         self._app = app
         self._server_args = server_args
         self._tokenizer_manager = tokenizer_manager
-        self._credits = Credits()
+        self._dispatcher = Dispatcher(Credits())
         self._reader = PromptReader(app, tokenizer_manager)
         model = ModelSpec.from_config(tokenizer_manager.model_config.hf_config.to_dict())
         ranks = int(server_args.tp_size or 1)
-        self._cost_model = CostModel(model, choose_hardware(settings.hardware).scaled(ranks))
-        self._config = PlannerConfig(
-            sample_fraction=settings.sample_fraction, sharing_preserved=settings.sharing_preserved
+        self._planner = PlannerProcess(
+            CostModel(model, choose_hardware(settings.hardware).scaled(ranks)),
+            PlannerConfig(
+                sample_fraction=settings.sample_fraction,
+                sharing_preserved=settings.sharing_preserved,
+            ),
+        )
+        self._threads = Threads(
+            ThreadPoolExecutor(1, "blendserve-reading"),
+            ThreadPoolExecutor(1, "blendserve-planning"),
         )
         self._receiver = ReportReceiver(settings.feedback_address, self._on_report)
-        self._receiving: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._runners: dict[str, JobRunner] = {}
         self.reports: dict[int, SchedulerReport] = {}
 
@@ -97,19 +111,27 @@ class BlendExecutor:
         return None
 
     async def run(
-        self, job_id: str, lines: LineSource, pending: Sequence[int]
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         runner = JobRunner(
             job_id,
             lines,
             pending,
+            deadline=deadline,
             reader=self._reader,
             client=LineClient(
-                self._app, self._tokenizer_manager.abort_request, self._server_args.api_key
+                self._app,
+                self._tokenizer_manager.abort_request,
+                self._tokens_so_far,
+                self._server_args.api_key,
             ),
-            credits=self._credits,
-            cost_model=self._cost_model,
-            config=self._config,
+            planner=self._planner,
+            threads=self._threads,
+            dispatcher=self._dispatcher,
         )
         self._runners[job_id] = runner
         try:
@@ -122,23 +144,40 @@ class BlendExecutor:
     # -- life and view -------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to listen to the scheduler. Call on the server's event loop."""
-        self._receiving = asyncio.create_task(self._receiver.run())
+        """Warm the planner up, and begin to listen to the scheduler. Call on the event loop."""
+        self._threads.planning.submit(self._planner.start)
+        self._tasks.append(asyncio.create_task(self._receiver.run()))
+        if self._server_args.enable_metrics:
+            self._tasks.append(asyncio.create_task(self._keep_metrics(Metrics())))
 
     async def stop(self) -> None:
-        if self._receiving is not None:
-            self._receiving.cancel()
-            await asyncio.gather(self._receiving, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._planner.close()
 
     def jobs(self) -> list[JobView]:
         """The jobs that run now."""
         return [runner.view for runner in self._runners.values()]
 
+    def dispatch(self) -> DispatchView:
+        """How the scheduler's queues are shared between them."""
+        return self._dispatcher.view()
+
+    async def _keep_metrics(self, metrics: Metrics) -> None:
+        while True:
+            metrics.update(self.reports, self.jobs(), self.dispatch())
+            await asyncio.sleep(_METRICS_SECONDS)
+
     def _on_report(self, report: SchedulerReport) -> None:
         self.reports[report.dp_rank] = report
-        self._credits.on_report(report)
-        for runner in self._runners.values():
-            runner.wake()
+        self._dispatcher.credits.on_report(report)
+        self._dispatcher.wake()
+
+    def _tokens_so_far(self, rid: str) -> int:
+        # SGLang sends what a request has said so far every few dozen tokens, streamed or not.
+        state = self._tokenizer_manager.rid_to_state.get(rid)
+        return len(state.output_ids) if state is not None else 0
 
 
 def choose_hardware(name: str) -> Hardware:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -110,6 +111,17 @@ def _status_router(executor: BlendExecutor, service: BatchService) -> APIRouter:
         for job, snapshot in zip(jobs, progress, strict=True):
             job["progress"] = dataclasses.asdict(snapshot) if snapshot is not None else None
         reports = [dataclasses.asdict(report) for report in executor.reports.values()]
-        return {"schedulers": reports, "jobs": jobs}
+        dispatch = dataclasses.asdict(executor.dispatch())
+        answer = {"schedulers": reports, "jobs": jobs, "dispatch": dispatch}
+        return {key: _without_infinity(value) for key, value in answer.items()}
 
     return router
+
+
+def _without_infinity(value: Any) -> Any:
+    """JSON has no infinity: a density without memory traffic, of what never decodes, is null."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

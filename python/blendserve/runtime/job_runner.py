@@ -1,101 +1,77 @@
-"""Runs one job: plans it, walks the plan from both ends, and streams both fronts to the scheduler.
+"""Runs one job: plans it, walks the plan from both ends, and yields the answers.
 
-The job and its tree stay in the front process; the scheduler only ever sees the next few requests
-of each side. A small sample runs first; when its answers are in, the rest is planned again with
-the lengths that it showed, while requests of the first plan keep the engine busy.
+The job stays in the front process and its tree in the planning process; the scheduler only ever
+sees the next few requests of each side. A small sample runs first; when its answers are in, the
+rest is planned again with the lengths that it showed, and again whenever there are twice as many
+answers, while requests of the plan before keep the engine busy.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from concurrent.futures import Executor
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from blendserve.batch.executor import BatchLine, LineResult, LineSource
+from blendserve.batch.executor import LineResult, LineSource
 from blendserve.batch.progress import usage_of
-from blendserve.planner import (
-    CostModel,
-    DualScanner,
-    Job,
-    Plan,
-    PlannerConfig,
-    PrefixTree,
-    Side,
-    make_plan,
-)
-from blendserve.runtime.credits import Credits
+from blendserve.planner import DualScanner, Side
+from blendserve.runtime.dispatcher import Dispatcher, Turn
+from blendserve.runtime.job_prompts import read_prompts
+from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.plan_tag import PlanTag
-from blendserve.runtime.prompts import Prompt, PromptReader, UnreadablePrompt
+from blendserve.runtime.plan_worker import JobPlan, News, Planner
+from blendserve.runtime.prompts import PromptReader
+
+logger = logging.getLogger(__name__)
 
 # Lines without a plan that may be with the server at a time; no credits bound them.
 _MAX_UNPLANNED = 64
+# Answers that may wait to be taken before sending pauses: a disk can be slower than the engine.
+_MAX_UNREAD = 1024
 
 
-@dataclass
-class JobView:
-    """What of a running job is shown to an operator.
+@dataclass(frozen=True)
+class Threads:
+    """Where a job's slow work is done; one worker each, for all jobs of a server.
 
     Attributes:
-        phase: "reading prompts", "planning" or "running".
-        prompt_tokens, unique_tokens: of the lines that were left when this server took it up;
-            the prompt tokens that a cache without end would have to compute.
-        best_sharing, planned_sharing: shares of the prompt tokens that a DFS order and the plan's
-            order find in the cache.
-        target_density: compute density of what is left.
-        left_density, right_density: at the two scanners; None when the plan is used up.
-        waiting, in_flight: lines not yet sent, and lines sent and not yet answered.
-        sampled, replanned: lines that run first, and whether their lengths have been used.
-        total_work_tokens, done_work_tokens: prefill tokens that sharing leaves plus expected output
-            tokens, of all lines and of the answered ones.
+        reading: reads and tokenises prompts.
+        planning: waits for the planner.
     """
 
-    job_id: str
-    phase: str = "reading prompts"
-    prompt_tokens: int = 0
-    unique_tokens: int = 0
-    best_sharing: float = 0.0
-    planned_sharing: float = 0.0
-    target_density: float = 0.0
-    left_density: float | None = None
-    right_density: float | None = None
-    waiting: int = 0
-    in_flight: int = 0
-    sampled: int = 0
-    replanned: bool = False
-    total_work_tokens: float = 0.0
-    done_work_tokens: float = 0.0
+    reading: Executor
+    planning: Executor
 
 
-@dataclass
-class _Work:
-    """The plannable lines of a job; positions index all lists, `lines` maps them to the file."""
+@dataclass(frozen=True)
+class _Sent:
+    """A planned line on its way."""
 
-    lines: list[int] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
-    unplannable: deque[int] = field(default_factory=deque)
-
-    @cached_property
-    def prompt_tokens(self) -> NDArray[np.int64]:
-        return np.array([len(prompt.token_ids) for prompt in self.prompts], dtype=np.int64)
+    task: asyncio.Task[LineResult]
+    side: Side
+    work_seconds: float
+    estimate: float | None
+    """Expected output tokens where the length is not known beforehand."""
 
 
 class JobRunner:
-    """One job, from prompts to the last answer.
+    """One job, from prompts to the last answer. The dispatcher says when its lines are sent.
 
     Args:
         job_id: id of the batch.
         lines: the lines of its file.
         pending: indexes of the lines to run.
+        deadline: unix seconds by which it should end, None for a job without haste.
         reader, client: the way into the server.
-        credits: what the scheduler will take; shared by all jobs of a server.
-        cost_model: seconds of compute and of memory traffic of a request.
-        config: the planner's settings.
+        planner, threads: where the job is planned and what waits for it.
+        dispatcher: shares the scheduler's queues between the jobs of a server.
     """
 
     def __init__(
@@ -104,199 +80,285 @@ class JobRunner:
         lines: LineSource,
         pending: Sequence[int],
         *,
+        deadline: float | None = None,
         reader: PromptReader,
         client: LineClient,
-        credits: Credits,
-        cost_model: CostModel,
-        config: PlannerConfig,
+        planner: Planner,
+        threads: Threads,
+        dispatcher: Dispatcher,
     ) -> None:
-        self.view = JobView(job_id)
+        self.view = JobView(job_id, deadline=deadline)
+        self.deadline = deadline
         self._lines = lines
         self._pending = pending
         self._reader = reader
         self._client = client
-        self._credits = credits
-        self._cost_model = cost_model
-        self._config = config
-        # Ended lines with their position in the work, or None: something else changed.
-        self._events: asyncio.Queue[tuple[asyncio.Task[LineResult], int | None] | None] = (
+        self._planner = planner
+        self._threads = threads
+        self._dispatcher = dispatcher
+        # Ended lines with their position in the work, None for a line without one; or a failure.
+        self._events: asyncio.Queue[tuple[asyncio.Task[LineResult], int | None] | Exception] = (
             asyncio.Queue()
         )
-        self._observed: dict[int, int] = {}
-        self._started: set[int] = set()
+        self._closed = False
+        self._sent: dict[int, _Sent] = {}
         self._unplanned = 0
-        self._tree: PrefixTree | None = None
-        self._ranks = dict.fromkeys(Side, 0)
-        self._sides: dict[int, Side] = {}
-
-    def wake(self) -> None:
-        """The scheduler took requests from its queues, or a new plan is ready."""
-        self._events.put_nowait(None)
+        self._sent_seconds = 0.0
+        self._replanning: asyncio.Task[None] | None = None
+        # Since the planner was last told.
+        self._started = array("q")
+        self._finished = array("q")
+        self._finished_tokens = array("q")
 
     async def run(self) -> AsyncGenerator[LineResult, None]:
         """Yield one result per pending line, as they come. Closing it aborts what is in flight."""
-        work = await asyncio.to_thread(self._read_prompts)
-        self.view.phase = "planning"
-        self._prefill_work = np.zeros(len(work.prompts), dtype=np.int64)
-        plan, scanner = await self._plan(work)
-        self._adopt(work, plan, scanner)
-        # Samples go first and their answers count like any other.
-        sample = self._sample_by_side(plan)
-        unseen = {position for queue in sample.values() for position in queue}
-        self.view.sampled = len(unseen)
-        replan: asyncio.Task[tuple[Plan, DualScanner]] | None = None
-        self.view.phase = "running"
-        # Nothing of this server's batches is in flight now, so nothing can be in the queues.
-        self._credits.settle()
+        joined = False
         try:
-            while True:
-                if replan is None and self.view.sampled and not unseen:
-                    replan = asyncio.create_task(self._plan(work))
-                    replan.add_done_callback(lambda _: self.wake())
-                if replan is not None and replan.done() and not self.view.replanned:
-                    self._adopt(work, *replan.result())
-                    self.view.replanned = True
-                self._dispatch(work, plan, sample)
-                self.view.waiting = self._scanner.remaining + len(work.unplannable)
-                if not self.view.in_flight:
-                    if not self.view.waiting:
-                        return
-                    self._credits.settle()
-                    continue
+            self._work = await read_prompts(
+                self.job_id,
+                self._lines,
+                self._pending,
+                self._reader,
+                self._planner,
+                self._threads.reading,
+            )
+            self.view.phase = "planning"
+            plan = await self._plan(News())
+            self._begin(plan)
+            self._dispatcher.join(self)
+            joined = True
+            while self.view.waiting or self.view.in_flight:
                 event = await self._events.get()
-                if event is None:
-                    continue
+                if isinstance(event, Exception):
+                    raise event
                 task, position = event
-                self.view.in_flight -= 1
-                result = task.result()
-                if position is None:
-                    self._unplanned -= 1
-                else:
-                    unseen.discard(position)
-                    self._observe(work, position, result)
-                yield result
+                yield self._take(task, position)
         finally:
-            if replan is not None:
-                replan.cancel()
-            await self._client.abort_all()
-
-    # -- planning, in a worker thread -----------------------------------------------------------
-
-    def _read_prompts(self) -> _Work:
-        work = _Work()
-        for index in self._pending:
-            line = self._lines.read(index)
+            self._closed = True
+            if self._replanning is not None:
+                self._replanning.cancel()
             try:
-                prompt = self._reader.read(line.url, line.body)
-            except UnreadablePrompt:
-                # The server answers it, with the error that an online client would get.
-                work.unplannable.append(index)
-                continue
-            work.lines.append(index)
-            work.prompts.append(prompt)
-        return work
+                await self._client.abort_all()
+            finally:
+                if joined:
+                    self._dispatcher.leave(self)
+                # Behind whatever is still being read. A planner that died has forgotten it, too.
+                self._threads.reading.submit(self._planner.forget, self.job_id)
 
-    async def _plan(self, work: _Work) -> tuple[Plan, DualScanner]:
-        # Copies: both go on changing on the event loop while the worker thread plans.
-        observed, started = dict(self._observed), set(self._started)
-        return await asyncio.to_thread(self._make_plan, work, observed, started)
+    # -- planning --------------------------------------------------------------------------------
 
-    def _make_plan(
-        self, work: _Work, observed: dict[int, int], started: set[int]
-    ) -> tuple[Plan, DualScanner]:
-        limits = np.array([prompt.max_output_tokens for prompt in work.prompts], dtype=np.int64)
-        exact = np.array([prompt.ignore_eos for prompt in work.prompts], dtype=bool)
-        job = Job(
-            token_ids=[prompt.token_ids for prompt in work.prompts],
-            max_output_tokens=limits,
-            known_output_tokens=np.where(exact, limits, -1),
+    async def _plan(self, news: News) -> JobPlan:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads.planning, self._planner.plan, self.job_id, news
         )
-        plan = make_plan(
-            job,
-            self._cost_model,
-            self._config,
-            observed=observed,
-            exclude=started,
-            # The prompts do not change between two plans, so neither does their tree.
-            tree=self._tree,
-        )
-        self._tree = plan.tree
-        return plan, DualScanner(plan)
 
-    def _adopt(self, work: _Work, plan: Plan, scanner: DualScanner) -> None:
+    def _begin(self, plan: JobPlan) -> None:
+        # Samples go first and their answers count like any other.
+        self._sample = {side: deque(plan.sample[side].tolist()) for side in Side}
+        self._unseen = {position for queue in self._sample.values() for position in queue}
+        self.view.sampled = len(self._unseen)
+        self._replan_at = 2 * self.view.sampled
+        self.view.prompt_tokens = plan.prompt_tokens
+        self.view.unique_tokens = plan.unique_tokens
+        self.view.best_sharing = plan.sharing_best
+        self._adopt(plan)
+        self.view.phase = "running"
+
+    def _adopt(self, plan: JobPlan) -> None:
         """Walk this plan from now on; what started while it was made must not start again."""
         for position in self._started:
-            scanner.remove(position)
-        self._scanner = scanner
-        self._estimates = plan.estimated_output_tokens
-        # Prefill work as this plan shares it; a line that it leaves out keeps its last figure.
-        self._prefill_work[plan.order] = work.prompt_tokens[plan.order] - plan.shared_with_previous
-        self.view.total_work_tokens = float(self._prefill_work.sum() + self._estimates.sum())
-        if not self.view.prompt_tokens:
-            self.view.prompt_tokens = plan.prompt_tokens
-            self.view.unique_tokens = plan.unique_tokens
-            self.view.best_sharing = plan.sharing_best
+            plan.scanner.remove(position)
+        self._plan_now = plan
+        # Whether the scanner took the last request that this job sent on a side.
+        self._walked = dict.fromkeys(Side, False)
+        self.view.plans += 1
         self.view.planned_sharing = plan.sharing_planned
+        self.view.total_work_tokens = plan.total_work_tokens
+        self._look()
 
-    # -- dispatch, on the event loop -----------------------------------------------------------
+    def _replan_if_due(self) -> None:
+        """Plan again when the sample is in, and whenever there are twice as many answers."""
+        answers = self.view.observed
+        sample_is_in = self.view.plans == 1 and self.view.sampled and not self._unseen
+        doubled = self.view.sampled and answers >= self._replan_at
+        if self._replanning is not None or not (sample_is_in or doubled):
+            return
+        if self._scanner.exhausted:
+            return
+        self._replan_at = max(self._replan_at, 2 * answers) if doubled else self._replan_at
+        self._replanning = asyncio.create_task(self._replan())
 
-    @staticmethod
-    def _sample_by_side(plan: Plan) -> dict[Side, deque[int]]:
-        """The sample, each request on the side of the target that its density is on."""
-        sample: dict[Side, deque[int]] = {side: deque() for side in Side}
-        for position in map(int, plan.sample):
-            dense = plan.request_density[position] >= plan.target_density
-            sample[Side.LEFT if dense else Side.RIGHT].append(position)
-        return sample
+    async def _replan(self) -> None:
+        try:
+            self._adopt(await self._plan(self._news()))
+        except Exception:
+            # A job can go on with the plan that it has.
+            logger.exception("%s is not planned again", self.job_id)
+        self._replanning = None
+        self._dispatcher.wake()
 
-    def _dispatch(self, work: _Work, plan: Plan, sample: dict[Side, deque[int]]) -> None:
-        """Send as much as the credits allow: on each side the sample first, then the front."""
-        scanner = self._scanner
-        while work.unplannable and self._unplanned < _MAX_UNPLANNED:
-            self._unplanned += 1
-            line = self._lines.read(work.unplannable.popleft())
-            self._start(line, None, 1, None)
-        for side in Side:
-            while sample[side] and self._credits.available(side) > 0:
-                position = sample[side].popleft()
-                if scanner.remove(position):
-                    density = float(plan.request_density[position])
-                    self._send(work, position, side, density)
-            while not scanner.exhausted and self._credits.available(side) > 0:
-                density = scanner.density(side) or 0.0
-                self._send(work, scanner.take(side), side, density)
-        self.view.target_density = scanner.target_density
-        self.view.left_density = scanner.density(Side.LEFT)
-        self.view.right_density = scanner.density(Side.RIGHT)
+    def _news(self) -> News:
+        running = [
+            (position, tokens)
+            for position, sent in self._sent.items()
+            if (tokens := self._client.tokens_so_far(sent.task))
+        ]
+        news = News(
+            started=_positions(self._started),
+            finished=_positions(self._finished),
+            finished_tokens=_positions(self._finished_tokens),
+            running=np.array([position for position, _ in running], dtype=np.int64),
+            running_tokens=np.array([tokens for _, tokens in running], dtype=np.int64),
+        )
+        self._started, self._finished, self._finished_tokens = array("q"), array("q"), array("q")
+        return news
 
-    def _send(self, work: _Work, position: int, side: Side, density: float) -> None:
-        line = self._lines.read(work.lines[position])
-        sequences = work.prompts[position].sequences
+    # -- what the dispatcher asks for ------------------------------------------------------------
+
+    @property
+    def _scanner(self) -> DualScanner:
+        return self._plan_now.scanner
+
+    @property
+    def job_id(self) -> str:
+        return self.view.job_id
+
+    @property
+    def in_flight(self) -> int:
+        return self.view.in_flight
+
+    @property
+    def work_seconds_left(self) -> float:
+        return sum(self.waiting_seconds) + self._sent_seconds
+
+    @property
+    def work_seconds_done(self) -> float:
+        return self.view.done_work_seconds
+
+    @property
+    def waiting_seconds(self) -> tuple[float, float]:
+        return self._scanner.remaining_seconds
+
+    def density(self, side: Side) -> float | None:
+        if self._closed or self._events.qsize() >= _MAX_UNREAD:
+            return None
+        sample = self._sampled(side)
+        return self._scanner.density(side) if sample is None else self._density_of(sample)
+
+    def continues(self, side: Side) -> bool:
+        head = self._scanner.head(side)
+        if head is None or not self._walked[side] or self._sampled(side) is not None:
+            return False
+        return 2 * self._scanner.shared_tokens(side) > self._work.prompt_tokens[head]
+
+    def send(self, turn: Turn) -> None:
+        scanner, side = self._scanner, turn.side
+        sample = self._sampled(side)
+        if sample is not None:
+            position, density, shared = sample, self._density_of(sample), 0
+            scanner.remove(position)
+            self._sample[side].popleft()
+        else:
+            known = turn.follows and self._walked[side]
+            shared = scanner.shared_tokens(side) if known else 0
+            density = scanner.density(side) or 0.0
+            position = scanner.take(side)
+        self._walked[side] = sample is None
+        plan = self._plan_now
+        deviation = float(plan.output_deviation[position])
         tag = PlanTag(
             side=side,
-            rank=self._ranks[side],
+            rank=turn.rank,
             density=density,
-            target_density=self._scanner.target_density,
-            output_tokens=float(self._estimates[position]),
+            target_density=turn.target_density,
+            output_tokens=float(plan.output_tokens[position]),
+            output_deviation=deviation,
+            shared_tokens=shared,
         )
-        self._ranks[side] += 1
-        self._started.add(position)
-        self._sides[position] = side
-        self._credits.sent(side, sequences)
-        self._start(line, tag, sequences, position)
+        self._started.append(position)
+        sequences = self._work.sequences[position]
+        task = self._start(self._work.lines[position], tag, sequences, position)
+        if task is None:
+            return
+        self._dispatcher.credits.sent(side, sequences)
+        seconds = float(plan.work_seconds[position])
+        self._sent_seconds += seconds
+        self._sent[position] = _Sent(task, side, seconds, tag.output_tokens if deviation else None)
+        self._look()
+
+    def send_unplanned(self) -> bool:
+        if self._closed or not self._work.unplannable or self._unplanned >= _MAX_UNPLANNED:
+            return False
+        self._unplanned += 1
+        self._start(self._work.unplannable.popleft(), None, 1, None)
+        self._look()
+        return True
+
+    def _sampled(self, side: Side) -> int | None:
+        """The next request of the sample on a side; a front may have taken it before its turn."""
+        queue = self._sample[side]
+        while queue and queue[0] not in self._scanner:
+            queue.popleft()
+        return queue[0] if queue else None
+
+    def _density_of(self, position: int) -> float:
+        return float(self._plan_now.density[position])
 
     def _start(
-        self, line: BatchLine, tag: PlanTag | None, sequences: int, position: int | None
-    ) -> None:
-        task = self._client.start(line, tag, sequences)
+        self, index: int, tag: PlanTag | None, sequences: int, position: int | None
+    ) -> asyncio.Task[LineResult] | None:
+        try:
+            task = self._client.start(self._lines.read(index), tag, sequences)
+        except Exception as error:
+            # Of this job's file; the other jobs go on.
+            self._closed = True
+            self._events.put_nowait(error)
+            return None
         task.add_done_callback(lambda done: self._events.put_nowait((done, position)))
         self.view.in_flight += 1
+        return task
 
-    def _observe(self, work: _Work, position: int, result: LineResult) -> None:
-        produced = usage_of(result.body).output_tokens
+    # -- answers ---------------------------------------------------------------------------------
+
+    def _take(self, task: asyncio.Task[LineResult], position: int | None) -> LineResult:
+        self.view.in_flight -= 1
+        result = task.result()
+        if position is None:
+            self._unplanned -= 1
+        else:
+            self._unseen.discard(position)
+            self._observe(position, result)
+            self._replan_if_due()
+        self._dispatcher.wake()
+        return result
+
+    def _observe(self, position: int, result: LineResult) -> None:
+        sent = self._sent.pop(position)
+        self._sent_seconds = max(self._sent_seconds - sent.work_seconds, 0.0)
+        self.view.done_work_seconds += sent.work_seconds
+        usage = usage_of(result.body)
+        self.view.done_work_tokens += (
+            int(self._plan_now.prefill_tokens[position]) + usage.output_tokens
+        )
         if result.status_code == 200:
-            self._observed[position] = produced
+            # Of several answers to one prompt the usage is the sum.
+            answers = len((result.body or {}).get("choices") or [None])
+            tokens = usage.output_tokens // answers
+            self._finished.append(position)
+            self._finished_tokens.append(tokens)
+            self.view.count_answer(usage.input_tokens, usage.cached_tokens, tokens, sent.estimate)
         elif result.status_code is not None and result.status_code < 500:
             # The client's fault is found before any queue; the engine's may be found after.
-            self._credits.refused(self._sides.pop(position), work.prompts[position].sequences)
-        self.view.done_work_tokens += int(self._prefill_work[position]) + produced
+            self._dispatcher.credits.refused(sent.side, self._work.sequences[position])
+
+    def _look(self) -> None:
+        """Bring the operator's view up to date."""
+        self.view.waiting = self._scanner.remaining + len(self._work.unplannable)
+        self.view.target_density = self._scanner.target_density
+        self.view.left_density = self._scanner.density(Side.LEFT)
+        self.view.right_density = self._scanner.density(Side.RIGHT)
+
+
+def _positions(values: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.frombuffer(values, dtype=np.int64) if values else np.empty(0, dtype=np.int64)

@@ -21,10 +21,17 @@ class LineClient:
     Args:
         app: SGLang's HTTP application.
         abort: SGLang's way to end a request by its id; ids it does not know are ignored.
+        tokens_so_far: output tokens that have arrived of a request by its id, 0 if it is not known.
         api_key: key that the application asks for, if any.
     """
 
-    def __init__(self, app: Any, abort: Callable[[str], None], api_key: str | None) -> None:
+    def __init__(
+        self,
+        app: Any,
+        abort: Callable[[str], None],
+        tokens_so_far: Callable[[str], int],
+        api_key: str | None,
+    ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(
             # A handler that fails answers 500, as it would online; that is the line's answer.
@@ -33,6 +40,7 @@ class LineClient:
             headers=headers,
         )
         self._abort = abort
+        self._tokens_so_far = tokens_so_far
         self._in_flight: dict[str, asyncio.Task[LineResult]] = {}
 
     def start(
@@ -46,10 +54,14 @@ class LineClient:
             body["rid"] = rid
         if tag is not None:
             body["custom_params"] = {**(body.get("custom_params") or {}), **tag.to_params()}
-        task = asyncio.create_task(self._call(line, rid, body))
+        task = asyncio.create_task(self._call(line, rid, body), name=rid)
         self._in_flight[rid] = task
         task.add_done_callback(lambda _: self._in_flight.pop(rid, None))
         return task
+
+    def tokens_so_far(self, task: asyncio.Task[LineResult]) -> int:
+        """Output tokens that the engine is known to have produced for a line in flight."""
+        return self._tokens_so_far(task.get_name())
 
     async def abort_all(self) -> None:
         """End everything in flight, and wait until the engine has let go of it."""

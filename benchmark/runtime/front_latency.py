@@ -1,0 +1,385 @@
+"""How long the front process's event loop is held up while a large job is taken up and run.
+
+    python benchmark/runtime/front_latency.py fake --requests 100000 --tokens 100
+    python benchmark/runtime/front_latency.py server --requests 20000 --tokens 700
+
+A stall monitor on the loop sleeps for a millisecond over and over, and notes by how much each
+sleep was longer than that, per phase of the job. `own` is the part of a lag in which the process
+was computing: on a machine that others use, the rest is time in which it did not get a core. The
+job is synthetic: chat lines whose prompts share prefixes as MMLU's 5-shot prompts do (57 subjects),
+words drawn at random, of open length.
+
+fake: the real job runner, dispatcher, planning process and line client in this process, with a
+FastAPI application that tokenises each line once more on the loop, as SGLang does, and a scheduler
+that takes requests in steps. Prompts are read by the model's own tokenizer and chat template.
+server: `blendserve serve` as it is, on the tiny random Llama of the end-to-end tests (CPU), with
+the monitor in its front process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parents[1] / "results"
+MODEL = "smollm2-135m"
+SUBJECTS = 57
+WORDS = (
+    *("river", "stone", "window", "garden", "letter", "market", "winter", "engine", "bottle"),
+    *("paper", "island", "music", "silver", "corner", "planet", "bridge", "orange", "ticket"),
+    *("number", "mirror", "forest", "yellow", "doctor", "candle"),
+)
+MAX_OUTPUT_TOKENS = 64
+STEP_SECONDS = 0.02
+TAKEN_PER_STEP = 8
+
+
+# -- the job
+
+
+def write_job(path: Path, requests: int, tokens: int, model: str) -> None:
+    """Batch lines of about `tokens` prompt tokens each; a word is about a token."""
+    rng = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choices(WORDS, k=count))
+
+    own = min(100, tokens // 3)
+    prefixes = [words(tokens - own) for _ in range(SUBJECTS)]
+    with path.open("w") as file:
+        for k in range(requests):
+            body = {
+                "model": model,
+                "max_tokens": MAX_OUTPUT_TOKENS,
+                "messages": [
+                    {"role": "user", "content": f"{rng.choice(prefixes)} {words(own)} {k}"}
+                ],
+            }
+            line = {
+                "custom_id": str(k),
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": body,
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+# -- the monitor
+
+
+class StallMonitor:
+    """Lags of the event loop by phase: how late a timer of a millisecond fires."""
+
+    INTERVAL_SECONDS = 0.001
+
+    def __init__(self) -> None:
+        self.phase = "idle"
+        self._lags: dict[str, list[tuple[float, float]]] = {}
+        self._since = {self.phase: time.perf_counter()}
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self.phase] = (
+            self._seconds.get(self.phase, 0.0) + now - self._since[self.phase]
+        )
+        self.phase = phase
+        self._since[phase] = now
+
+    async def run(self) -> None:
+        while True:
+            phase, before, computed = self.phase, time.perf_counter(), time.process_time()
+            await asyncio.sleep(self.INTERVAL_SECONDS)
+            lag = max(time.perf_counter() - before - self.INTERVAL_SECONDS, 0.0)
+            own = min(lag, time.process_time() - computed)
+            self._lags.setdefault(phase, []).append((lag, own))
+
+    def report(self) -> dict[str, dict[str, float]]:
+        self.enter(self.phase)
+        report = {}
+        for phase, lags in self._lags.items():
+            report[phase] = {"seconds": round(self._seconds.get(phase, 0.0), 1)}
+            report[phase]["samples"] = len(lags)
+            for name, lag in zip(("lag", "own"), np.array(lags).T * 1e3, strict=True):
+                report[phase] |= {
+                    f"{name}_p50_ms": round(float(np.median(lag)), 2),
+                    f"{name}_p99_ms": round(float(np.quantile(lag, 0.99)), 2),
+                    f"{name}_p999_ms": round(float(np.quantile(lag, 0.999)), 2),
+                    f"{name}_max_ms": round(float(lag.max()), 2),
+                    f"{name}_over_20_ms": int((lag > 20).sum()),
+                }
+        return report
+
+
+# -- fake: everything of ours, nothing of SGLang's
+
+
+@dataclass
+class Arrival:
+    """One request in the fake scheduler's queues."""
+
+    side: Any
+    answer: asyncio.Future[int]
+
+
+class FakeEngine:
+    """Takes some requests of each side in every step, and answers them a hundred steps later."""
+
+    def __init__(self, on_report: Any) -> None:
+        from blendserve.planner import Side
+
+        self._on_report = on_report
+        self.queues: dict[Any, deque[Arrival]] = {side: deque() for side in Side}
+        self._running: deque[tuple[int, Arrival]] = deque()
+        self._taken = dict.fromkeys(Side, 0)
+
+    async def run(self) -> None:
+        from blendserve.runtime.feedback import SchedulerReport
+
+        step = 0
+        while True:
+            await asyncio.sleep(STEP_SECONDS)
+            step += 1
+            for side, queue in self.queues.items():
+                for _ in range(min(TAKEN_PER_STEP, len(queue))):
+                    self._running.append((step + 100, queue.popleft()))
+                    self._taken[side] += 1
+            while self._running and self._running[0][0] <= step:
+                self._running.popleft()[1].answer.set_result(1 + step % MAX_OUTPUT_TOKENS)
+            taken = {side.value: count for side, count in self._taken.items()}
+            self._on_report(SchedulerReport(taken=taken))
+
+
+def fake_app(tokenizer: Any, engine: FakeEngine) -> Any:
+    from fastapi import FastAPI, Request
+
+    from blendserve.runtime.plan_tag import PlanTag
+
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> dict[str, Any]:
+        body = await request.json()
+        prompt_tokens = len(tokenizer.chat(body["messages"], None))
+        tag = PlanTag.from_params(body["custom_params"])
+        assert tag is not None
+        arrival = Arrival(tag.side, asyncio.get_running_loop().create_future())
+        engine.queues[tag.side].append(arrival)
+        tokens = await arrival.answer
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
+        return {"choices": [{"message": {"role": "assistant", "content": "x"}}], "usage": usage}
+
+    return app
+
+
+class FakeReader:
+    """Tokenises as SGLang does, but needs neither SGLang nor torch."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def read(self, url: str, body: dict[str, Any]) -> Any:
+        from blendserve.runtime.prompts import Prompt
+
+        ids = np.asarray(self._tokenizer.chat(body["messages"], None), dtype=np.int32)
+        return Prompt(ids, body["max_tokens"], ignore_eos=False, sequences=1)
+
+
+async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
+    from blendserve.batch.lines import FileLineSource
+    from blendserve.cli.tokenizer import ModelTokenizer
+    from blendserve.planner import MODEL_SPECS, CostModel, PlannerConfig, hardware
+    from blendserve.runtime.credits import Credits
+    from blendserve.runtime.dispatcher import Dispatcher
+    from blendserve.runtime.job_runner import JobRunner, Threads
+    from blendserve.runtime.line_client import LineClient
+    from blendserve.runtime.planner_process import PlannerProcess
+
+    tokenizer = ModelTokenizer(MODEL)
+    tokenizer.chat([{"role": "user", "content": "warm up"}], None)
+    planner = PlannerProcess(
+        CostModel(MODEL_SPECS[MODEL], hardware("cpu")), PlannerConfig(sample_fraction=0.01)
+    )
+    planner.start()
+    dispatcher = Dispatcher(Credits())
+
+    def on_report(report: Any) -> None:
+        dispatcher.credits.on_report(report)
+        dispatcher.wake()
+
+    engine = FakeEngine(on_report)
+    lines = FileLineSource(path, 1 << 20)
+    runner = JobRunner(
+        "job",
+        lines,
+        range(requests),
+        reader=FakeReader(tokenizer),  # type: ignore[arg-type]
+        client=LineClient(fake_app(tokenizer, engine), lambda rid: None, lambda rid: 7, None),
+        planner=planner,
+        threads=Threads(ThreadPoolExecutor(1), ThreadPoolExecutor(1)),
+        dispatcher=dispatcher,
+    )
+    monitor = StallMonitor()
+    gc.freeze()  # As SGLang does once it is warm.
+    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(monitor.run())]
+    await asyncio.sleep(2)
+    answered = 0
+
+    async def follow() -> None:
+        while True:
+            replanning = runner._replanning is not None
+            monitor.enter("re-planning" if replanning else runner.view.phase)
+            await asyncio.sleep(0.005)
+
+    tasks.append(asyncio.create_task(follow()))
+    results = runner.run()
+    started = time.perf_counter()
+    async with aclosing(results):
+        async for _ in results:
+            answered += 1
+            if answered == answers:
+                break
+        seconds = time.perf_counter() - started
+        report = monitor.report()
+        for task in tasks[1:]:
+            task.cancel()
+        for queue in engine.queues.values():
+            for arrival in queue:
+                arrival.answer.cancel()
+    tasks[0].cancel()
+    planner.close()
+    return {"phases": report, "plans": runner.view.plans, "answers": answered, "seconds": seconds}
+
+
+# -- server: the real one, with a monitor in it
+
+
+def serve(argv: list[str]) -> int:
+    """`blendserve serve` whose front process also answers GET /stalls."""
+    from blendserve.runtime.executor import BlendExecutor
+
+    start = BlendExecutor.start
+    monitor = StallMonitor()
+
+    def start_monitored(executor: BlendExecutor) -> None:
+        start(executor)
+        tasks = [asyncio.create_task(monitor.run()), asyncio.create_task(follow(executor))]
+        executor._app.state.stall_monitor = tasks
+
+        @executor._app.get("/stalls")
+        async def stalls() -> dict[str, Any]:
+            return monitor.report()
+
+    async def follow(executor: BlendExecutor) -> None:
+        while True:
+            runner = next(iter(executor._runners.values()), None)
+            if runner is None:
+                monitor.enter("no job")
+            else:
+                replanning = runner._replanning is not None
+                monitor.enter("re-planning" if replanning else runner.view.phase)
+            await asyncio.sleep(0.005)
+
+    BlendExecutor.start = start_monitored  # type: ignore[method-assign]
+    from blendserve.cli import serve as command
+
+    return command.main(argv)
+
+
+def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, Any]:
+    import httpx
+    from openai import OpenAI
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "end_to_end"))
+    import tiny_model
+
+    from blendserve.cli.server_process import free_port, running_server
+
+    model = tiny_model.build(folder / "tiny")
+    port = free_port()
+    command = [sys.executable, __file__, "serve", "--batch-dir", str(folder / "batches")]
+    command += ["--model-path", str(model), "--served-model-name", MODEL, "--port", str(port)]
+    command += ["--max-batch-lines", "1000000", "--max-file-bytes", str(1 << 30)]
+    with running_server(command, port, folder / "server.log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=600, max_retries=0)
+        with path.open("rb") as file:
+            upload = client.files.create(file=file, purpose="batch")
+        started = time.perf_counter()
+        batch = client.batches.create(
+            input_file_id=upload.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        running_since: float | None = None
+        while batch.status not in ("completed", "failed"):
+            time.sleep(1)
+            batch = client.batches.retrieve(batch.id)
+            jobs = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
+            if jobs and jobs[0]["phase"] == "running":
+                running_since = running_since or time.perf_counter()
+                if time.perf_counter() - running_since > running_seconds:
+                    break
+        report = httpx.get(f"{url}/stalls", timeout=60).json()
+        status = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
+        if batch.status == "in_progress":
+            client.batches.cancel(batch.id)
+            while client.batches.retrieve(batch.id).status == "cancelling":
+                time.sleep(0.5)
+        return {
+            "phases": report,
+            "plans": status[0]["plans"] if status else None,
+            "seconds": time.perf_counter() - started,
+        }
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["serve"]:
+        return serve(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=["fake", "server"])
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=700)
+    parser.add_argument("--answers", type=int, default=4_000, help="fake: stop after so many")
+    parser.add_argument("--running-seconds", type=float, default=30, help="server: cancel then")
+    parser.add_argument("--out", type=Path, default=RESULTS / "front_latency.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "job.jsonl"
+        write_job(path, options.requests, options.tokens, MODEL)
+        if options.mode == "fake":
+            import uvloop
+
+            result = uvloop.run(run_fake(path, options.requests, options.answers))
+        else:
+            result = run_server(path, Path(name), options.running_seconds)
+    result |= {
+        "mode": options.mode,
+        "requests": options.requests,
+        "tokens": options.tokens,
+        "load_average": os.getloadavg(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    print(json.dumps(result, indent=2))
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    known[f"{options.mode}-{options.requests}x{options.tokens}"] = result
+    options.out.write_text(json.dumps(known, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

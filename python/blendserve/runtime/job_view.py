@@ -1,0 +1,68 @@
+"""What of a running job is shown to an operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class JobView:
+    """A job as `GET /blendserve/status` and the metrics show it.
+
+    Attributes:
+        deadline: unix seconds, None for a job without haste.
+        phase: "reading prompts", "planning" or "running".
+        prompt_tokens, unique_tokens: of the lines that were left when this server took it up;
+            the prompt tokens that a cache without end would have to compute.
+        best_sharing, planned_sharing: shares of the prompt tokens that a DFS order and the plan's
+            order find in the cache.
+        answered_prompt_tokens, answered_cached_tokens: of the answered lines; found in the cache.
+        target_density: compute density of what is left.
+        left_density, right_density: at the two scanners; None when the plan is used up.
+        waiting, in_flight: lines not yet sent, and lines sent and not yet answered.
+        sampled: lines that run first for their lengths.
+        plans: plans made so far.
+        observed: answered lines, those without an error.
+        estimated_output_tokens, estimated_lines_output_tokens, estimate_error_tokens: of the
+            answered lines whose length was estimated: sums of the estimates, of the true lengths
+            and of the absolute differences.
+        total_work_tokens, done_work_tokens: prefill tokens that sharing leaves plus expected output
+            tokens, of all lines and of the answered ones.
+        done_work_seconds: compute and memory seconds of the answered lines by the cost model.
+    """
+
+    job_id: str
+    deadline: float | None = None
+    phase: str = "reading prompts"
+    prompt_tokens: int = 0
+    unique_tokens: int = 0
+    best_sharing: float = 0.0
+    planned_sharing: float = 0.0
+    answered_prompt_tokens: int = 0
+    answered_cached_tokens: int = 0
+    target_density: float = 0.0
+    left_density: float | None = None
+    right_density: float | None = None
+    waiting: int = 0
+    in_flight: int = 0
+    sampled: int = 0
+    plans: int = 0
+    observed: int = 0
+    estimated_output_tokens: float = 0.0
+    estimated_lines_output_tokens: int = 0
+    estimate_error_tokens: float = 0.0
+    total_work_tokens: float = 0.0
+    done_work_tokens: float = 0.0
+    done_work_seconds: float = 0.0
+
+    def count_answer(
+        self, prompt_tokens: int, cached_tokens: int, output_tokens: int, estimate: float | None
+    ) -> None:
+        """One more answered line; `estimate` of its output, None where it was known."""
+        self.observed += 1
+        self.answered_prompt_tokens += prompt_tokens
+        self.answered_cached_tokens += cached_tokens
+        if estimate is not None:
+            self.estimated_output_tokens += estimate
+            self.estimated_lines_output_tokens += output_tokens
+            self.estimate_error_tokens += abs(estimate - output_tokens)

@@ -1,0 +1,216 @@
+"""What the planning process keeps of the jobs: their prompts, trees and lengths.
+
+Knows neither torch nor SGLang. The front process sends the prompts once and then only news, and
+gets back what it needs to walk a plan.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.planner import (
+    CostModel,
+    DualScanner,
+    Job,
+    Plan,
+    PlannerConfig,
+    PrefixTree,
+    Side,
+    make_plan,
+)
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+def _no_positions() -> Ints:
+    return np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """k more requests of a job, in the order of their positions.
+
+    Attributes:
+        tokens: int32 [sum of lengths], the prompts end to end.
+        lengths: int64 [k], prompt tokens.
+        max_output_tokens: int64 [k].
+        ignore_eos: bool [k], true where the output is as long as its limit.
+    """
+
+    tokens: NDArray[np.int32]
+    lengths: Ints
+    max_output_tokens: Ints
+    ignore_eos: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class News:
+    """What became of a job's requests since its last plan; positions, each with its tokens.
+
+    Attributes:
+        started: int64, requests that are not to be planned any more.
+        finished, finished_tokens: int64, true output lengths.
+        running, running_tokens: int64, output tokens so far of all that have not ended.
+    """
+
+    started: Ints = field(default_factory=_no_positions)
+    finished: Ints = field(default_factory=_no_positions)
+    finished_tokens: Ints = field(default_factory=_no_positions)
+    running: Ints = field(default_factory=_no_positions)
+    running_tokens: Ints = field(default_factory=_no_positions)
+
+
+@dataclass(frozen=True, eq=False)
+class JobPlan:
+    """A plan as the front process walks it. Arrays are [requests] by position.
+
+    Attributes:
+        scanner: the walk, which has what the news said had started behind it.
+        sample: positions to run first on each side; empty from the second plan on.
+        density: compute density; nan where the request is not planned.
+        output_tokens, output_deviation: estimated output length and its standard deviation.
+        prefill_tokens: prompt tokens that the plan does not find in the cache, and
+        work_seconds: compute and memory seconds by the cost model; both as of the last plan that
+            had the request in it.
+        total_work_tokens: prefill and output tokens of all requests, ended ones included.
+        prompt_tokens, unique_tokens, sharing_best, sharing_planned: see `Plan`.
+    """
+
+    scanner: DualScanner
+    sample: dict[Side, Ints]
+    density: Floats
+    output_tokens: Floats
+    output_deviation: Floats
+    prefill_tokens: Ints
+    work_seconds: Floats
+    total_work_tokens: float
+    prompt_tokens: int
+    unique_tokens: int
+    sharing_best: float
+    sharing_planned: float
+
+
+class Planner(Protocol):
+    """Plans jobs by id. Calls block; they may come from any thread, for one job in order."""
+
+    def append(self, job_id: str, batch: PromptBatch) -> None:
+        """Add requests to a job, which begins with its first batch."""
+        ...
+
+    def plan(self, job_id: str, news: News) -> JobPlan:
+        """Plan what has not started; no more requests may be added. Raises KeyError for a job
+        without requests."""
+        ...
+
+    def forget(self, job_id: str) -> None:
+        """Drop a job, known or not."""
+        ...
+
+
+class PlanWorker:
+    """The planner itself. Not safe to call from several threads at once."""
+
+    def __init__(self, cost_model: CostModel, config: PlannerConfig) -> None:
+        self._cost_model = cost_model
+        self._config = config
+        self._jobs: dict[str, _PlannedJob] = {}
+
+    def append(self, job_id: str, batch: PromptBatch) -> None:
+        self._jobs.setdefault(job_id, _PlannedJob()).append(batch)
+
+    def plan(self, job_id: str, news: News) -> JobPlan:
+        return self._jobs[job_id].plan(news, self._cost_model, self._config)
+
+    def forget(self, job_id: str) -> None:
+        self._jobs.pop(job_id, None)
+
+
+class _PlannedJob:
+    def __init__(self) -> None:
+        self._tokens = array("i")
+        self._lengths = array("q")
+        self._limits = array("q")
+        self._exact = array("b")
+        self._job: Job | None = None
+        self._tree: PrefixTree | None = None
+        self._started: set[int] = set()
+        self._observed: dict[int, int] = {}
+
+    def append(self, batch: PromptBatch) -> None:
+        self._tokens.frombytes(batch.tokens.astype(np.int32, copy=False).tobytes())
+        self._lengths.frombytes(batch.lengths.astype(np.int64, copy=False).tobytes())
+        self._limits.frombytes(batch.max_output_tokens.astype(np.int64, copy=False).tobytes())
+        self._exact.frombytes(batch.ignore_eos.astype(np.int8).tobytes())
+
+    def plan(self, news: News, cost_model: CostModel, config: PlannerConfig) -> JobPlan:
+        self._started.update(news.started.tolist())
+        observed = zip(news.finished.tolist(), news.finished_tokens.tolist(), strict=True)
+        self._observed.update(observed)
+        running = zip(news.running.tolist(), news.running_tokens.tolist(), strict=True)
+        job = self._job or self._gathered()
+        plan = make_plan(
+            job,
+            cost_model,
+            config,
+            observed=self._observed,
+            exclude=self._started,
+            tree=self._tree,
+            running=dict(running),
+        )
+        if self._tree is None:
+            self._remember(plan)
+        return self._as_walked(plan)
+
+    def _gathered(self) -> Job:
+        offsets = np.concatenate(([0], np.cumsum(_view(self._lengths, np.int64))))
+        limits = _view(self._limits, np.int64)
+        exact = _view(self._exact, np.int8).astype(bool)
+        return Job.from_flat(
+            _view(self._tokens, np.int32), offsets, limits, np.where(exact, limits, -1)
+        )
+
+    def _remember(self, plan: Plan) -> None:
+        """Keep the tree, which does not change, and let go of the prompts, which it stands for."""
+        n = len(self._lengths)
+        limits = _view(self._limits, np.int64)
+        exact = _view(self._exact, np.int8).astype(bool)
+        self._job = Job.from_flat(
+            np.empty(0, dtype=np.int32),
+            np.zeros(n + 1, dtype=np.int64),
+            limits,
+            np.where(exact, limits, -1),
+        )
+        self._tree = plan.tree
+        self._tokens = array("i")
+        self._prefill = np.zeros(n, dtype=np.int64)
+        self._work = np.zeros(n)
+
+    def _as_walked(self, plan: Plan) -> JobPlan:
+        lengths = _view(self._lengths, np.int64)
+        self._prefill[plan.order] = lengths[plan.order] - plan.shared_with_previous
+        self._work[plan.order] = plan.compute_seconds + plan.memory_seconds
+        dense = plan.request_density[plan.sample] >= plan.target_density
+        return JobPlan(
+            scanner=DualScanner(plan),
+            sample={Side.LEFT: plan.sample[dense], Side.RIGHT: plan.sample[~dense]},
+            density=plan.request_density,
+            output_tokens=plan.estimated_output_tokens,
+            output_deviation=plan.output_deviation,
+            prefill_tokens=self._prefill.copy(),
+            work_seconds=self._work.copy(),
+            total_work_tokens=float(self._prefill.sum() + plan.estimated_output_tokens.sum()),
+            prompt_tokens=plan.prompt_tokens,
+            unique_tokens=plan.unique_tokens,
+            sharing_best=plan.sharing_best,
+            sharing_planned=plan.sharing_planned,
+        )
+
+
+def _view(values: array[Any], dtype: type) -> NDArray[Any]:
+    return np.frombuffer(values, dtype=dtype) if values else np.empty(0, dtype=dtype)

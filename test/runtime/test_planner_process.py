@@ -1,0 +1,175 @@
+"""The planning process: the same plans as in process, and an end with its parent or by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blendserve.planner import MODEL_SPECS, CostModel, Job, PlannerConfig, Side, hardware, make_plan
+from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
+from blendserve.runtime.planner_process import PlannerDied, PlannerProcess
+
+COST_MODEL = CostModel(MODEL_SPECS["smollm2-135m"], hardware("cpu"))
+CONFIG = PlannerConfig()
+
+
+def prompts(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(count)
+    groups = [rng.integers(0, 1000, 50).astype(np.int32) for _ in range(4)]
+    return [np.append(groups[k % 4], np.int32(2000 + k)) for k in range(count)]
+
+
+def batch(tokens: list[np.ndarray], limit: int = 300, ignore_eos: bool = False) -> PromptBatch:
+    return PromptBatch(
+        tokens=np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32),
+        lengths=np.array([len(ids) for ids in tokens]),
+        max_output_tokens=np.full(len(tokens), limit),
+        ignore_eos=np.full(len(tokens), ignore_eos),
+    )
+
+
+def walked(plan: JobPlan) -> list[int]:
+    return [plan.scanner.take(Side.LEFT) for _ in range(plan.scanner.remaining)]
+
+
+def positions(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[PlannerProcess]:
+    process = PlannerProcess(COST_MODEL, CONFIG)
+    process.start()
+    yield process
+    process.close()
+
+
+def test_it_plans_as_the_planner_does(process):
+    tokens = prompts(300)
+    job = Job(tokens, np.full(300, 300))
+    for planner in (process, PlanWorker(COST_MODEL, CONFIG)):
+        for start in range(0, 300, 100):
+            planner.append("a", batch(tokens[start : start + 100]))
+        expected = make_plan(job, COST_MODEL, CONFIG)
+        plan = planner.plan("a", News())
+        assert walked(plan) == expected.order.tolist()
+        sample = np.concatenate([plan.sample[side] for side in Side])
+        assert set(sample.tolist()) == set(expected.sample.tolist())
+        assert plan.output_tokens.tolist() == expected.estimated_output_tokens.tolist()
+        assert plan.output_deviation.tolist() == expected.output_deviation.tolist()
+        assert plan.prefill_tokens.sum() == pytest.approx(
+            expected.prompt_tokens * (1 - expected.sharing_planned)
+        )
+        seconds = expected.compute_seconds.sum() + expected.memory_seconds.sum()
+        assert plan.work_seconds.sum() == pytest.approx(seconds)
+
+        # News add up from plan to plan, and the prompts are not needed again.
+        planner.plan(
+            "a", News(started=positions(3), running=positions(3), running_tokens=positions(9))
+        )
+        news = News(
+            started=positions(5, 7), finished=positions(3, 5), finished_tokens=positions(20, 30)
+        )
+        again = planner.plan("a", news)
+        expected = make_plan(job, COST_MODEL, CONFIG, observed={3: 20, 5: 30}, exclude=[3, 5, 7])
+        assert walked(again) == expected.order.tolist()
+        assert again.output_tokens.tolist() == expected.estimated_output_tokens.tolist()
+        # What is not planned any more keeps the figures of the last plan that had it.
+        assert again.work_seconds[3] == plan.work_seconds[3] > 0
+        planner.forget("a")
+
+
+def test_jobs_are_kept_apart_and_forgotten(process):
+    process.append("a", batch(prompts(10), limit=5, ignore_eos=True))
+    process.append("b", batch([]))
+    assert process.plan("a", News()).scanner.remaining == 10
+    assert process.plan("b", News()).scanner.exhausted
+    process.forget("a")
+    process.forget("a")
+    process.forget("b")
+    with pytest.raises(KeyError, match="a") as caught:
+        process.plan("a", News())
+    assert "In the planning process" in caught.value.__notes__[0]
+
+
+def test_a_process_that_was_killed_is_replaced_without_its_jobs():
+    process = PlannerProcess(COST_MODEL, CONFIG)
+    try:
+        process.append("a", batch(prompts(10)))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(PlannerDied, match="code -9"):
+            process.plan("a", News())
+        with pytest.raises(KeyError):
+            process.plan("a", News())
+        process.append("a", batch(prompts(10)))
+        assert process.plan("a", News()).scanner.remaining == 10
+    finally:
+        process.close()
+
+
+def test_closing_it_ends_a_call_that_waits():
+    process = PlannerProcess(COST_MODEL, CONFIG)
+    process.append("a", batch(prompts(10)))
+    pid = process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            process.plan("a", News())
+        except PlannerDied as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=call)
+    waiting.start()
+    process.close()
+    waiting.join(timeout=20)
+    assert not waiting.is_alive()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_it_ends_with_its_parent():
+    script = (
+        "import os, signal\n"
+        "from blendserve.planner import *\n"
+        "from blendserve.runtime.planner_process import PlannerProcess\n"
+        "cost = CostModel(MODEL_SPECS['smollm2-135m'], hardware('cpu'))\n"
+        "process = PlannerProcess(cost, PlannerConfig())\n"
+        "process.start()\n"
+        "print(process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    parent = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False)
+    child = int(parent.stdout)
+    deadline = time.monotonic() + 20
+    while alive(child):
+        assert time.monotonic() < deadline, "the planning process outlived its parent"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # nobody may be there to collect it
+
+
+def test_it_needs_neither_torch_nor_sglang():
+    script = (
+        "import sys, blendserve.runtime.planner_process\n"
+        "print({'torch', 'sglang', 'transformers', 'fastapi'} & set(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
+    assert loaded.stdout.strip() == b"set()"
