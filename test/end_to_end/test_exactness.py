@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from typing import Any
 
 import httpx
@@ -10,6 +11,11 @@ import pytest
 from conftest import MODEL_NAME, Server
 from jobs import finish, mixed_requests, results, submit
 
+from blendserve.planner import Side
+from blendserve.runtime.plan_tag import PlanTag
+
+# Output tokens of the requests that are aborted on the way.
+LONG = 300
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -55,41 +61,76 @@ def test_batched_answers_are_the_bodies_that_stock_sglang_gives_online(
         assert comparable(answer["response"]["body"]) == comparable(online[custom_id])
 
 
+def call_generate(server: Server, rank: int, line: dict[str, Any], planned: bool) -> dict[str, Any]:
+    """One line through the engine's own route, where the token ids themselves can be seen."""
+    body = line["body"]
+    prompt = body.get("prompt") or body["messages"][0]["content"]
+    sampling = {
+        "temperature": 0,
+        "max_new_tokens": body["max_tokens"],
+        "ignore_eos": body["ignore_eos"],
+    }
+    if planned:
+        density = len(prompt) / body["max_tokens"]
+        tag = PlanTag(
+            side=Side.LEFT if density > 60 else Side.RIGHT,
+            rank=rank,
+            density=density,
+            target_density=60.0,
+            output_tokens=body["max_tokens"] * 0.8,
+            output_deviation=2.0,
+        )
+        sampling["custom_params"] = tag.to_params()
+    request = {"text": prompt, "sampling_params": sampling, "rid": f"rid-{rank:04d}"}
+    response = httpx.post(f"{server.url}/generate", json=request, timeout=300)
+    # An abort that meets a request before it has run is answered as a client's error.
+    return dict(response.json())
+
+
 def test_planned_requests_give_stock_sglangs_tokens_one_for_one(
-    stock: Server, blend: Server, lines: list[dict[str, Any]]
+    stock: Server, blend: Server
 ) -> None:
-    """The same through the engine's own route, where the token ids themselves can be seen."""
+    """300 requests: planned ones, online ones in between, and some aborted in the middle."""
+    lines = mixed_requests(MODEL_NAME, 300)
+    aborted = [rank for rank in range(300) if rank % 20 == 7]
+    for rank in aborted:
+        lines[rank]["body"] |= {"max_tokens": LONG, "ignore_eos": True}
 
-    def tokens(server: Server, planned: bool) -> list[list[int]]:
-        def call(numbered: tuple[int, dict[str, Any]]) -> list[int]:
-            rank, line = numbered
-            body = line["body"]
-            prompt = body.get("prompt") or body["messages"][0]["content"]
-            sampling = {
-                "temperature": 0,
-                "max_new_tokens": body["max_tokens"],
-                "ignore_eos": body["ignore_eos"],
-            }
-            if planned:
-                density = len(prompt) / body["max_tokens"]
-                sampling["custom_params"] = {
-                    "blendserve_side": "left" if density > 60 else "right",
-                    "blendserve_rank": rank,
-                    "blendserve_density": density,
-                    "blendserve_target": 60.0,
-                    "blendserve_output_tokens": float(body["max_tokens"]),
-                }
-            response = httpx.post(
-                f"{server.url}/generate",
-                json={"text": prompt, "sampling_params": sampling},
-                timeout=300,
-            )
-            return list(response.raise_for_status().json()["output_ids"])
+    def run(server: Server, blended: bool) -> list[dict[str, Any]]:
+        answered = threading.Semaphore(0)
 
-        with concurrent.futures.ThreadPoolExecutor(len(lines)) as threads:
-            return list(threads.map(call, enumerate(lines)))
+        def call(rank: int) -> dict[str, Any]:
+            # Every fifth one is online, and takes SGLang's own path.
+            answer = call_generate(server, rank, lines[rank], planned=blended and rank % 5 != 2)
+            answered.release()
+            return answer
 
-    assert tokens(blend, planned=True) == tokens(stock, planned=False)
+        with concurrent.futures.ThreadPoolExecutor(64) as threads:
+            answers = [threads.submit(call, rank) for rank in range(300)]
+            if blended:
+                # One abort after every few answers, of the next victim that is under way by then.
+                for count, rank in enumerate(aborted):
+                    for _ in range(min(20, rank - 20 * count + 6)):
+                        answered.acquire()
+                    abort = {"rid": f"rid-{rank:04d}"}
+                    httpx.post(f"{server.url}/abort_request", json=abort, timeout=60)
+            return [answer.result() for answer in answers]
+
+    before = httpx.get(f"{blend.url}/blendserve/status").json()["schedulers"]
+    taken = sum(before[0]["taken"].values()) if before else 0
+    expected, actual = run(stock, blended=False), run(blend, blended=True)
+    cut_short = 0
+    for rank in range(300):
+        if rank in aborted:
+            tokens = actual[rank].get("output_ids", [])
+            cut_short += len(tokens) < LONG
+            assert tokens == expected[rank]["output_ids"][: len(tokens)]
+        else:
+            assert actual[rank]["output_ids"] == expected[rank]["output_ids"], lines[rank]
+    assert cut_short > len(aborted) / 2, "the aborts came too late to test anything"
+    after = httpx.get(f"{blend.url}/blendserve/status").json()["schedulers"][0]
+    assert sum(after["taken"].values()) - taken == 240, "planned requests went another way"
+    assert after["queued"] == {"left": 0, "right": 0}
 
 
 def test_a_request_without_a_plan_is_served_as_by_stock_sglang(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from sglang.srt.managers.schedule_policy import PrefillAdder
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 # Set on SGLang's request object when it arrives with a plan tag.
 PLANNED_ATTRIBUTE = "blendserve_planned"
@@ -44,6 +44,14 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
         return growth
 
     def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
+        if BlendPrefillAdder.chunk_limit is not None and self.can_run_list:
+            # The prompt that was cut short is still SGLang's one unfinished prompt: another one
+            # must fit whole.
+            tokens = len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
+            if self.rem_chunk_tokens is not None and (
+                self.ceil_paged_tokens(tokens) > self.rem_chunk_tokens
+            ):
+                return AddReqResult.OTHER
         return _charging_one_token(super().add_one_req, req, *args, **kwargs)
 
     def add_chunked_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from blendserve.planner import Admission, Side
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.online import OnlineTraffic
 from blendserve.runtime.plan_tag import PlanTag
-from blendserve.runtime.prefill_adder import PLANNED_ATTRIBUTE, BlendPrefillAdder
+from blendserve.runtime.prefill_adder import PLANNED_ATTRIBUTE, BlendPrefillAdder, is_planned
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.trace import StepTrace
@@ -146,7 +146,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         online_waits = bool(self.waiting_queue)
-        BlendPrefillAdder.chunk_limit = self._chunk_limit(online_waits)
+        BlendPrefillAdder.chunk_limit = self._chunk_limit(running_batch)
         offered: list[PlannedRequest] = []
         # Online requests go first, alone: a prefill batch is the longest step there is.
         may_offer = not online_waits and not running_batch.batch_is_full
@@ -222,13 +222,27 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             budget -= len(self.chunked_req.origin_input_ids) - len(self.chunked_req.prefix_indices)
         return budget
 
-    def _chunk_limit(self, online_waits: bool) -> int | None:
-        """How far a planned prompt that has begun may go on in this step, with online traffic."""
-        share = self.blend_online.batch_share
-        if self.chunked_prefill_size is None or (share == 1.0 and not online_waits):
+    def _chunk_limit(self, running_batch: Any) -> int | None:
+        """How far a planned prompt that has begun may go on in this step; None: as SGLang does.
+
+        While an online request waits that fits beside it, hardly; while online requests run, as
+        far as batch work may go at all.
+        """
+        if self.chunked_req is None or not is_planned(self.chunked_req):
             return None
-        pages = 0 if online_waits else int(self.chunked_prefill_size * share) // self.page_size
-        return max(pages, 1) * int(self.page_size)
+        size = int(self.chunked_prefill_size)
+        if self.waiting_queue:
+            req = self.waiting_queue[0]
+            decoding = len(running_batch.reqs) if self.is_mixed_chunk else 0
+            tokens = len(req.origin_input_ids) + len(req.output_ids)
+            # Room for the chunk's page, and for rounding the other's tokens up to one.
+            if tokens > size - decoding - 2 * self.page_size:
+                return None
+            return int(self.page_size)
+        share = self.blend_online.batch_share
+        if share == 1.0:
+            return None
+        return max(int(size * share) // int(self.page_size), 1) * int(self.page_size)
 
     # -- report ------------------------------------------------------------------------------
 
