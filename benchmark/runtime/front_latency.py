@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -46,8 +47,7 @@ WORDS = (
     *("number", "mirror", "forest", "yellow", "doctor", "candle"),
 )
 MAX_OUTPUT_TOKENS = 64
-STEP_SECONDS = 0.02
-TAKEN_PER_STEP = 8
+STEPS_IN_FLIGHT = 4
 
 
 # -- the job
@@ -139,10 +139,12 @@ class Arrival:
 
 
 class FakeEngine:
-    """Takes some requests of each side in every step, and answers them a hundred steps later."""
+    """Takes some requests of each side in every step, and answers them a few steps later."""
 
-    def __init__(self, on_report: Any) -> None:
+    def __init__(self, on_report: Any, per_step: int, step_seconds: float) -> None:
         from blendserve.planner import Side
+
+        self._per_step, self._step_seconds = per_step, step_seconds
 
         self._on_report = on_report
         self.queues: dict[Any, deque[Arrival]] = {side: deque() for side in Side}
@@ -154,11 +156,11 @@ class FakeEngine:
 
         step = 0
         while True:
-            await asyncio.sleep(STEP_SECONDS)
+            await asyncio.sleep(self._step_seconds)
             step += 1
             for side, queue in self.queues.items():
-                for _ in range(min(TAKEN_PER_STEP, len(queue))):
-                    self._running.append((step + 100, queue.popleft()))
+                for _ in range(min(self._per_step, len(queue))):
+                    self._running.append((step + STEPS_IN_FLIGHT, queue.popleft()))
                     self._taken[side] += 1
             while self._running and self._running[0][0] <= step:
                 self._running.popleft()[1].answer.set_result(1 + step % MAX_OUTPUT_TOKENS)
@@ -166,24 +168,31 @@ class FakeEngine:
             self._on_report(SchedulerReport(taken=taken))
 
 
-def fake_app(tokenizer: Any, engine: FakeEngine) -> Any:
+def fake_app(tokenizer: Any, engine: FakeEngine, pacer: Any) -> Any:
     from fastapi import FastAPI, Request
+    from fastapi.responses import ORJSONResponse
 
+    from blendserve.runtime.pacing import paced
     from blendserve.runtime.plan_tag import PlanTag
 
     app = FastAPI()
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> dict[str, Any]:
-        body = await request.json()
-        prompt_tokens = len(tokenizer.chat(body["messages"], None))
-        tag = PlanTag.from_params(body["custom_params"])
-        assert tag is not None
+    async def generate(prompt_tokens: int, tag: Any) -> AsyncIterator[dict[str, Any]]:
         arrival = Arrival(tag.side, asyncio.get_running_loop().create_future())
         engine.queues[tag.side].append(arrival)
         tokens = await arrival.answer
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
-        return {"choices": [{"message": {"role": "assistant", "content": "x"}}], "usage": usage}
+        yield {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
+
+    generate_request = paced(generate, pacer)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        body = await request.json()
+        prompt_tokens = len(tokenizer.chat(body["messages"], None))
+        tag = PlanTag.from_params(body["custom_params"])
+        usage = await anext(generate_request(prompt_tokens, tag))
+        message = {"role": "assistant", "content": " ".join(WORDS)}
+        return ORJSONResponse({"choices": [{"message": message}], "usage": usage})
 
     return app
 
@@ -201,7 +210,9 @@ class FakeReader:
         return Prompt(ids, body["max_tokens"], ignore_eos=False, sequences=1)
 
 
-async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
+async def run_fake(
+    path: Path, requests: int, answers: int, per_step: int, step_seconds: float
+) -> dict[str, Any]:
     from blendserve.batch.lines import FileLineSource
     from blendserve.cli.tokenizer import ModelTokenizer
     from blendserve.planner import MODEL_SPECS, CostModel, PlannerConfig, hardware
@@ -209,6 +220,7 @@ async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
     from blendserve.runtime.dispatcher import Dispatcher
     from blendserve.runtime.job_runner import JobRunner, Threads
     from blendserve.runtime.line_client import LineClient
+    from blendserve.runtime.pacing import Pacer
     from blendserve.runtime.planner_process import PlannerProcess
 
     tokenizer = ModelTokenizer(MODEL)
@@ -223,14 +235,16 @@ async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
         dispatcher.credits.on_report(report)
         dispatcher.wake()
 
-    engine = FakeEngine(on_report)
+    engine, pacer = FakeEngine(on_report, per_step, step_seconds), Pacer(lambda: False)
     lines = FileLineSource(path, 1 << 20)
     runner = JobRunner(
         "job",
         lines,
         range(requests),
         reader=FakeReader(tokenizer),  # type: ignore[arg-type]
-        client=LineClient(fake_app(tokenizer, engine), lambda rid: None, lambda rid: 7, None),
+        client=LineClient(
+            fake_app(tokenizer, engine, pacer), lambda rid: None, pacer, lambda rid: 7, None
+        ),
         planner=planner,
         threads=Threads(ThreadPoolExecutor(1), ThreadPoolExecutor(1)),
         dispatcher=dispatcher,
@@ -354,6 +368,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--tokens", type=int, default=700)
     parser.add_argument("--answers", type=int, default=4_000, help="fake: stop after so many")
+    parser.add_argument("--per-step", type=int, default=8, help="fake: taken of each side")
+    parser.add_argument("--step-seconds", type=float, default=0.02, help="fake")
     parser.add_argument("--running-seconds", type=float, default=30, help="server: cancel then")
     parser.add_argument("--out", type=Path, default=RESULTS / "front_latency.json")
     options = parser.parse_args()
@@ -363,13 +379,15 @@ def main() -> int:
         if options.mode == "fake":
             import uvloop
 
-            result = uvloop.run(run_fake(path, options.requests, options.answers))
+            engine = (options.per_step, options.step_seconds)
+            result = uvloop.run(run_fake(path, options.requests, options.answers, *engine))
         else:
             result = run_server(path, Path(name), options.running_seconds)
     result |= {
         "mode": options.mode,
         "requests": options.requests,
         "tokens": options.tokens,
+        "fake_engine": {"per_step": options.per_step, "step_seconds": options.step_seconds},
         "load_average": os.getloadavg(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),

@@ -199,8 +199,7 @@ class Dispatcher:
                 # Nothing of this server's batches can be in the queues.
                 self.credits.settle()
             while self._send_next():
-                # SGLang renders and tokenises a line in one go. One line in each round of the
-                # event loop leaves online requests, reports and answers their turn.
+                # A line is read from disk; what else is ready goes on in between.
                 await asyncio.sleep(0)
 
     def _send_next(self) -> bool:
