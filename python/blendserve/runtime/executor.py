@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
@@ -119,12 +119,14 @@ class BlendExecutor:
         job_id: str,
         lines: LineSource,
         pending: Sequence[int],
+        on_start: Callable[[int], None] = lambda _: None,
         deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         runner = JobRunner(
             job_id,
             lines,
             pending,
+            on_start=on_start,
             deadline=deadline,
             reader=self._reader,
             client=LineClient(
