@@ -113,7 +113,7 @@ def test_the_left_front_of_one_job_runs_with_the_right_front_of_another(dispatch
 
 def test_each_side_takes_the_front_that_lies_furthest_out(dispatcher):
     a = job("a", 90, 40, 10, *[2.0] * 20, 0.3, 0.2)
-    b = job("b", 60, 50, *[3.0] * 20, 0.25, 0.1)
+    b = job("b", 60, 50, *[3.0] * 20, 0.27, 0.1)
     sent = dispatched(dispatcher, a, b)
     assert sent[LEFT][:6] == ["a", "b", "b", "a", "a", "b"]
     assert sent[RIGHT][:5] == ["b", "a", "a", "b", "a"]
