@@ -13,7 +13,7 @@ fake: the real job runner, dispatcher, planning process and line client in this 
 FastAPI application that tokenises each line once more on the loop, as SGLang does, and a scheduler
 that takes requests in steps. Prompts are read by the model's own tokenizer and chat template.
 server: `blendserve serve` as it is, on the tiny random Llama of the end-to-end tests (CPU), with
-the monitor in its front process.
+the monitor in its front process; a client asks for the list of models meanwhile.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import platform
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -326,6 +327,44 @@ def serve(argv: list[str]) -> int:
     return command.main(argv)
 
 
+class OnlineProbe:
+    """Asks the server for its models over and over, which only its event loop has to answer."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._phase: str | None = "idle"
+        self._latencies: dict[str, list[float]] = {}
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+
+    def stop(self) -> dict[str, dict[str, float]]:
+        self._phase = None
+        self._thread.join()
+        return {
+            phase: {
+                "requests": len(latencies),
+                **{
+                    f"p{percent}_ms": round(float(np.percentile(latencies, percent)) * 1e3, 1)
+                    for percent in (50, 95, 99, 100)
+                },
+            }
+            for phase, latencies in self._latencies.items()
+        }
+
+    def _run(self) -> None:
+        import httpx
+
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while (phase := self._phase) is not None:
+                before = time.perf_counter()
+                client.get("/v1/models").raise_for_status()
+                self._latencies.setdefault(phase, []).append(time.perf_counter() - before)
+                time.sleep(0.02)
+
+
 def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, Any]:
     import httpx
     from openai import OpenAI
@@ -344,6 +383,9 @@ def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, An
         client = OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=600, max_retries=0)
         with path.open("rb") as file:
             upload = client.files.create(file=file, purpose="batch")
+        online = OnlineProbe(url)
+        time.sleep(10)
+        online.enter("preparing")
         started = time.perf_counter()
         batch = client.batches.create(
             input_file_id=upload.id, endpoint="/v1/chat/completions", completion_window="24h"
@@ -355,9 +397,11 @@ def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, An
             jobs = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
             if jobs and jobs[0]["phase"] == "running":
                 running_since = running_since or time.perf_counter()
+                online.enter("running")
                 if time.perf_counter() - running_since > running_seconds:
                     break
         report = httpx.get(f"{url}/stalls", timeout=60).json()
+        probed = online.stop()
         status = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
         if batch.status == "in_progress":
             client.batches.cancel(batch.id)
@@ -365,6 +409,7 @@ def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, An
                 time.sleep(0.5)
         return {
             "phases": report,
+            "online": probed,
             "plans": status[0]["plans"] if status else None,
             "seconds": time.perf_counter() - started,
         }
