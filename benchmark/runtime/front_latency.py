@@ -13,7 +13,7 @@ fake: the real job runner, dispatcher, planning process and line client in this 
 FastAPI application that tokenises each line once more on the loop, as SGLang does, and a scheduler
 that takes requests in steps. Prompts are read by the model's own tokenizer and chat template.
 server: `blendserve serve` as it is, on the tiny random Llama of the end-to-end tests (CPU), with
-the monitor in its front process.
+the monitor in its front process; a client asks for the list of models meanwhile.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ import platform
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -46,8 +48,7 @@ WORDS = (
     *("number", "mirror", "forest", "yellow", "doctor", "candle"),
 )
 MAX_OUTPUT_TOKENS = 64
-STEP_SECONDS = 0.02
-TAKEN_PER_STEP = 8
+STEPS_IN_FLIGHT = 4
 
 
 # -- the job
@@ -91,10 +92,14 @@ class StallMonitor:
     def __init__(self) -> None:
         self.phase = "idle"
         self._lags: dict[str, list[tuple[float, float]]] = {}
+        # Seconds into the phase, and milliseconds, of each time over the bar.
+        self._held: dict[str, list[tuple[float, float]]] = {}
         self._since = {self.phase: time.perf_counter()}
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
+        if phase == self.phase:
+            return
         now = time.perf_counter()
         self._seconds[self.phase] = (
             self._seconds.get(self.phase, 0.0) + now - self._since[self.phase]
@@ -109,13 +114,19 @@ class StallMonitor:
             lag = max(time.perf_counter() - before - self.INTERVAL_SECONDS, 0.0)
             own = min(lag, time.process_time() - computed)
             self._lags.setdefault(phase, []).append((lag, own))
+            if own > 0.02:
+                at = round(before - self._since[phase], 3)
+                self._held.setdefault(phase, []).append((at, round(own * 1e3, 1)))
 
-    def report(self) -> dict[str, dict[str, float]]:
-        self.enter(self.phase)
-        report = {}
+    def report(self) -> dict[str, dict[str, Any]]:
+        phase = self.phase
+        self.enter("")
+        self.enter(phase)
+        report: dict[str, dict[str, Any]] = {}
         for phase, lags in self._lags.items():
             report[phase] = {"seconds": round(self._seconds.get(phase, 0.0), 1)}
             report[phase]["samples"] = len(lags)
+            report[phase]["held_at_s_for_ms"] = self._held.get(phase, [])
             for name, lag in zip(("lag", "own"), np.array(lags).T * 1e3, strict=True):
                 report[phase] |= {
                     f"{name}_p50_ms": round(float(np.median(lag)), 2),
@@ -139,10 +150,12 @@ class Arrival:
 
 
 class FakeEngine:
-    """Takes some requests of each side in every step, and answers them a hundred steps later."""
+    """Takes some requests of each side in every step, and answers them a few steps later."""
 
-    def __init__(self, on_report: Any) -> None:
+    def __init__(self, on_report: Any, per_step: int, step_seconds: float) -> None:
         from blendserve.planner import Side
+
+        self._per_step, self._step_seconds = per_step, step_seconds
 
         self._on_report = on_report
         self.queues: dict[Any, deque[Arrival]] = {side: deque() for side in Side}
@@ -154,11 +167,11 @@ class FakeEngine:
 
         step = 0
         while True:
-            await asyncio.sleep(STEP_SECONDS)
+            await asyncio.sleep(self._step_seconds)
             step += 1
             for side, queue in self.queues.items():
-                for _ in range(min(TAKEN_PER_STEP, len(queue))):
-                    self._running.append((step + 100, queue.popleft()))
+                for _ in range(min(self._per_step, len(queue))):
+                    self._running.append((step + STEPS_IN_FLIGHT, queue.popleft()))
                     self._taken[side] += 1
             while self._running and self._running[0][0] <= step:
                 self._running.popleft()[1].answer.set_result(1 + step % MAX_OUTPUT_TOKENS)
@@ -166,24 +179,31 @@ class FakeEngine:
             self._on_report(SchedulerReport(taken=taken))
 
 
-def fake_app(tokenizer: Any, engine: FakeEngine) -> Any:
+def fake_app(tokenizer: Any, engine: FakeEngine, pacer: Any) -> Any:
     from fastapi import FastAPI, Request
+    from fastapi.responses import ORJSONResponse
 
+    from blendserve.runtime.pacing import paced
     from blendserve.runtime.plan_tag import PlanTag
 
     app = FastAPI()
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> dict[str, Any]:
-        body = await request.json()
-        prompt_tokens = len(tokenizer.chat(body["messages"], None))
-        tag = PlanTag.from_params(body["custom_params"])
-        assert tag is not None
+    async def generate(prompt_tokens: int, tag: Any) -> AsyncIterator[dict[str, Any]]:
         arrival = Arrival(tag.side, asyncio.get_running_loop().create_future())
         engine.queues[tag.side].append(arrival)
         tokens = await arrival.answer
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
-        return {"choices": [{"message": {"role": "assistant", "content": "x"}}], "usage": usage}
+        yield {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
+
+    generate_request = paced(generate, pacer)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        body = await request.json()
+        prompt_tokens = len(tokenizer.chat(body["messages"], None))
+        tag = PlanTag.from_params(body["custom_params"])
+        usage = await anext(generate_request(prompt_tokens, tag))
+        message = {"role": "assistant", "content": " ".join(WORDS)}
+        return ORJSONResponse({"choices": [{"message": message}], "usage": usage})
 
     return app
 
@@ -201,7 +221,9 @@ class FakeReader:
         return Prompt(ids, body["max_tokens"], ignore_eos=False, sequences=1)
 
 
-async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
+async def run_fake(
+    path: Path, requests: int, answers: int, per_step: int, step_seconds: float
+) -> dict[str, Any]:
     from blendserve.batch.lines import FileLineSource
     from blendserve.cli.tokenizer import ModelTokenizer
     from blendserve.planner import MODEL_SPECS, CostModel, PlannerConfig, hardware
@@ -209,6 +231,7 @@ async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
     from blendserve.runtime.dispatcher import Dispatcher
     from blendserve.runtime.job_runner import JobRunner, Threads
     from blendserve.runtime.line_client import LineClient
+    from blendserve.runtime.pacing import Pacer
     from blendserve.runtime.planner_process import PlannerProcess
 
     tokenizer = ModelTokenizer(MODEL)
@@ -223,14 +246,16 @@ async def run_fake(path: Path, requests: int, answers: int) -> dict[str, Any]:
         dispatcher.credits.on_report(report)
         dispatcher.wake()
 
-    engine = FakeEngine(on_report)
+    engine, pacer = FakeEngine(on_report, per_step, step_seconds), Pacer(lambda: False)
     lines = FileLineSource(path, 1 << 20)
     runner = JobRunner(
         "job",
         lines,
         range(requests),
         reader=FakeReader(tokenizer),  # type: ignore[arg-type]
-        client=LineClient(fake_app(tokenizer, engine), lambda rid: None, lambda rid: 7, None),
+        client=LineClient(
+            fake_app(tokenizer, engine, pacer), lambda rid: None, pacer, lambda rid: 7, None
+        ),
         planner=planner,
         threads=Threads(ThreadPoolExecutor(1), ThreadPoolExecutor(1)),
         dispatcher=dispatcher,
@@ -302,6 +327,44 @@ def serve(argv: list[str]) -> int:
     return command.main(argv)
 
 
+class OnlineProbe:
+    """Asks the server for its models over and over, which only its event loop has to answer."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._phase: str | None = "idle"
+        self._latencies: dict[str, list[float]] = {}
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+
+    def stop(self) -> dict[str, dict[str, float]]:
+        self._phase = None
+        self._thread.join()
+        return {
+            phase: {
+                "requests": len(latencies),
+                **{
+                    f"p{percent}_ms": round(float(np.percentile(latencies, percent)) * 1e3, 1)
+                    for percent in (50, 95, 99, 100)
+                },
+            }
+            for phase, latencies in self._latencies.items()
+        }
+
+    def _run(self) -> None:
+        import httpx
+
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while (phase := self._phase) is not None:
+                before = time.perf_counter()
+                client.get("/v1/models").raise_for_status()
+                self._latencies.setdefault(phase, []).append(time.perf_counter() - before)
+                time.sleep(0.02)
+
+
 def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, Any]:
     import httpx
     from openai import OpenAI
@@ -320,6 +383,9 @@ def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, An
         client = OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=600, max_retries=0)
         with path.open("rb") as file:
             upload = client.files.create(file=file, purpose="batch")
+        online = OnlineProbe(url)
+        time.sleep(10)
+        online.enter("preparing")
         started = time.perf_counter()
         batch = client.batches.create(
             input_file_id=upload.id, endpoint="/v1/chat/completions", completion_window="24h"
@@ -331,9 +397,11 @@ def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, An
             jobs = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
             if jobs and jobs[0]["phase"] == "running":
                 running_since = running_since or time.perf_counter()
+                online.enter("running")
                 if time.perf_counter() - running_since > running_seconds:
                     break
         report = httpx.get(f"{url}/stalls", timeout=60).json()
+        probed = online.stop()
         status = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
         if batch.status == "in_progress":
             client.batches.cancel(batch.id)
@@ -341,6 +409,7 @@ def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, An
                 time.sleep(0.5)
         return {
             "phases": report,
+            "online": probed,
             "plans": status[0]["plans"] if status else None,
             "seconds": time.perf_counter() - started,
         }
@@ -354,6 +423,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--tokens", type=int, default=700)
     parser.add_argument("--answers", type=int, default=4_000, help="fake: stop after so many")
+    parser.add_argument("--per-step", type=int, default=8, help="fake: taken of each side")
+    parser.add_argument("--step-seconds", type=float, default=0.02, help="fake")
     parser.add_argument("--running-seconds", type=float, default=30, help="server: cancel then")
     parser.add_argument("--out", type=Path, default=RESULTS / "front_latency.json")
     options = parser.parse_args()
@@ -363,13 +434,15 @@ def main() -> int:
         if options.mode == "fake":
             import uvloop
 
-            result = uvloop.run(run_fake(path, options.requests, options.answers))
+            engine = (options.per_step, options.step_seconds)
+            result = uvloop.run(run_fake(path, options.requests, options.answers, *engine))
         else:
             result = run_server(path, Path(name), options.running_seconds)
     result |= {
         "mode": options.mode,
         "requests": options.requests,
         "tokens": options.tokens,
+        "fake_engine": {"per_step": options.per_step, "step_seconds": options.step_seconds},
         "load_average": os.getloadavg(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),

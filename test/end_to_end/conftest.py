@@ -55,7 +55,7 @@ def stock_command(model: str, port: int) -> list[str]:
 
 def blend_command(model: str, port: int, batch_dir: Path) -> list[str]:
     serve = [sys.executable, "-m", "blendserve", "serve", "--batch-dir", str(batch_dir)]
-    return [*serve, "--model-path", model, *ENGINE_FLAGS, "--port", str(port)]
+    return [*serve, "--model-path", model, *ENGINE_FLAGS, "--enable-metrics", "--port", str(port)]
 
 
 @pytest.fixture(scope="session")

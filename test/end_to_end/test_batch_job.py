@@ -47,6 +47,41 @@ def test_the_demo_job_finds_nearly_all_shared_prefixes_in_the_cache(
     assert cached >= 0.95 * best_cached_tokens(demo_lines, model)
 
 
+def test_the_servers_metrics_and_status_say_what_the_job_did(
+    blend: Server, demo_lines: list[dict[str, Any]]
+) -> None:
+    batch = submit(blend.client, demo_lines, CHAT)
+    seen: dict[str, Any] = {}
+    while batch.status not in ("completed", "failed"):
+        status = httpx.get(f"{blend.url}/blendserve/status").json()
+        if status["jobs"] and status["jobs"][0]["phase"] == "running":
+            seen = status
+        batch = blend.client.batches.retrieve(batch.id)
+    job, dispatch = seen["jobs"][0], seen["dispatch"]
+    assert job["job_id"] == batch.id
+    assert job["in_flight"] > 0
+    assert 0 < job["planned_sharing"] <= job["best_sharing"] < 1
+    assert dispatch["pace"] > 0
+    assert dispatch["urgent"] == []
+    scheduler = httpx.get(f"{blend.url}/blendserve/status").json()["schedulers"][0]
+    wanted = {
+        f'blendserve_admitted_requests_total{{dp_rank="0",side="{side}"}}': float(taken)
+        for side, taken in scheduler["taken"].items()
+    } | {'blendserve_prompt_tokens_total{dp_rank="0"}': float(scheduler["prompt_tokens"])}
+    deadline = time.monotonic() + 30
+    while not wanted.items() <= (series := blendserve_series(blend.url)).items():
+        assert time.monotonic() < deadline, series
+        time.sleep(0.2)
+    assert series['blendserve_jobs{phase="running"}'] == 0
+
+
+def blendserve_series(url: str) -> dict[str, float]:
+    """What GET /metrics says of ours."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    ours = (line.rpartition(" ") for line in lines if line.startswith("blendserve_"))
+    return {name: float(value) for name, _, value in ours}
+
+
 def test_cancel_keeps_what_is_finished_and_frees_the_engine(
     blend: Server, demo_lines: list[dict[str, Any]]
 ) -> None:

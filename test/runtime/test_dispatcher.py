@@ -19,19 +19,16 @@ DEPTH = 16
 
 @dataclass(eq=False)
 class FakeJob:
-    """A job whose requests are their densities, from the compute end to the memory end.
-
-    A group number with each says which belong together; every request takes `seconds` of work.
-    """
+    """A job whose requests are their densities, from the compute end to the memory end; each takes
+    `seconds` of work."""
 
     job_id: str
-    requests: list[tuple[float, int]]
+    requests: list[float]
     deadline: float | None = None
     seconds: float = 1.0
     unplanned: int = 0
     done: float = 0.0
     turns: list[Turn] = field(default_factory=list)
-    _group: dict[Side, int | None] = field(default_factory=lambda: dict.fromkeys(Side))
 
     @property
     def in_flight(self) -> int:
@@ -47,21 +44,13 @@ class FakeJob:
 
     @property
     def waiting_seconds(self) -> tuple[float, float]:
-        return sum(density for density, _ in self.requests), float(len(self.requests))
-
-    def _head(self, side: Side) -> tuple[float, int] | None:
-        return self.requests[0 if side is LEFT else -1] if self.requests else None
+        return sum(self.requests), float(len(self.requests))
 
     def density(self, side: Side) -> float | None:
-        head = self._head(side)
-        return head[0] if head else None
-
-    def continues(self, side: Side) -> bool:
-        head = self._head(side)
-        return head is not None and head[1] == self._group[side]
+        return self.requests[0 if side is LEFT else -1] if self.requests else None
 
     def send(self, turn: Turn) -> None:
-        _, self._group[turn.side] = self.requests.pop(0 if turn.side is LEFT else -1)
+        self.requests.pop(0 if turn.side is LEFT else -1)
         self.turns.append(turn)
         LOG.append((turn.side, self.job_id))
         CREDITS[0].sent(turn.side, 1)
@@ -78,8 +67,7 @@ CREDITS: list[Credits] = []
 
 
 def job(name: str, *densities: float, **more) -> FakeJob:
-    """Every request is a group of its own."""
-    return FakeJob(name, [(density, k) for k, density in enumerate(densities)], **more)
+    return FakeJob(name, list(densities), **more)
 
 
 class Clock:
@@ -124,22 +112,22 @@ def test_the_left_front_of_one_job_runs_with_the_right_front_of_another(dispatch
 
 
 def test_each_side_takes_the_front_that_lies_furthest_out(dispatcher):
-    a = job("a", 9, 5, 4, *[2.0] * 20, 0.3, 0.2)
-    b = job("b", 8, 6, *[2.5] * 20, 0.25, 0.1)
+    a = job("a", 90, 40, 10, *[2.0] * 20, 0.3, 0.2)
+    b = job("b", 60, 50, *[3.0] * 20, 0.27, 0.1)
     sent = dispatched(dispatcher, a, b)
     assert sent[LEFT][:6] == ["a", "b", "b", "a", "a", "b"]
-    assert sent[RIGHT][:5] == ["b", "a", "b", "a", "a"]
+    assert sent[RIGHT][:5] == ["b", "a", "a", "b", "a"]
+
+
+def test_a_side_does_not_change_the_job_for_a_little(dispatcher):
+    a, b = job("a", 10, 8, 7.9, *[1.0] * 30), job("b", 10, 9.9, 9.8, 8, *[1.0] * 30)
+    sent = dispatched(dispatcher, a, b)
+    assert sent[LEFT][:8] == ["a", "a", "b", "b", "b", "b", "a", "a"]
 
 
 def test_equal_fronts_go_in_the_order_of_submission(dispatcher):
     sent = dispatched(dispatcher, job("first", *[1.0] * 40), job("second", *[1.0] * 40))
     assert sent == {LEFT: ["first"] * DEPTH, RIGHT: ["first"] * DEPTH}
-
-
-def test_a_group_that_has_begun_is_finished_first(dispatcher):
-    grouped = FakeJob("grouped", [(5.0, 1), (3.0, 1), (3.0, 1), (1.0, 2), *[(0.1, 3)] * 40])
-    sent = dispatched(dispatcher, grouped, job("other", 4.0, 2.0, *[0.5] * 40))
-    assert sent[LEFT][:6] == ["grouped"] * 3 + ["other"] * 2 + ["grouped"]
 
 
 def test_ranks_count_the_requests_of_a_side_whoever_they_belong_to(dispatcher):
@@ -152,7 +140,7 @@ def test_ranks_count_the_requests_of_a_side_whoever_they_belong_to(dispatcher):
 
 
 def test_a_turn_says_whether_the_request_before_was_of_the_same_job(dispatcher):
-    a, b = job("a", 9, 8, 5, *[1.0] * 30), job("b", 7, 4, *[1.5] * 30)
+    a, b = job("a", 9, 8, 5, *[1.0] * 30), job("b", 7, 3, *[1.5] * 30)
     dispatched(dispatcher, a, b)
     assert [turn.follows for turn in a.turns if turn.side is LEFT][:3] == [False, True, False]
     assert not next(turn for turn in b.turns if turn.side is LEFT).follows

@@ -28,7 +28,7 @@ from blendserve.planner import (
     make_plan,
 )
 from blendserve.planner.plan import PINNED_OUTPUT_TOKENS
-from blendserve.runtime import plan_worker
+from blendserve.runtime import job_runner, plan_worker
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.dispatcher import Dispatcher
 from blendserve.runtime.feedback import SchedulerReport
@@ -54,7 +54,10 @@ class Inline(Executor):
 
     def submit(self, function, *args):
         future: Future[Any] = Future()
-        future.set_result(function(*args))
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -90,6 +93,7 @@ class Sent:
     index: int
     tag: PlanTag | None
     sequences: int
+    prompt: list[int]
     answer: asyncio.Future[LineResult]
     task: asyncio.Task[LineResult] | None = None
 
@@ -154,7 +158,7 @@ class FakeServer:
         self, line: BatchLine, tag: PlanTag | None, sequences: int
     ) -> asyncio.Task[LineResult]:
         loop = asyncio.get_running_loop()
-        sent = Sent(line.index, tag, sequences, loop.create_future())
+        sent = Sent(line.index, tag, sequences, line.body.get("prompt", []), loop.create_future())
         self.sent.append(sent)
         if tag is None or self.refuses(line.index):
             loop.call_soon(self._end, sent, answer_400(line))
@@ -239,16 +243,19 @@ class Run:
         config: PlannerConfig | None = None,
         planner: PlanWorker | None = None,
         threads: Threads = THREADS,
+        beside: Run | None = None,
         **server: Any,
     ) -> None:
-        self.server = FakeServer(credits or Credits(), **server)
+        self.server = beside.server if beside else FakeServer(credits or Credits(), **server)
         self.pending = list(range(len(bodies))) if pending is None else pending
         self.answers: list[LineResult] = []
-        self.dispatcher = Dispatcher(self.server.credits)
+        self.started: list[int] = []
+        self.dispatcher = beside.dispatcher if beside else Dispatcher(self.server.credits)
         self.runner = JobRunner(
             "batch-1",
             FakeLines(bodies),
             self.pending,
+            on_start=self.started.append,
             reader=FakeReader(),  # type: ignore[arg-type]
             client=self.server,  # type: ignore[arg-type]
             planner=planner or PlanWorker(COST_MODEL, config or PlannerConfig()),
@@ -358,6 +365,7 @@ def test_every_pending_line_is_sent_once_and_answered_once(job, per_step, latenc
     )
     assert Counter(run.answered()) == Counter(pending)
     assert Counter(run.server.indexes) == Counter(pending)
+    assert run.started == run.server.indexes
     assert run.server.overdrawn == []
     assert run.server.aborted == []
     assert (run.runner.view.waiting, run.runner.view.in_flight) == (0, 0)
@@ -494,6 +502,44 @@ def test_known_lengths_need_no_sample_and_are_what_the_tags_say():
         assert sent.tag is not None
         assert sent.tag.output_tokens == (2 if sent.index % 2 else 4000)
         assert sent.tag.output_deviation == 0
+
+
+def test_lines_wait_while_answers_are_not_taken(monkeypatch):
+    monkeypatch.setattr(job_runner, "_MAX_UNREAD", 10)
+
+    async def scenario() -> None:
+        run = Run(mixed(400, ignore_eos=True))
+        async with aclosing(run.runner.run()) as results:
+            await anext(results)
+            while run.server.in_flight():
+                await asyncio.sleep(0)
+            # Ten answers wait to be taken; what had been sent before was answered, too.
+            assert len(run.server.sent) < 100
+            taken = 1 + len([result async for result in results])
+        assert taken == 400
+
+    asyncio.run(scenario())
+
+
+def test_a_file_that_can_no_longer_be_read_ends_the_job_with_its_error():
+    class TornLines(FakeLines):
+        reads = 0
+
+        def read(self, index: int) -> BatchLine:
+            self.reads += 1
+            if self.reads > 150:  # all were read once, for their prompts
+                raise OSError("gone")
+            return super().read(index)
+
+    async def scenario() -> None:
+        run = Run(chat(100))
+        run.runner._lines = TornLines(run.runner._lines.bodies)
+        with pytest.raises(OSError, match="gone"):
+            await run.finish()
+        assert len(run.server.sent) == 50
+        assert run.server.in_flight() == []
+
+    asyncio.run(scenario())
 
 
 def test_a_tag_says_how_far_a_guess_may_be_off():
@@ -690,7 +736,8 @@ def test_a_job_goes_on_with_its_plan_if_it_cannot_be_planned_again(caplog):
                 raise PlannerDied("out of memory")
             return super().plan(job_id, news)
 
-    run = Run(chat(100), planner=FailingPlanner(COST_MODEL, PlannerConfig()))
+    planner = FailingPlanner(COST_MODEL, PlannerConfig())
+    run = Run(chat(100), planner=planner, threads=Threads(Inline(), Inline()))
     asyncio.run(run.finish())
     assert sorted(run.answered()) == list(range(100))
     assert run.runner.view.plans == 1
@@ -741,6 +788,35 @@ def test_a_job_of_such_lines_alone_is_answered():
     run = finished([{"unreadable": True}] * 40)
     assert sorted(run.answered()) == list(range(40))
     assert {sent.tag for sent in run.server.sent} == {None}
+
+
+# -- several jobs at once
+
+
+def test_jobs_beside_each_other_share_the_queues_and_are_all_answered():
+    async def scenario() -> tuple[Run, Run]:
+        exams = Run([exam(n, ignore_eos=True) for n in range(150)])
+        stories = Run([story(n, ignore_eos=True) for n in range(90)], beside=exams)
+        exams.server.takes = lambda index: False
+        running = asyncio.gather(exams.finish(), stories.finish())
+        while not exams.runner.view.phase == stories.runner.view.phase == "running":
+            await asyncio.sleep(0.001)
+        exams.server.resume()
+        await running
+        return exams, stories
+
+    exams, stories = asyncio.run(scenario())
+    assert sorted(exams.answered()) == list(range(150))
+    assert sorted(stories.answered()) == list(range(90))
+    sent = exams.server.sent
+    assert exams.server.overdrawn == []
+    for side in Side:
+        ranks = [each.tag.rank for each in sent if each.tag and each.tag.side is side]
+        assert ranks == list(range(len(ranks)))
+    # What filled the queues before the second job was there is one job's; then they are blended.
+    both = sent[2 * FIRST_DEPTH :][:100]
+    sides = {(len(each.prompt) > 100, each.tag.side) for each in both if each.tag}
+    assert sides == {(True, Side.LEFT), (False, Side.RIGHT)}
 
 
 # -- endings before the end

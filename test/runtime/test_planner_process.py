@@ -71,6 +71,10 @@ def test_it_plans_as_the_planner_does(process):
         )
         seconds = expected.compute_seconds.sum() + expected.memory_seconds.sum()
         assert plan.work_seconds.sum() == pytest.approx(seconds)
+        # The plan shares as well as a depth-first order here, so it takes no more compute.
+        assert expected.sharing_planned == expected.sharing_best
+        bound = max(expected.compute_seconds.sum(), expected.memory_seconds.sum())
+        assert plan.bound_seconds == pytest.approx(bound)
 
         # News add up from plan to plan, and the prompts are not needed again.
         planner.plan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,11 +88,13 @@ class Executor(Protocol):
         job_id: str,
         lines: LineSource,
         pending: Sequence[int],
+        on_start: Callable[[int], None] = ...,
         deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         """An async generator with one result for each index in `pending`, in any order.
 
         Several may run at once. One that may miss its `deadline` (unix seconds) goes first.
+        `on_start` is called with an index when its line goes to the engine.
         Cancelling or closing it must abort whatever is in flight before it returns. Raises
         `EngineUnavailable` when the engine died; results already yielded stay valid.
         """

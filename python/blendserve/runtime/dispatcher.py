@@ -19,6 +19,9 @@ from blendserve.runtime.credits import Credits
 
 # A deadline is in danger when less than this much more than the predicted time is left.
 _DEADLINE_MARGIN = 1.25
+# A side stays with a job until another's front lies further out by this factor: requests that
+# share a prefix with the one before are cheapest right behind it.
+_SWITCH = 1.25
 # The cost model's seconds count as a pace measured over this long, until a measured one outweighs.
 _PRIOR_PACE_SECONDS = 10.0
 
@@ -89,10 +92,6 @@ class DispatchedJob(Protocol):
 
     def density(self, side: Side) -> float | None:
         """Of the request that `send` would send; None while there is none."""
-        ...
-
-    def continues(self, side: Side) -> bool:
-        """Whether that request belongs to the group of the one that it sent last on this side."""
         ...
 
     def send(self, turn: Turn) -> None: ...
@@ -199,8 +198,7 @@ class Dispatcher:
                 # Nothing of this server's batches can be in the queues.
                 self.credits.settle()
             while self._send_next():
-                # SGLang renders and tokenises a line in one go. One line in each round of the
-                # event loop leaves online requests, reports and answers their turn.
+                # A line is read from disk; what else is ready goes on in between.
                 await asyncio.sleep(0)
 
     def _send_next(self) -> bool:
@@ -224,10 +222,11 @@ class Dispatcher:
             if job.density(side) is not None:
                 return job
         heads = [(density, job) for job in self._jobs if (density := job.density(side)) is not None]
-        last = self._last[side]
-        if last is not None and any(job is last for _, job in heads) and last.continues(side):
-            # A group that has begun is finished first, while its prefix is in the cache.
-            return last
         # The first of equal ones is the one submitted first.
         furthest = max if side is Side.LEFT else min
-        return furthest(heads, key=lambda head: head[0], default=(0.0, None))[1]
+        best, chosen = furthest(heads, key=lambda head: head[0], default=(0.0, None))
+        for density, job in heads:
+            if job is self._last[side]:
+                near = density * _SWITCH >= best if side is Side.LEFT else density <= best * _SWITCH
+                return job if near else chosen
+        return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
@@ -28,6 +28,7 @@ from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.metrics import Metrics
+from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.prompts import PromptReader
 
@@ -59,6 +60,9 @@ class BlendExecutor:
         self._server_args = server_args
         self._tokenizer_manager = tokenizer_manager
         self._dispatcher = Dispatcher(Credits())
+        self._pacer = Pacer(self._serves_online)
+        # On the one object that serves all requests: SGLang's own method stays as it is.
+        tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, self._pacer)
         self._reader = PromptReader(app, tokenizer_manager)
         model = ModelSpec.from_config(tokenizer_manager.model_config.hf_config.to_dict())
         ranks = int(server_args.tp_size or 1)
@@ -115,17 +119,20 @@ class BlendExecutor:
         job_id: str,
         lines: LineSource,
         pending: Sequence[int],
+        on_start: Callable[[int], None] = lambda _: None,
         deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         runner = JobRunner(
             job_id,
             lines,
             pending,
+            on_start=on_start,
             deadline=deadline,
             reader=self._reader,
             client=LineClient(
                 self._app,
                 self._tokenizer_manager.abort_request,
+                self._pacer,
                 self._tokens_so_far,
                 self._server_args.api_key,
             ),
@@ -173,6 +180,10 @@ class BlendExecutor:
         self.reports[report.dp_rank] = report
         self._dispatcher.credits.on_report(report)
         self._dispatcher.wake()
+
+    def _serves_online(self) -> bool:
+        in_flight = sum(runner.view.in_flight for runner in self._runners.values())
+        return len(self._tokenizer_manager.rid_to_state) > in_flight
 
     def _tokens_so_far(self, rid: str) -> int:
         # SGLang sends what a request has said so far every few dozen tokens, streamed or not.

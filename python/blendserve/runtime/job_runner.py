@@ -12,7 +12,7 @@ import asyncio
 import logging
 from array import array
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -68,6 +68,7 @@ class JobRunner:
         job_id: id of the batch.
         lines: the lines of its file.
         pending: indexes of the lines to run.
+        on_start: called with a line's index when it is sent.
         deadline: unix seconds by which it should end, None for a job without haste.
         reader, client: the way into the server.
         planner, threads: where the job is planned and what waits for it.
@@ -80,6 +81,7 @@ class JobRunner:
         lines: LineSource,
         pending: Sequence[int],
         *,
+        on_start: Callable[[int], None] = lambda _: None,
         deadline: float | None = None,
         reader: PromptReader,
         client: LineClient,
@@ -91,6 +93,7 @@ class JobRunner:
         self.deadline = deadline
         self._lines = lines
         self._pending = pending
+        self._on_start = on_start
         self._reader = reader
         self._client = client
         self._planner = planner
@@ -162,6 +165,7 @@ class JobRunner:
         self.view.prompt_tokens = plan.prompt_tokens
         self.view.unique_tokens = plan.unique_tokens
         self.view.best_sharing = plan.sharing_best
+        self.view.bound_seconds = plan.bound_seconds
         self._adopt(plan)
         self.view.phase = "running"
 
@@ -246,12 +250,6 @@ class JobRunner:
         sample = self._sampled(side)
         return self._scanner.density(side) if sample is None else self._density_of(sample)
 
-    def continues(self, side: Side) -> bool:
-        head = self._scanner.head(side)
-        if head is None or not self._walked[side] or self._sampled(side) is not None:
-            return False
-        return 2 * self._scanner.shared_tokens(side) > self._work.prompt_tokens[head]
-
     def send(self, turn: Turn) -> None:
         scanner, side = self._scanner, turn.side
         sample = self._sampled(side)
@@ -317,6 +315,7 @@ class JobRunner:
             return None
         task.add_done_callback(lambda done: self._events.put_nowait((done, position)))
         self.view.in_flight += 1
+        self._on_start(index)
         return task
 
     # -- answers ---------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ class JobView:
             the prompt tokens that a cache without end would have to compute.
         best_sharing, planned_sharing: shares of the prompt tokens that a DFS order and the plan's
             order find in the cache.
+        bound_seconds: nothing could run the lines that were left faster: all compute that the best
+            sharing leaves, or all memory traffic, whichever takes longer.
         answered_prompt_tokens, answered_cached_tokens: of the answered lines; found in the cache.
         target_density: compute density of what is left.
         left_density, right_density: at the two scanners; None when the plan is used up.
@@ -38,6 +40,7 @@ class JobView:
     unique_tokens: int = 0
     best_sharing: float = 0.0
     planned_sharing: float = 0.0
+    bound_seconds: float = 0.0
     answered_prompt_tokens: int = 0
     answered_cached_tokens: int = 0
     target_density: float = 0.0

@@ -78,6 +78,8 @@ class JobPlan:
         prefill_tokens: prompt tokens that the plan does not find in the cache, and
         work_seconds: compute and memory seconds by the cost model; both as of the last plan that
             had the request in it.
+        bound_seconds: what the planned requests take at least, by the cost model: all compute that
+            the best sharing leaves, or all memory traffic, whichever is longer.
         total_work_tokens: prefill and output tokens of all requests, ended ones included.
         prompt_tokens, unique_tokens, sharing_best, sharing_planned: see `Plan`.
     """
@@ -89,6 +91,7 @@ class JobPlan:
     output_deviation: Floats
     prefill_tokens: Ints
     work_seconds: Floats
+    bound_seconds: float
     total_work_tokens: float
     prompt_tokens: int
     unique_tokens: int
@@ -165,7 +168,7 @@ class _PlannedJob:
         )
         if self._tree is None:
             self._remember(plan)
-        return self._as_walked(plan)
+        return self._as_walked(plan, cost_model)
 
     def _gathered(self) -> Job:
         offsets = np.concatenate(([0], np.cumsum(_view(self._lengths, np.int64))))
@@ -191,7 +194,7 @@ class _PlannedJob:
         self._prefill = np.zeros(n, dtype=np.int64)
         self._work = np.zeros(n)
 
-    def _as_walked(self, plan: Plan) -> JobPlan:
+    def _as_walked(self, plan: Plan, cost_model: CostModel) -> JobPlan:
         lengths = _view(self._lengths, np.int64)
         self._prefill[plan.order] = lengths[plan.order] - plan.shared_with_previous
         self._work[plan.order] = plan.compute_seconds + plan.memory_seconds
@@ -204,12 +207,21 @@ class _PlannedJob:
             output_deviation=plan.output_deviation,
             prefill_tokens=self._prefill.copy(),
             work_seconds=self._work.copy(),
+            bound_seconds=_bound_seconds(plan, cost_model),
             total_work_tokens=float(self._prefill.sum() + plan.estimated_output_tokens.sum()),
             prompt_tokens=plan.prompt_tokens,
             unique_tokens=plan.unique_tokens,
             sharing_best=plan.sharing_best,
             sharing_planned=plan.sharing_planned,
         )
+
+
+def _bound_seconds(plan: Plan, cost_model: CostModel) -> float:
+    rest = plan.tree.subset(~np.isnan(plan.request_density[plan.tree.requests]))
+    output = plan.estimated_output_tokens[rest.requests]
+    compute = cost_model.compute_seconds(rest.length, output)
+    compute = compute - cost_model.prefill_seconds_saved(rest.shared)
+    return float(max(compute.sum(), cost_model.memory_seconds(rest.length, output).sum()))
 
 
 def _view(values: array[Any], dtype: type) -> NDArray[Any]:
