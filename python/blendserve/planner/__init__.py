@@ -11,9 +11,16 @@ from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
 from .length_model import LengthModel
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
+from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
-from .prediction import OrderPrediction, Prediction, kv_capacity_tokens, predict
+from .prediction import (
+    OrderPrediction,
+    Prediction,
+    dual_scan_sequence,
+    kv_capacity_tokens,
+    predict,
+)
 from .prefix_tree import PrefixTree
 from .transform import Transformed, transform
 
@@ -33,6 +40,8 @@ __all__ = [
     "LengthModel",
     "ModelSpec",
     "ModelSpecError",
+    "NextUse",
+    "NextUses",
     "OrderPrediction",
     "Partition",
     "Plan",
@@ -40,16 +49,20 @@ __all__ = [
     "Prediction",
     "PrefixTree",
     "Side",
+    "Timetable",
     "Transformed",
     "UnknownHardwareError",
     "account_side",
     "account_tokens",
     "choose_sample",
+    "dual_scan_sequence",
     "estimate",
     "hardware",
     "kv_capacity_tokens",
     "make_plan",
+    "make_timetable",
     "model_spec",
+    "next_uses",
     "partition",
     "partition_memory",
     "predict",
