@@ -41,7 +41,11 @@ from blendserve.runtime.next_use import UseTag
 
 POOL_TOKENS = 65_536
 RUNNING = 8
-CACHES = {"LRU, SGLang's default (Rust)": "rust", "LRU, RadixCache": "python", "Belady": "blendserve"}
+CACHES = {
+    "LRU, SGLang's default (Rust)": "rust",
+    "LRU, RadixCache": "python",
+    "Belady": "blendserve",
+}
 
 
 def prefix_job(seed: int = 0, subjects: int = 100, requests: int = 40) -> Job:

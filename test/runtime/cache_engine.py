@@ -130,9 +130,7 @@ class CacheEngine:
         # As SGLang's release_kv_cache, which also asks for the settings of a whole server.
         if keep:
             self.cache.insert_req(req, up_to=req.kv.kv_committed_len)
-        self.cache.free_kv_row(
-            req.kv, [(req.kv.cache_protected_len, req.kv.kv_allocated_len)]
-        )
+        self.cache.free_kv_row(req.kv, [(req.kv.cache_protected_len, req.kv.kv_allocated_len)])
         self.cache.unpin(req)
         self.rows.free(req)
         req.kv.mark_kv_released()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,8 +94,7 @@ def _heavy_path_heads(tree: PrefixTree) -> Ints:
     return head
 
 
-@dataclass(frozen=True)
-class NextUse:
+class NextUse(NamedTuple):
     """The next planned request that shares a prefix.
 
     prefix_tokens: length of the prefix. due: number of that request in the timetable. side: the

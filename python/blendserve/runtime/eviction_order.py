@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -59,7 +59,7 @@ class NodeFuture:
 
     def copy(self) -> NodeFuture:
         """For a node split off; it has no entry yet."""
-        return replace(self, entry=None)
+        return NodeFuture(self.due, self.side, self.as_of, self.used_at, self.lapsed_at)
 
     def learn(self, due: float, side: Side, as_of: int) -> None:
         """A planned request says who is next; what a later one has said stands."""
@@ -110,6 +110,13 @@ class EvictionOrder:
         self._heaps = {heap: _LazyHeap() for heap in _Heap}
         # By due, the soonest on top: finds the leaves whose time has passed.
         self._passing = {heap: _LazyHeap() for heap in _SIDE_OF_HEAP}
+
+    def advance(self, side: Side, due: int, since: int) -> None:
+        """A planned request came; all of what is numbered below `since` has been sent."""
+        reached = self.reached
+        for each in Side:
+            reached[each] = max(reached[each], since)
+        reached[side] = max(reached[side], due)
 
     def add(self, leaf: Any) -> None:
         """A node became an evictable leaf, or more is known of one."""

@@ -15,8 +15,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,50 +91,45 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
     # -- what enters the tree is told its future -----------------------------------------------
 
     def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
-        with self._learning(req):
-            super().cache_unfinished_req(req, *args, **kwargs)
+        self._enter(super().cache_unfinished_req, req, *args, **kwargs)
 
     # A finished request enters through one of three names, by SGLang's release.
 
     def cache_finished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
         """0.5.16 to 0.5.20."""
         self._order.ticks += 1
-        with self._learning(req):
-            super().cache_finished_req(req, *args, **kwargs)
+        self._enter(super().cache_finished_req, req, *args, **kwargs)
 
     def insert_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
         """0.5.21 and 0.5.22."""
         self._order.ticks += 1
-        with self._learning(req):
-            super().insert_req(req, *args, **kwargs)
+        self._enter(super().insert_req, req, *args, **kwargs)
 
     def checkpoint(self, req: Any, *args: Any, **kwargs: Any) -> None:
         """0.5.23."""
         self._order.ticks += 1
-        with self._learning(req):
-            super().checkpoint(req, *args, **kwargs)
+        self._enter(super().checkpoint, req, *args, **kwargs)
+
+    def _enter(self, enter: Callable[..., None], req: Any, *args: Any, **kwargs: Any) -> None:
+        """Let SGLang enter a request into the tree, then write its future on the path."""
+        inserted: list[Any] = []
+        self._inserted = inserted
+        try:
+            enter(req, *args, **kwargs)
+        finally:
+            self._inserted = None
+            if inserted:
+                # SGLang inserts the whole path first; a second insertion only cuts it in two.
+                self._learn(inserted[0], _use_tag(req))
 
     def insert(self, params: Any) -> Any:
-        if self._inserted is None:
-            with self._learning(None):
-                return self.insert(params)
         result = super().insert(params)
-        if result.last_device_node is not None:
-            self._inserted.append(result.last_device_node)
+        node = result.last_device_node
+        if node is not None and self._inserted is not None:
+            self._inserted.append(node)
+        elif node is not None:
+            self._learn(node, None)
         return result
-
-    @contextmanager
-    def _learning(self, req: Any | None) -> Iterator[None]:
-        """Collects where the insertions within end, and writes the request's future there."""
-        self._inserted = []
-        try:
-            yield
-        finally:
-            inserted, self._inserted = self._inserted, None
-            if inserted:
-                tag = UseTag.from_params(req.sampling_params.custom_params) if req is not None else None
-                # SGLang inserts the whole path first; a second insertion only cuts it in two.
-                self._learn(inserted[0], tag)
 
     def _learn(self, node: Any, tag: UseTag | None) -> None:
         if tag is None:
@@ -143,9 +137,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
                 _future(on_path).used_at = self._order.ticks
                 self._queue(on_path)
             return
-        for side in Side:
-            self._order.reached[side] = max(self._order.reached[side], tag.since)
-        self._order.reached[tag.side] = max(self._order.reached[tag.side], tag.due)
+        self._order.advance(tag.side, tag.due, tag.since)
         corners = self._corners(tag.next_uses)
         end = sum(len(on_path.key) for on_path in self._path(node))
         due, side = NEVER, tag.side
@@ -185,7 +177,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
     def _update_leaf_status(self, node: Any) -> None:
         super()._update_leaf_status(node)
         # What is being inserted is queued once its future is known.
-        if self._inserted is None:
+        if self._inserted is None and hasattr(node, "blend_future"):
             self._queue(node)
 
     def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
@@ -263,6 +255,15 @@ def _future(node: Any) -> NodeFuture:
     return future
 
 
+def _use_tag(req: Any) -> UseTag | None:
+    """What a request says about the future of its prefixes; read once."""
+    try:
+        tag: UseTag | None = req.blend_use_tag
+    except AttributeError:
+        tag = req.blend_use_tag = UseTag.from_params(req.sampling_params.custom_params)
+    return tag
+
+
 def _kind(future: NodeFuture) -> str:
     if future.due is None or not math.isinf(future.used_at):
         return "online"
@@ -312,9 +313,7 @@ def unsuitable(ctx: Any) -> str | None:
         "prefill and decode run on separate engines": (
             getattr(args, "disaggregation_mode", "null") != "null"
         ),
-        "KV pages are spread over several ranks": (
-            getattr(allocator, "shard_size", 1) > 1
-        ),
+        "KV pages are spread over several ranks": (getattr(allocator, "shard_size", 1) > 1),
         f"--radix-eviction-policy {policy} cannot be combined with a plan": (
             policy in _UNORDERED_POLICIES
         ),
