@@ -2,7 +2,7 @@
 
 Every leaf has a distance to its next use, in requests. For a planned leaf it is the number of the
 request that needs it less the number that its side has reached; infinite if none does. For one
-that online requests use it is taken to be as long as the time since they last did, which is what
+that online requests use it is taken to be as long as the time since its last use, which is what
 LRU assumes; among themselves these keep the order of SGLang's policy. A leaf of both kinds has the
 shorter distance. The leaf with the longest distance goes first.
 
@@ -45,21 +45,21 @@ class NodeFuture:
             planned request has used them, or the one that should have did not come.
         side: of that request.
         as_of: number of the planned request that said so.
-        used_at: tick of the last use by a request without a plan, NEVER ago if there was none.
-        lapsed_at: tick at which it was found that the request that was due had not come.
+        used_at: tick of the last use by any request.
+        online: a request without a plan has used them.
         entry: heap, key and serial number of its one valid entry in the order.
     """
 
     due: float | None = None
     side: Side = Side.LEFT
     as_of: int = -1
-    used_at: float = -math.inf
-    lapsed_at: float = -math.inf
+    used_at: int = 0
+    online: bool = False
     entry: tuple[_Heap, Any, int] | None = None
 
     def copy(self) -> NodeFuture:
         """For a node split off; it has no entry yet."""
-        return NodeFuture(self.due, self.side, self.as_of, self.used_at, self.lapsed_at)
+        return NodeFuture(self.due, self.side, self.as_of, self.used_at, self.online)
 
     def learn(self, due: float, side: Side, as_of: int) -> None:
         """A planned request says who is next; what a later one has said stands."""
@@ -151,23 +151,25 @@ class EvictionOrder:
     def distance(self, leaf: Any) -> float:
         """Expected number of requests until a node's tokens are used again."""
         future: NodeFuture = leaf.blend_future
+        age = self.ticks - future.used_at
         if future.due is None:
-            return self.ticks - max(future.used_at, future.lapsed_at)
-        return min(future.due - self.reached[future.side], self.ticks - future.used_at)
+            return age
+        planned = future.due - self.reached[future.side]
+        return min(planned, age) if future.online else planned
 
     def _place(self, leaf: Any) -> tuple[_Heap, Any]:
         """The heap that a leaf belongs into now, and its key there."""
         future: NodeFuture = leaf.blend_future
-        if future.due is not None:
-            distance = future.due - self.reached[future.side]
-            if distance < 0:
-                # The request that was due failed, was cancelled, or is planned anew.
-                future.due, future.lapsed_at = None, self.ticks
-            elif distance < self.ticks - future.used_at:
-                return _HEAP_OF_SIDE[future.side], -future.due
-            elif math.isinf(distance) and math.isinf(future.used_at):
-                return _Heap.NEVER, 0
-        return _Heap.ONLINE, self._policy_key(leaf)
+        if future.due is not None and future.due < self.reached[future.side]:
+            # The request that was due failed, was cancelled, or is planned anew.
+            future.due = None
+        if future.due is None or (
+            future.online and self.ticks - future.used_at <= future.due - self.reached[future.side]
+        ):
+            return _Heap.ONLINE, self._policy_key(leaf)
+        if future.due == NEVER:
+            return _Heap.NEVER, 0
+        return _HEAP_OF_SIDE[future.side], -future.due
 
     def _top(self, heap: _Heap) -> Any | None:
         """The first leaf of a heap, after putting right what has changed meanwhile."""

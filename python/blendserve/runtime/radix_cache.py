@@ -12,7 +12,6 @@ so other models keep SGLang's own cache.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -134,7 +133,8 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
     def _learn(self, node: Any, tag: UseTag | None) -> None:
         if tag is None:
             for on_path in self._path(node):
-                _future(on_path).used_at = self._order.ticks
+                future = _future(on_path)
+                future.used_at, future.online = self._order.ticks, True
                 self._queue(on_path)
             return
         self._order.advance(tag.side, tag.due, tag.since)
@@ -149,7 +149,9 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
                 # The front part is needed sooner than the rest, which may go before it.
                 self._split_node(node.key, node, corners[-1][0] - start)
                 start = corners[-1][0]
-            _future(node).learn(due, side, tag.due)
+            future = _future(node)
+            future.used_at = self._order.ticks
+            future.learn(due, side, tag.due)
             self._queue(node)
             node, end = node.parent, start
 
@@ -265,7 +267,7 @@ def _use_tag(req: Any) -> UseTag | None:
 
 
 def _kind(future: NodeFuture) -> str:
-    if future.due is None or not math.isinf(future.used_at):
+    if future.due is None or future.online:
         return "online"
     return "never" if future.due == NEVER else "planned"
 
