@@ -6,6 +6,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blendserve.runtime import cpu_platform
 
 cpu_platform.activate()
@@ -83,6 +86,8 @@ class CacheEngine:
             ),
         )
         self.running: dict[str, Req] = {}
+        # Of each slot the hash of all tokens up to the one whose KV it holds.
+        self.written = np.zeros(kv_tokens + page_size, dtype=np.int64)
 
     # -- a request's life ----------------------------------------------------------------------
 
@@ -168,4 +173,19 @@ class CacheEngine:
         # What still fits into the last page that the request holds, then the new pages.
         row[start:in_page] = row[start - 1] + 1 + torch.arange(in_page - start)
         row[in_page:end] = slots[: end - in_page].to(torch.int32)
+        self.written[row[start:end].numpy()] = _prefix_hashes(req)[start:end]
         req.kv.kv_committed_len = req.kv.kv_allocated_len = end
+
+    def wrong_tokens(self, rid: str) -> int:
+        """Positions of a running request whose slots hold the KV of other text."""
+        req = self.running[rid]
+        row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].numpy()
+        return int((self.written[row] != _prefix_hashes(req)[: len(row)]).sum())
+
+
+def _prefix_hashes(req: Req) -> NDArray[np.int64]:
+    hashes, running = [], 0
+    for token in req.origin_input_ids + req.output_ids:
+        running = hash((running, token))
+        hashes.append(running)
+    return np.array(hashes, dtype=np.int64)
