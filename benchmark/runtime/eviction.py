@@ -113,6 +113,7 @@ def _start(
     request = waiting[0]
     output = int(job.max_output_tokens[request])
     tag = UseTag(
+        "job",
         side,
         timetable.due(request),
         timetable.first_due,

@@ -55,7 +55,7 @@ def plan_params(index: int) -> dict[str, Any]:
     uses = [NextUse(SHARED, index + GROUPS, Side.LEFT)]
     if index % 2:
         uses.append(NextUse(SHARED + OWN, 1_000_000 + index * 7919 % 1_000_003, Side.RIGHT))
-    tag = UseTag(Side.LEFT, index, 0, tuple(uses))
+    tag = UseTag("job", Side.LEFT, index, 0, tuple(uses))
     return {"blendserve_side": "left", **tag.to_params()}
 
 

@@ -13,7 +13,8 @@ from blendserve.runtime.next_use import UseTag
 
 counts = st.integers(0, 2**40)
 tags = st.builds(
-    lambda side, due, since, prefixes, users: UseTag(
+    lambda job, side, due, since, prefixes, users: UseTag(
+        job,
         side,
         due,
         since,
@@ -21,6 +22,7 @@ tags = st.builds(
             NextUse(prefix, *user) for prefix, user in zip(sorted(prefixes), users, strict=False)
         ),
     ),
+    st.text(max_size=8),
     st.sampled_from(Side),
     counts,
     counts,
@@ -28,6 +30,7 @@ tags = st.builds(
     st.lists(st.tuples(counts, st.sampled_from(Side)), min_size=5, max_size=5),
 )
 PARAMS = {
+    "blendserve_job": "batch_1",
     "blendserve_side": "left",
     "blendserve_due": 7,
     "blendserve_since": 3,
@@ -44,7 +47,7 @@ def test_a_tag_comes_back_from_json_as_it_was(tag):
 
 def test_a_tag_reads_as_documented():
     uses = (NextUse(16, 9, Side.LEFT), NextUse(40, 12, Side.RIGHT))
-    assert UseTag.from_params(PARAMS) == UseTag(Side.LEFT, 7, 3, uses)
+    assert UseTag.from_params(PARAMS) == UseTag("batch_1", Side.LEFT, 7, 3, uses)
 
 
 @pytest.mark.parametrize("params", [None, {}, {"temperature": 1}])

@@ -25,9 +25,10 @@ LEFT, RIGHT = Side.LEFT, Side.RIGHT
 SYSTEM = list(range(100, 120))
 
 
-def planned(due, *uses, side=LEFT, since=0):
+def planned(due, *uses, side=LEFT, since=0, job="job"):
     """custom_params; uses are (prefix tokens, due) or (prefix tokens, due, side)."""
-    tag = UseTag(side, due, since, tuple(NextUse(*use, *(LEFT,) * (3 - len(use))) for use in uses))
+    corners = tuple(NextUse(*use, *(LEFT,) * (3 - len(use))) for use in uses)
+    tag = UseTag(job, side, due, since, corners)
     return {"blendserve_side": side.value, **tag.to_params()}
 
 
@@ -263,7 +264,7 @@ def test_a_job_finds_more_of_its_prefixes_than_under_lru():
         for request in order.tolist():
             side = LEFT if timetable.left[timetable.due(request)] else RIGHT
             uses = tuple(timetable.next_uses(request))
-            tag = UseTag(side, timetable.due(request), 0, uses)
+            tag = UseTag("job", side, timetable.due(request), 0, uses)
             params = {"blendserve_side": side.value, **tag.to_params()}
             found[kind] += serve(engine, str(request), prompts[request].tolist(), params, output=2)
     assert found["blendserve"] > 1.4 * found["python"]

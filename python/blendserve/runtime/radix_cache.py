@@ -137,7 +137,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
                 future.used_at, future.online = self._order.ticks, True
                 self._queue(on_path)
             return
-        self._order.advance(tag.side, tag.due, tag.since)
+        self._order.advance(tag.job, tag.side, tag.due, tag.since)
         corners = self._corners(tag.next_uses)
         end = sum(len(on_path.key) for on_path in self._path(node))
         due, side = NEVER, tag.side
@@ -151,7 +151,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
                 start = corners[-1][0]
             future = _future(node)
             future.used_at = self._order.ticks
-            future.learn(due, side, tag.due)
+            self._order.learn(future, due, self._order.front(tag.job, side), tag.due)
             self._queue(node)
             node, end = node.parent, start
 
