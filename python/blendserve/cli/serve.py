@@ -12,7 +12,11 @@ from typing import NoReturn
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 # What a job wants of SGLang everywhere; a flag given by the user comes later and wins.
-_DEFAULT_FLAGS = ("--enable-cache-report", "--schedule-policy", "fcfs")
+_DEFAULT_FLAGS = (
+    "--enable-cache-report",
+    *("--schedule-policy", "fcfs"),
+    *("--radix-cache-backend", "blendserve"),
+)
 # Prefill and decode in one step overlap compute with memory traffic. A CPU has no idle units to
 # gain, and SGLang's attention for it computes a mixed step more slowly than the two apart.
 _GPU_FLAGS = ("--enable-mixed-chunk",)

@@ -13,9 +13,16 @@ from .kv_forecast import KVForecast
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
 from .length_model import LengthModel
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
+from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
-from .prediction import OrderPrediction, Prediction, kv_capacity_tokens, predict
+from .prediction import (
+    OrderPrediction,
+    Prediction,
+    dual_scan_sequence,
+    kv_capacity_tokens,
+    predict,
+)
 from .prefix_tree import PrefixTree
 from .transform import Transformed, transform
 
@@ -35,6 +42,8 @@ __all__ = [
     "LengthModel",
     "ModelSpec",
     "ModelSpecError",
+    "NextUse",
+    "NextUses",
     "OrderPrediction",
     "Partition",
     "Plan",
@@ -42,14 +51,18 @@ __all__ = [
     "Prediction",
     "PrefixTree",
     "Side",
+    "Timetable",
     "Transformed",
     "UnknownHardwareError",
     "choose_sample",
+    "dual_scan_sequence",
     "estimate",
     "hardware",
     "kv_capacity_tokens",
     "make_plan",
+    "make_timetable",
     "model_spec",
+    "next_uses",
     "partition",
     "partition_memory",
     "predict",

@@ -42,6 +42,18 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     ),
     "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": ("self", "req", "..."),
     "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": ("self", "req"),
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend": ("name", "factory"),
+    "sglang.srt.mem_cache.radix_cache.RadixCache.reset": ("self",),
+    "sglang.srt.mem_cache.radix_cache.RadixCache.insert": ("self", "params"),
+    "sglang.srt.mem_cache.radix_cache.RadixCache.evict": ("self", "params"),
+    "sglang.srt.mem_cache.radix_cache.RadixCache.cache_unfinished_req": ("self", "req", "..."),
+    "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": (
+        "self",
+        "key",
+        "child",
+        "split_len",
+    ),
+    "sglang.srt.mem_cache.radix_cache.RadixCache._update_leaf_status": ("self", "node"),
 }
 HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (
