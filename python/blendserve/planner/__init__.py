@@ -8,8 +8,9 @@ from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
-from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
+from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
+from .length_sample import choose_sample, choose_second_sample, sample_size
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
@@ -45,6 +46,7 @@ __all__ = [
     "account_side",
     "account_tokens",
     "choose_sample",
+    "choose_second_sample",
     "estimate",
     "hardware",
     "kv_capacity_tokens",
@@ -53,5 +55,6 @@ __all__ = [
     "partition",
     "partition_memory",
     "predict",
+    "sample_size",
     "transform",
 ]
