@@ -43,7 +43,8 @@ def continuation_tokens(tree: PrefixTree) -> Ints:
 
 
 def _bin(tokens: Ints) -> Ints:
-    return np.floor(BINS_PER_OCTAVE * np.log2(tokens + 1.0)).astype(np.int64)
+    bins: Ints = np.floor(BINS_PER_OCTAVE * np.log2(tokens + 1.0)).astype(np.int64)
+    return bins
 
 
 def bin_factors(bins: Ints, family: Ints, families: int, ratio: Floats, seen: Bools) -> Floats:
