@@ -530,6 +530,7 @@ class Planned:
 
     observed: dict[int, int]
     exclude: set[int]
+    sampled: set[int]
 
 
 @pytest.fixture
@@ -537,11 +538,12 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
     """The calls of the planner, as they come."""
     calls: list[Planned] = []
 
-    def watched(job, cost_model, config, *, observed, exclude, tree):
+    def watched(job, cost_model, config, *, observed, exclude, tree, sampled):
         # Only the first plan has to sort the prompts.
         assert (tree is None) == (not calls)
-        calls.append(Planned(dict(observed), set(exclude)))
-        return make_plan(job, cost_model, config, observed=observed, exclude=exclude, tree=tree)
+        calls.append(Planned(dict(observed), set(exclude), set(sampled)))
+        told = {"observed": observed, "exclude": exclude, "tree": tree, "sampled": sampled}
+        return make_plan(job, cost_model, config, **told)
 
     monkeypatch.setattr(job_runner, "make_plan", watched)
     return calls
@@ -594,6 +596,35 @@ def test_a_line_that_failed_says_nothing_about_the_length_of_others(plans):
     assert [plan.observed for plan in plans] == [{}, {}]
     unseen = make_plan(planner_job(lines), COST_MODEL).estimated_output_tokens
     assert {s.tag.output_tokens for s in run.server.sent if s.tag} == set(unseen.tolist())
+
+
+def test_a_large_sample_runs_in_two_parts_the_second_named_by_the_plan_of_the_first(plans):
+    lines = chat(800)
+    config = PlannerConfig(sample_fraction=0.2)
+    run = Run(lines, config=config)
+
+    def takes(index: int) -> bool:
+        """The first sample, the second and what is queued before it, and the rest when all plans
+        have been asked for."""
+        enough = {1: 0, 2: 250}.get(len(plans), 800)
+        return index in run.runner._sampled or run.server.taken.total() < enough
+
+    run.server.takes = takes
+    reported = run.runner.wake
+
+    def wake() -> None:
+        reported()
+        run.server._schedule()
+
+    run.runner.wake = wake  # type: ignore[method-assign]
+    asyncio.run(run.finish())
+    first, second, third = plans
+    assert first.sampled == set()
+    assert second.sampled == set(make_plan(planner_job(lines), COST_MODEL, config).sample.tolist())
+    assert second.sampled <= second.observed.keys()
+    assert second.sampled < third.sampled <= third.observed.keys() | third.exclude
+    assert len(third.sampled) == run.runner.view.sampled == 160
+    assert Counter(run.server.indexes) == Counter(range(800))
 
 
 def test_without_a_sample_there_is_no_second_plan(plans):

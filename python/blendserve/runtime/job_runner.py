@@ -2,7 +2,8 @@
 
 The job and its tree stay in the front process; the scheduler only ever sees the next few requests
 of each side. A small sample runs first; when its answers are in, the rest is planned again with
-the lengths that it showed, while requests of the first plan keep the engine busy.
+the lengths that it showed, while requests of the first plan keep the engine busy. That plan may
+name more to sample, and is then followed by another.
 """
 
 from __future__ import annotations
@@ -124,6 +125,9 @@ class JobRunner:
         )
         self._observed: dict[int, int] = {}
         self._started: set[int] = set()
+        self._ended: set[int] = set()
+        # What the samples of all plans so far named.
+        self._sampled: set[int] = set()
         self._unplanned = 0
         self._tree: PrefixTree | None = None
         self._ranks = dict.fromkeys(Side, 0)
@@ -141,21 +145,24 @@ class JobRunner:
         plan, scanner = await self._plan(work)
         self._adopt(work, plan, scanner)
         # Samples go first and their answers count like any other.
-        sample = self._sample_by_side(plan)
-        unseen = {position for queue in sample.values() for position in queue}
-        self.view.sampled = len(unseen)
+        sample, unseen = self._take_sample(plan)
+        awaited = bool(unseen)  # A sample whose answers no plan has used yet.
         replan: asyncio.Task[tuple[Plan, DualScanner]] | None = None
         self.view.phase = "running"
         # Nothing of this server's batches is in flight now, so nothing can be in the queues.
         self._credits.settle()
         try:
             while True:
-                if replan is None and self.view.sampled and not unseen:
+                if replan is None and awaited and not unseen:
                     replan = asyncio.create_task(self._plan(work))
                     replan.add_done_callback(lambda _: self.wake())
-                if replan is not None and replan.done() and not self.view.replanned:
-                    self._adopt(work, *replan.result())
+                if replan is not None and replan.done():
+                    plan, scanner = replan.result()
+                    replan = None
+                    self._adopt(work, plan, scanner)
                     self.view.replanned = True
+                    sample, unseen = self._take_sample(plan)
+                    awaited = bool(unseen)
                 self._dispatch(work, plan, sample)
                 self.view.waiting = self._scanner.remaining + len(work.unplannable)
                 if not self.view.in_flight:
@@ -172,6 +179,7 @@ class JobRunner:
                 if position is None:
                     self._unplanned -= 1
                 else:
+                    self._ended.add(position)
                     unseen.discard(position)
                     self._observe(work, position, result)
                 yield result
@@ -199,10 +207,10 @@ class JobRunner:
     async def _plan(self, work: _Work) -> tuple[Plan, DualScanner]:
         # Copies: both go on changing on the event loop while the worker thread plans.
         observed, started = dict(self._observed), set(self._started)
-        return await asyncio.to_thread(self._make_plan, work, observed, started)
+        return await asyncio.to_thread(self._make_plan, work, observed, started, set(self._sampled))
 
     def _make_plan(
-        self, work: _Work, observed: dict[int, int], started: set[int]
+        self, work: _Work, observed: dict[int, int], started: set[int], sampled: set[int]
     ) -> tuple[Plan, DualScanner]:
         limits = np.array([prompt.max_output_tokens for prompt in work.prompts], dtype=np.int64)
         exact = np.array([prompt.ignore_eos for prompt in work.prompts], dtype=bool)
@@ -219,6 +227,7 @@ class JobRunner:
             exclude=started,
             # The prompts do not change between two plans, so neither does their tree.
             tree=self._tree,
+            sampled=sampled,
         )
         self._tree = plan.tree
         return plan, DualScanner(plan)
@@ -240,14 +249,17 @@ class JobRunner:
 
     # -- dispatch, on the event loop -----------------------------------------------------------
 
-    @staticmethod
-    def _sample_by_side(plan: Plan) -> dict[Side, deque[int]]:
-        """The sample, each request on the side of the target that its density is on."""
+    def _take_sample(self, plan: Plan) -> tuple[dict[Side, deque[int]], set[int]]:
+        """The sample, each request on the side of the target that its density is on; and those of
+        it that have not ended, as they may have started while it was chosen."""
+        named = set(map(int, plan.sample))
+        self._sampled |= named
+        self.view.sampled = len(self._sampled)
         sample: dict[Side, deque[int]] = {side: deque() for side in Side}
         for position in map(int, plan.sample):
             dense = plan.request_density[position] >= plan.target_density
             sample[Side.LEFT if dense else Side.RIGHT].append(position)
-        return sample
+        return sample, named - self._ended
 
     def _dispatch(self, work: _Work, plan: Plan, sample: dict[Side, deque[int]]) -> None:
         """Send as much as the credits allow: on each side the sample first, then the front."""
