@@ -13,6 +13,7 @@ from blendserve.planner import (
     PrefixTree,
     choose_sample,
     choose_second_sample,
+    first_part,
     make_plan,
     sample_size,
 )
@@ -25,6 +26,8 @@ def test_a_sample_is_a_part_of_the_job_and_at_most_a_quarter_unless_all_are_aske
     assert sample_size(20, 0.01, 8) == 5
     assert sample_size(20, 1.0, 8) == 20
     assert sample_size(400, 0.0, 8) == 0
+    assert first_part(TWO_PART_REQUESTS - 1) == TWO_PART_REQUESTS - 1
+    assert first_part(1_000) == FIRST_PART * 1_000
     with pytest.raises(ValueError, match="between 0 and 1"):
         sample_size(10, 1.5, 0)
     with pytest.raises(ValueError, match="min_requests"):
@@ -118,7 +121,7 @@ def test_two_parts_estimate_better_than_one():
     for seed in range(30):
         random = np.random.default_rng(seed)
         one_part.append(error(random.permutation(6_000)[:240]))
-        first = choose_sample(tree, 240, seed)
+        first = choose_sample(tree, first_part(240), seed)
         model = LengthModel(tree, limit, exact).fit({int(r): int(truth[r]) for r in first})
         done = np.isin(np.arange(6_000), first)
         second = choose_second_sample(tree, 240, seed, done, model.deviation(), model.mean(), ~done)

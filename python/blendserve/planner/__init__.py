@@ -10,7 +10,7 @@ from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
-from .length_sample import choose_sample, choose_second_sample, sample_size
+from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
@@ -48,6 +48,7 @@ __all__ = [
     "choose_sample",
     "choose_second_sample",
     "estimate",
+    "first_part",
     "hardware",
     "kv_capacity_tokens",
     "make_plan",

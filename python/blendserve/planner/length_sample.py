@@ -38,17 +38,21 @@ def sample_size(candidates: int, fraction: float, min_requests: int) -> int:
     return min(wanted, candidates if fraction == 1.0 else candidates // 4)
 
 
-def choose_sample(tree: PrefixTree, size: int, seed: int, candidates: Bools | None = None) -> Ints:
-    """Request indices of the first part of a sample of `size`, in tree order.
+def first_part(size: int) -> int:
+    """How many of a sample of this size are drawn first: all of a small one."""
+    return math.ceil(FIRST_PART * size) if size >= TWO_PART_REQUESTS else size
+
+
+def choose_sample(tree: PrefixTree, count: int, seed: int, candidates: Bools | None = None) -> Ints:
+    """`count` request indices, in tree order, all over the tree.
 
     Each subtree large enough to expect one gets its share: at least one, and the more, the less of
     their prompts its requests have in common (a few-shot exam is answered alike, a chat is not).
     Within such a subtree every request is as likely as any other, and the choice is spread evenly
     over prompt lengths.
-    candidates: (n,) by request index, false where the length is known anyway; at least `size`.
+    candidates: (n,) by request index, false where the length is known anyway; at least `count`.
     """
     leaves = _leaves(tree, candidates)
-    count = math.ceil(FIRST_PART * size) if size >= TWO_PART_REQUESTS else size
     if count == 0:
         return np.empty(0, dtype=np.int64)
     node = _strata(tree, leaves, len(leaves) / count)

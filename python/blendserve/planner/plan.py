@@ -13,7 +13,7 @@ from .annotation import amortised_compute
 from .cost_model import CostModel, density
 from .flat_tokens import FlatTokens
 from .length_model import LengthModel
-from .length_sample import choose_sample, choose_second_sample, sample_size
+from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
 from .prefix_tree import Floats, Ints, PrefixTree
 from .transform import transform
 
@@ -188,7 +188,7 @@ def make_plan(
     elif not observed:
         free = waiting & unknown
         size = sample_size(int(free.sum()), config.sample_fraction, config.min_sample)
-        sample = choose_sample(tree, size, config.seed, free)
+        sample = choose_sample(tree, first_part(size), config.seed, free)
 
     rest = tree.subset(waiting[tree.requests])
     leaf_output = output[rest.requests]
