@@ -9,11 +9,11 @@ Error: mean over all inner nodes of the prefix tree, the root included, of the a
 the total output of the requests below that were not sampled. Floors, which nothing that draws as
 many samples can get below, but for luck:
 
-- Large subtrees: the error of a sample. An oracle knows of every trace the mean length in each bin
-  of prompt length and of continuation up to a common factor, and how far lengths deviate from it;
-  it gives no sample to MMLU, and the traces as many as is best.
-- All subtrees: the lengths' own spread. An oracle knows these means altogether, and after a third
-  of the job when each running request ends.
+- Large subtrees: the error of a sample. An oracle knows of every trace, up to one factor, how mean
+  lengths depend on prompt length and continuation, and how far lengths deviate from that; it gives
+  no sample to MMLU, and the traces as many as is best.
+- All subtrees: the lengths' own spread. An oracle knows the mean length in each bin of prompt
+  length and continuation, and after a third of the job when each running request ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from blendserve.planner import (
     first_part,
     sample_size,
 )
-from blendserve.planner.length_factors import length_bins
+from blendserve.planner.length_factors import continuation_tokens, length_bins
 
 RESULTS = ROOT / "benchmark" / "results" / "length_estimation.json"
 
@@ -90,6 +89,9 @@ class Measured:
         cell[self.tree.requests] = 1000 * by_prompt + by_continuation
         _, cell = np.unique(trace * 1_000_000 + cell, return_inverse=True)
         self.bin_mean = (np.bincount(cell, weights=self.truth) / np.bincount(cell))[cell]
+        self.prompt, self.continuation = np.empty((2, self.n), dtype=np.int64)
+        self.prompt[self.tree.requests] = self.tree.length
+        self.continuation[self.tree.requests] = continuation_tokens(self.tree)
 
     # -- samples
 
@@ -138,8 +140,8 @@ class Measured:
         return self.error(self.fitted(self.observed(sample)).mean(), self.held_out(sample))
 
     def online(self, sample: Ints, seed: int) -> list[Errors]:
-        """Errors of the first estimates; after a third of the job, of the update with all that is
-        known then, of the update without what the running requests show, and of the oracle.
+        """Errors after a third of the job: of the update with all that is known then, of the update
+        without what the running requests show, and of the oracle.
 
         After the sample the rest runs in random order, SLOTS at a time, a token a step.
         """
@@ -149,7 +151,6 @@ class Measured:
         oracle = self.bin_mean.copy()
         oracle[list(running)] = self.truth[list(running)]
         return [
-            self.model(sample),
             self.error(self.fitted(finished, running).mean(), left),
             self.error(self.fitted(finished).mean(), left),
             self.error(oracle, left),
@@ -174,11 +175,20 @@ class Measured:
     def sampling_floor(self) -> float:
         """Mean over the large subtrees of the error of the best sample (see above): the root's and
         each trace's, normally distributed; the others' is taken as none."""
-        residual = self.truth - self.bin_mean
-        sums = []  # N times the deviation from the bin means, of each trace.
+        sums = []  # N times the deviation that is not explained, of each trace.
         for trace in np.unique(self.trace[self.trace > 0]):
-            members = self.trace == trace
-            sums.append(members.sum() * math.sqrt(float(np.mean(residual[members] ** 2))))
+            members = np.flatnonzero(self.trace == trace)
+            continued = self.continuation[members] > 0
+            squares = 0.0
+            for part, key in (
+                (members[continued], self.continuation),
+                (members[~continued], self.prompt),
+            ):
+                # Half the mean squared difference of neighbours.
+                lengths = self.truth[part[np.argsort(key[part], kind="stable")]]
+                if len(lengths) > 1:
+                    squares += len(lengths) * float(np.mean(np.diff(lengths) ** 2)) / 2
+            sums.append(math.sqrt(len(members) * squares))
         spread = np.array(sums)
         best = math.inf
         for power in np.linspace(0.6, 1.0, 9):
@@ -193,21 +203,20 @@ class Measured:
 
 
 def measure(job: Measured, seeds: int) -> dict[str, Any]:
-    def by_seed(score: Any, draw: Any) -> Floats:
-        return np.array([score(draw(seed)) for seed in range(seeds)])
-
-    one_part = partial(choose_sample, job.tree, job.size)
+    random = [job.random_sample(seed) for seed in range(seeds)]
+    one_part = [choose_sample(job.tree, job.size, seed) for seed in range(seeds)]
+    two_parts = [job.two_parts(seed) for seed in range(seeds)]
     errors = {
-        "paper_random_sample": by_seed(job.paper, job.random_sample),
-        "model_random_sample": by_seed(job.model, job.random_sample),
-        "paper_two_part_sample": by_seed(job.paper, job.two_parts),
-        "model_one_part_sample": by_seed(job.model, one_part),
-        "model_two_part_sample": by_seed(job.model, job.two_parts),
+        "paper_random_sample": np.array([job.paper(sample) for sample in random]),
+        "model_random_sample": np.array([job.model(sample) for sample in random]),
+        "paper_two_part_sample": np.array([job.paper(sample) for sample in two_parts]),
+        "model_one_part_sample": np.array([job.model(sample) for sample in one_part]),
+        "model_two_part_sample": np.array([job.model(sample) for sample in two_parts]),
     }
-    online = np.array([job.online(job.two_parts(s), s) for s in range(seeds)])
+    online = np.array([job.online(sample, seed) for seed, sample in enumerate(two_parts)])
     floors = (
         job.sampling_floor(),
-        float(np.mean([job.spread_floor(job.two_parts(s)) for s in range(min(seeds, 20))])),
+        float(np.mean([job.spread_floor(sample) for sample in two_parts[:20]])),
     )
     found: dict[str, Any] = {
         "requests": job.n,
@@ -217,7 +226,8 @@ def measure(job: Measured, seeds: int) -> dict[str, Any]:
     for at, which in enumerate(("large", "all")):
         means = {name: float(values[:, at].mean()) for name, values in errors.items()}
         paper = means["paper_random_sample"]
-        first, updated, blind, oracle = online[:, :, at].mean(axis=0)
+        first = means["model_two_part_sample"]
+        updated, blind, oracle = online[:, :, at].mean(axis=0)
         found[which] = {
             "error_tokens": {name: round(value, 2) for name, value in means.items()},
             "floor_tokens": round(floors[at], 2),
