@@ -19,13 +19,13 @@ from blendserve.planner import (
     HARDWARE,
     MODEL_SPECS,
     CostModel,
+    HardwareError,
     Job,
     ModelSpecError,
     Partition,
     Plan,
     PlannerConfig,
     Prediction,
-    UnknownHardwareError,
     hardware,
     kv_capacity_tokens,
     make_plan,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     except (PlanError, JobFileError, OSError, ImportError) as error:
         print(f"blendserve plan: {error}", file=sys.stderr)
         return 1
-    except (ModelSpecError, UnknownHardwareError) as error:
+    except (ModelSpecError, HardwareError) as error:
         print(f"blendserve plan: {error}", file=sys.stderr)
         return 2
     if options.json:
@@ -103,7 +103,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model-spec", required=True, metavar="NAME|PATH", help="model, config.json or its folder"
     )
-    parser.add_argument("--hardware", required=True, metavar="NAME", help="device of a replica")
+    parser.add_argument(
+        "--hardware",
+        required=True,
+        metavar="NAME|FILE.json",
+        help="device of a replica, or a file of its measured ceilings",
+    )
     parser.add_argument("--tp", type=_positive, default=1, help="devices per replica (default: 1)")
     parser.add_argument("--dp", type=_positive, default=1, help="replicas (default: 1)")
     parser.add_argument(
@@ -163,8 +168,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> Report:
-    cost_model = CostModel(
-        model_spec(options.model_spec), hardware(options.hardware).scaled(options.tp)
+    cost_model = CostModel.tensor_parallel(
+        model_spec(options.model_spec), hardware(options.hardware), options.tp
     )
     try:
         capacity = options.kv_tokens or kv_capacity_tokens(cost_model)

@@ -7,7 +7,7 @@ from .admission import Admission, Candidate, Growth, KVState, account_side, acco
 from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
-from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
+from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
@@ -29,6 +29,7 @@ __all__ = [
     "FlatTokens",
     "Growth",
     "Hardware",
+    "HardwareError",
     "Job",
     "KVState",
     "LengthModel",

@@ -36,6 +36,8 @@ class ModelSpec:
     attention_width: query heads x head_dim, the H of the attention FLOPs; equals hidden_size for
         most models. With MLA the mean of the query-key and the value width.
     kv_bytes_per_token: KV cache of one token over all layers. With MLA the compressed latent.
+    kv_shards: ranks that tensor parallelism can divide that cache among: one per KV head; 1 with
+        MLA, as every head needs the whole latent.
     context_length: the longest prompt plus output, in tokens.
     dtype_bytes: bytes per element of the serving dtype.
     """
@@ -51,6 +53,7 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     kv_bytes_per_token: float
+    kv_shards: int
     context_length: int
     dtype_bytes: float
 
@@ -100,6 +103,7 @@ class ModelSpec:
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             kv_bytes_per_token=shape.kv_elements_per_token * kv_element,
+            kv_shards=shape.kv_heads if shape.mla is None else 1,
             context_length=reader.context_length(),
             dtype_bytes=dtype_bytes,
         )
