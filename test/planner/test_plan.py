@@ -217,7 +217,7 @@ def test_small_jobs(ids, known):
     assert not np.isnan(plan.density).any()
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(jobs(repeat=16_384))
 def test_prompts_of_up_to_147k_tokens_are_planned_like_short_ones(job):
     """Up to nine ids, each 16,384 times: chains of nested prompts, duplicates, empty ones."""
