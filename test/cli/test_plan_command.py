@@ -323,6 +323,13 @@ def test_measured_ceilings_change_what_is_predicted(capsys, token_file, tmp_path
     assert json.loads(out)["density"]["job"] == pytest.approx(10 * promised["density"]["job"])
 
 
+def test_a_quantised_cache_halves_the_memory_traffic(capsys, token_file):
+    plain = json.loads(plan(capsys, "-i", token_file, *ON_A100, "--json")[1])
+    fp8 = ["--kv-cache-dtype", "fp8_e4m3"]
+    small = json.loads(plan(capsys, "-i", token_file, *ON_A100, *fp8, "--json")[1])
+    assert small["density"]["job"] == pytest.approx(2 * plain["density"]["job"])
+
+
 @pytest.mark.parametrize("args", [["--dp", "0"], ["--sample-fraction", "2"], ["--jsn"], []])
 def test_wrong_flags_are_refused(capsys, token_file, args):
     with pytest.raises(SystemExit) as end:

@@ -90,7 +90,7 @@ def test_whole_traces_stand_in_the_order_of_the_paper():
 
 
 def test_the_prompts_quadratic_term_is_what_the_paper_drops():
-    """It is 3 % to 12 % of compute at the traces' mean lengths, so no reason to differ by more."""
+    """It is below 12 % of compute at the mean lengths, so no reason to differ by more than that."""
     for prompt, output in MEANS.values():
         linear = (prompt + output) * 2 * LLAMA_ON_A100.model.params_per_token
         linear /= LLAMA_ON_A100.hardware.compute_flops

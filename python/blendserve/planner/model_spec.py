@@ -207,7 +207,13 @@ MODEL_SPECS: dict[str, ModelSpec] = {
 }
 
 
-def model_spec(name_or_path: str | Path) -> ModelSpec:
-    """A model of `MODEL_SPECS` by name, else `ModelSpec.from_config` of the path."""
+def model_spec(name_or_path: str | Path, kv_bytes_per_element: float | None = None) -> ModelSpec:
+    """A model of `MODEL_SPECS` by name, else `ModelSpec.from_config` of the path; the KV cache in
+    the model's dtype, or of elements of the given size."""
     known = MODEL_SPECS.get(str(name_or_path).lower())
-    return known if known is not None else ModelSpec.from_config(name_or_path)
+    if known is None:
+        return ModelSpec.from_config(name_or_path, kv_bytes_per_element=kv_bytes_per_element)
+    if kv_bytes_per_element is None:
+        return known
+    per_token = known.kv_bytes_per_token / known.dtype_bytes * kv_bytes_per_element
+    return replace(known, kv_bytes_per_token=per_token)
