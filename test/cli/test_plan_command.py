@@ -301,6 +301,7 @@ def test_wrong_input_is_refused_with_a_remedy(capsys, tmp_path, token_file):
         (["-i", text, *ON_A100, "--tokenizer", tmp_path], 1, "has no tokenizer.json"),
         (["-i", token_file, "--model-spec", missing, "--hardware", "l40s"], 2, "no such file"),
         (["-i", token_file, *ON_A100[:3], "a100"], 2, "did you mean 'a100-80g-sxm'?"),
+        (["-i", token_file, *ON_A100[:3], "x.json"], 2, "x.json: No such file or directory"),
         (["-i", token_file, "--model-spec", "llama-3.1-70b", *ON_A100[2:]], 1, "--tp"),
         (["-i", token_file, *ON_A100, "--order", token_file], 1, "must be different files"),
         (["-i", token_file, *ON_A100, "--order", tmp_path], 1, "is a folder"),
@@ -311,6 +312,22 @@ def test_wrong_input_is_refused_with_a_remedy(capsys, tmp_path, token_file):
         assert (found, out) == (status, ""), args
         assert err.startswith("blendserve plan: ")
         assert said in err
+
+
+def test_measured_ceilings_change_what_is_predicted(capsys, token_file, tmp_path):
+    figures = tmp_path / "measured.json"
+    figures.write_text('{"base": "a100-80g-sxm", "compute_flops": 3.12e13, "source": "a test"}')
+    promised = json.loads(plan(capsys, "-i", token_file, *ON_A100, "--json")[1])
+    status, out, _ = plan(capsys, "-i", token_file, *ON_A100[:3], figures, "--json")
+    assert status == 0
+    assert json.loads(out)["density"]["job"] == pytest.approx(10 * promised["density"]["job"])
+
+
+def test_a_quantised_cache_halves_the_memory_traffic(capsys, token_file):
+    plain = json.loads(plan(capsys, "-i", token_file, *ON_A100, "--json")[1])
+    fp8 = ["--kv-cache-dtype", "fp8_e4m3"]
+    small = json.loads(plan(capsys, "-i", token_file, *ON_A100, *fp8, "--json")[1])
+    assert small["density"]["job"] == pytest.approx(2 * plain["density"]["job"])
 
 
 @pytest.mark.parametrize("args", [["--dp", "0"], ["--sample-fraction", "2"], ["--jsn"], []])

@@ -17,9 +17,10 @@ prompts = st.lists(
 
 
 @st.composite
-def jobs(draw: st.DrawFn) -> Job:
-    """Random prompts with known outputs, among them 0, 1 and very long ones."""
-    ids = draw(prompts)
+def jobs(draw: st.DrawFn, repeat: int = 1) -> Job:
+    """Random prompts with known outputs, among them 0, 1 and very long ones. Each token is repeated
+    that often, which multiplies all lengths and shared prefixes."""
+    ids = [np.repeat(prompt, repeat) for prompt in draw(prompts)]
     n = len(ids)
     outputs = st.sampled_from([0, 1, 2, 7, 60, 900, 20_000])
     known = draw(st.lists(outputs, min_size=n, max_size=n))

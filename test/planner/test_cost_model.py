@@ -14,6 +14,7 @@ from blendserve.planner import (
     MODEL_SPECS,
     CostModel,
     Hardware,
+    HardwareError,
     ModelSpec,
     ModelSpecError,
     UnknownHardwareError,
@@ -235,6 +236,33 @@ def test_hardware_rows_say_where_they_are_from():
     assert both.density(500, 50) == pytest.approx(one.density(500, 50))
 
 
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_ranks_beyond_the_kv_heads_keep_copies(ranks, copies):
+    """BASE has two KV heads: on 4 ranks each is kept twice, and read twice."""
+    spec, device = ModelSpec.from_config(BASE), HARDWARE["a100-80g-sxm"]
+    one, many = CostModel(spec, device), CostModel.tensor_parallel(spec, device, ranks)
+    assert many.compute_seconds(500, 50) == pytest.approx(one.compute_seconds(500, 50) / ranks)
+    assert many.memory_seconds(500, 50) == pytest.approx(
+        one.memory_seconds(500, 50) * copies / ranks
+    )
+    assert many.model.weight_bytes == spec.weight_bytes
+
+
+def test_every_rank_keeps_the_latent_of_mla():
+    config = {
+        **BASE,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    spec = ModelSpec.from_config(config)
+    assert spec.kv_bytes_per_token == (32 + 4) * 2 * 2
+    eight = CostModel.tensor_parallel(spec, HARDWARE["a100-80g-sxm"], 8)
+    one = CostModel(spec, HARDWARE["a100-80g-sxm"])
+    assert eight.memory_seconds(500, 50) == pytest.approx(one.memory_seconds(500, 50))
+
+
 def test_an_unknown_device_names_the_nearest():
     with pytest.raises(UnknownHardwareError, match=r"valid names are .*l40s.*'h100-80g-sxm'"):
         hardware("h100-80gb")
@@ -242,3 +270,51 @@ def test_an_unknown_device_names_the_nearest():
         HARDWARE["cpu"].scaled(0)
     with pytest.raises(ValueError, match="bandwidth_bytes must be positive"):
         Hardware("x", 1.0, 0.0, 1.0, "nowhere")
+
+
+def written(tmp_path, document):
+    path = tmp_path / "measured.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return str(path)
+
+
+def test_measured_ceilings_stand_in_for_the_table(tmp_path):
+    figures = {"compute_flops": 2.5e14, "bandwidth_bytes": 1.7e12, "memory_bytes": 7.9e10}
+    found = hardware(written(tmp_path, figures))
+    assert (found.compute_flops, found.bandwidth_bytes, found.memory_bytes) == (
+        2.5e14,
+        1.7e12,
+        7.9e10,
+    )
+    assert "measured.json" in found.source
+    # A benchmark's results may be handed over whole, and the rest comes from a row.
+    measured = {"base": "A100-80G-SXM", "compute_flops": 2.5e14, "source": "cuBLAS, bf16"}
+    found = hardware(written(tmp_path, {"command": "x", "hardware": measured}))
+    base = HARDWARE["a100-80g-sxm"]
+    assert (found.compute_flops, found.bandwidth_bytes) == (2.5e14, base.bandwidth_bytes)
+    assert found.source.startswith("cuBLAS, bf16; bandwidth_bytes, memory_bytes: NVIDIA A100")
+    fast, slow = (CostModel(MODEL_SPECS["llama-3.1-8b"], row) for row in (base, found))
+    assert slow.density(500, 50) == pytest.approx(fast.density(500, 50) * 312 / 250)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "must hold an object"),
+        ({"base": "cpu", "compute_flop": 1}, "'compute_flop'; did you mean 'compute_flops'"),
+        ({"base": "a100"}, "base 'a100' is unknown; use one of a100-80g-sxm"),
+        ({"base": 7}, "base is 7; it must be a text"),
+        ({"compute_flops": 1e12, "memory_bytes": 1e9}, "bandwidth_bytes is missing; add it"),
+        ({"base": "cpu", "compute_flops": -1}, "compute_flops is -1; it must be a positive"),
+        ({"base": "cpu", "compute_flops": True}, "compute_flops is True; it must be a positive"),
+    ],
+)
+def test_a_file_of_figures_that_cannot_be_used_is_refused(tmp_path, document, message):
+    with pytest.raises(HardwareError, match=message):
+        hardware(written(tmp_path, document))
+
+
+def test_a_file_of_figures_that_is_not_there_is_named():
+    with pytest.raises(HardwareError, match=r"absent\.json: No such file"):
+        hardware("absent.json")

@@ -188,6 +188,32 @@ def test_what_does_not_fit_or_is_blocked_waits():
     assert choose(blocked, None, busy, 1.0) is None
 
 
+heads = st.none() | st.builds(
+    candidate,
+    st.just(LEFT),
+    prompt=st.integers(0, 2_000),
+    output=st.floats(0, 2_000),
+    density=densities,
+    blocked=st.booleans(),
+)
+
+
+@given(heads, heads, st.integers(0, 2_000), st.integers(0, 2_000), densities)
+def test_no_head_starts_while_its_prefix_is_being_computed_or_beyond_the_memory(
+    left, right, free, used, target
+):
+    """So of two siblings with the same prefix the second waits until the first has filled it."""
+    right = replace(right, side=RIGHT) if right else None
+    kv = pool(2_000, free, used, used)
+    side = Admission().choose(left, right, kv, target)
+    startable = [head for head in (left, right) if head and not head.blocked]
+    if side is not None:
+        (chosen,) = [head for head in startable if head.side is side]
+        assert kv.fits(chosen) or kv.idle
+    elif startable:
+        assert not kv.idle
+
+
 def test_a_prefix_that_running_requests_hold_takes_no_new_memory():
     held = Candidate(LEFT, 700, 20, 2.0, 50.0, locked_prefix_tokens=680)
     assert Admission().choose(held, None, pool(1000, 50, 900), 2.0) is LEFT

@@ -14,6 +14,7 @@ from blendserve.planner import (
     estimate,
     make_plan,
 )
+from blendserve.planner.length_factors import continuation_tokens
 
 
 def free(tree, limit=100_000):
@@ -42,6 +43,9 @@ def test_estimates_are_finite_within_limits_and_true_where_known(ids, data):
     running = {r: int(min(truth[r], limit[r])) for r in range(n) if state[r] == "running"}
     model = LengthModel(PrefixTree.build(ids), limit, exact).fit(finished, running)
     low, mean, high = model.quantile(0.1), model.mean(), model.quantile(0.9)
+    spread = model.deviation()
+    assert np.all(np.isfinite(spread))
+    assert np.all(spread >= 0)
     for values in (low, mean, high):
         assert np.all(np.isfinite(values))
         assert np.all((values >= 0) & (values <= limit))
@@ -61,7 +65,7 @@ def test_without_answers_the_prior_holds_and_a_limit_cuts_its_tail():
 def test_kinds_far_apart_keep_their_own_lengths():
     tree, kind = families([400, 400, 400])
     truth = np.array([2, 300, 16_000])[kind]
-    observed = {int(r): int(truth[r]) for r in choose_sample(tree, 0.03, 0, 0)}
+    observed = {int(r): int(truth[r]) for r in choose_sample(tree, 36, 0)}
     assert free(tree).fit(observed).mean() == pytest.approx(truth, rel=0.02)
 
 
@@ -92,7 +96,7 @@ def test_prompt_length_counts_where_it_tells():
     ids = [rng.integers(0, 10**9, length) for length in rng.integers(10, 1_000, 2_000)]
     truth = np.array([20 if len(p) < 250 else 400 for p in ids])
     tree = PrefixTree.build(ids)
-    observed = {int(r): int(truth[r]) for r in choose_sample(tree, 0.05, 0, 0)}
+    observed = {int(r): int(truth[r]) for r in choose_sample(tree, 100, 0)}
     error = np.abs(free(tree).fit(observed).mean() - truth).mean()
     assert error < 0.3 * np.abs(truth - truth.mean()).mean()
 
@@ -122,6 +126,53 @@ def test_observing_one_by_one_is_fitting_all_and_a_result_ends_the_running():
     assert np.array_equal(model.fit({}).mean(), before)
 
 
+def test_the_deviation_is_that_of_the_lengths_and_a_limit_cuts_it():
+    tree, kind = families([1_500, 1_500])
+    rng = np.random.default_rng(10)
+    truth = np.where(kind == 0, 2, 1 + rng.exponential(200, 3_000).astype(int))
+    observed = {r: int(truth[r]) for r in range(0, 3_000, 3)}
+    found = free(tree).fit(observed).deviation()
+    assert not found[::3].any()
+    rest = np.arange(3_000) % 3 > 0
+    assert np.all(found[rest & (kind == 0)] < 2)
+    assert found[rest & (kind == 1)].mean() == pytest.approx(200, rel=0.15)
+    capped = free(tree, limit=100).fit(observed).deviation()
+    cut = np.minimum(truth[kind == 1], 100).std()
+    assert capped[rest & (kind == 1)].mean() == pytest.approx(cut, rel=0.15)
+    # Of exponential lengths the rest is as spread as the whole.
+    running = free(tree).fit(observed, {2_999: 150}).deviation()[2_999]
+    assert running == pytest.approx(200, rel=0.3)
+
+
+def test_a_continued_conversation_tells_the_length_of_its_answers():
+    """The next turn's prompt holds this turn's answer and a short message."""
+    rng = np.random.default_rng(11)
+    ids, truth = [], []
+    for _ in range(500):
+        prompt = rng.integers(0, 10**9, 30)
+        for _ in range(4):
+            ids.append(prompt)
+            truth.append(1 + int(rng.exponential(300)))
+            prompt = np.append(prompt, rng.integers(0, 10**9, truth[-1] + rng.integers(5, 30)))
+    tree, truth = PrefixTree.build(ids), np.array(truth)
+    observed = {r: int(truth[r]) for r in range(0, 2_000, 20)}
+    found = free(tree).fit(observed).mean()
+    continued = np.arange(2_000) % 4 < 3
+    continued[list(observed)] = False
+    blind = np.abs(truth[continued] - truth[list(observed)].mean()).mean()
+    assert np.abs(found - truth)[continued].mean() < 0.5 * blind
+
+
+def test_the_continuation_of_a_prompt_is_the_longer_one_next_to_it():
+    rows = [[1], [1, 2], [1, 2], [1, 2, 3, 4], [5, 5], [5, 6], [7]]
+    tree = PrefixTree.build([np.array(row, dtype=np.int32) for row in rows])
+    found = continuation_tokens(tree)
+    assert dict(zip(tree.requests.tolist(), found.tolist(), strict=True)) == {
+        0: 1, 1: 2, 2: 2, 3: 0, 4: 0, 5: 0, 6: 0
+    }  # fmt: skip
+    assert continuation_tokens(PrefixTree.build([])).tolist() == []
+
+
 def test_quantiles_cover_as_often_as_they_say():
     tree, _ = families([3_000])
     truth = 1 + np.random.default_rng(5).exponential(200, 3_000).astype(int)
@@ -145,7 +196,7 @@ def test_a_sample_favours_requests_that_have_less_in_common():
     exam = rng.integers(0, 10**9, 600)
     ids = [np.append(exam, rng.integers(0, 10**9, 60)) for _ in range(2_000)]
     ids += [rng.integers(0, 10**9, 300) for _ in range(2_000)]
-    sample = choose_sample(PrefixTree.build(ids), 0.01, 0, 0)
+    sample = choose_sample(PrefixTree.build(ids), 40, 0)
     assert len(sample) == 40
     assert 1 <= np.sum(sample < 2_000) < 10
 

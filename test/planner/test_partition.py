@@ -45,6 +45,17 @@ def test_the_bars_hold_where_a_few_answers_are_most_of_the_work(replicas):
     assert parts.lost_sharing < 0.01
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_few_large_answers_are_dealt_out_evenly_too(seed):
+    """600 requests on 8 replicas: about 30 videos, the largest of them half of a replica's share or
+    more, are nearly all of the time."""
+    plan = make_plan(mixed_job(600, seed), LLAMA_ON_A100)
+    parts = partition(plan, 8, LLAMA_ON_A100)
+    assert plan.memory_seconds.max() > 0.4 * parts.seconds.mean()
+    assert parts.imbalance < 0.02
+    assert parts.lost_sharing < 0.01
+
+
 def test_each_replica_has_a_part_of_both_ends():
     job = mixed_job(6_000)
     job.known_output_tokens[:] = np.minimum(job.known_output_tokens, 4_000)

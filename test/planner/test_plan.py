@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_workloads import LLAMA_ON_A100, jobs, mixed_job, permuted, shared_tokens
 
@@ -215,6 +215,26 @@ def test_small_jobs(ids, known):
     plan = make_plan(job, LLAMA_ON_A100)
     assert sorted(plan.order.tolist()) == list(range(len(ids)))
     assert not np.isnan(plan.density).any()
+
+
+@settings(max_examples=10)
+@given(jobs(repeat=16_384))
+def test_prompts_of_up_to_147k_tokens_are_planned_like_short_ones(job):
+    """Up to nine ids, each 16,384 times: chains of nested prompts, duplicates, empty ones."""
+    plan = make_plan(job, LLAMA_ON_A100)
+    assert sorted(plan.order.tolist()) == list(range(len(job)))
+    short = [job.token_ids[r][::16_384] for r in plan.order]
+    shared = [16_384 * shared_tokens(a, b) for a, b in pairwise(short)]
+    assert plan.shared_with_previous.tolist() == [0] * bool(short) + shared
+    best = plan.prompt_tokens - plan.unique_tokens
+    assert sum(shared) >= 0.99 * best - 1e-6
+    distinct = {tuple(ids[:k].tolist()) for ids in short for k in range(1, len(ids) + 1)}
+    assert plan.unique_tokens == 16_384 * len(distinct)
+    p, d = np.array([16_384 * len(ids) for ids in short]), job.known_output_tokens[plan.order]
+    compute = LLAMA_ON_A100.compute_seconds(p, d).sum()
+    compute -= LLAMA_ON_A100.prefill_seconds_saved(plan.shared_with_previous).sum()
+    assert plan.compute_seconds.sum() == pytest.approx(compute)
+    assert plan.memory_seconds.sum() == pytest.approx(LLAMA_ON_A100.memory_seconds(p, d).sum())
 
 
 def test_a_very_long_prompt_keeps_exact_sums():

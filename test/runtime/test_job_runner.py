@@ -645,6 +645,7 @@ class Planned:
     observed: dict[int, int]
     exclude: set[int]
     running: dict[int, int]
+    sampled: set[int]
 
 
 @pytest.fixture
@@ -652,10 +653,10 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
     """The calls of the planner, as they come."""
     calls: list[Planned] = []
 
-    def watched(job, cost_model, config, *, observed, exclude, tree, running):
+    def watched(job, cost_model, config, *, observed, exclude, tree, running, sampled):
         # Only the first plan has to sort the prompts.
         assert (tree is None) == (not calls)
-        calls.append(Planned(dict(observed), set(exclude), dict(running)))
+        calls.append(Planned(dict(observed), set(exclude), dict(running), set(sampled)))
         return make_plan(
             job,
             cost_model,
@@ -664,6 +665,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
             exclude=exclude,
             tree=tree,
             running=running,
+            sampled=sampled,
         )
 
     monkeypatch.setattr(plan_worker, "make_plan", watched)

@@ -19,13 +19,13 @@ from blendserve.planner import (
     HARDWARE,
     MODEL_SPECS,
     CostModel,
+    HardwareError,
     Job,
     ModelSpecError,
     Partition,
     Plan,
     PlannerConfig,
     Prediction,
-    UnknownHardwareError,
     hardware,
     kv_capacity_tokens,
     make_plan,
@@ -36,6 +36,8 @@ from blendserve.planner import (
 from blendserve.planner.prediction import dual_scan_sequence
 
 _QUARTILES = ((25, "p25"), (50, "p50"), (75, "p75"))
+# SGLang's names for what it can keep in the KV cache, with bytes per element.
+_KV_CACHE_DTYPES = {"auto": None, "bfloat16": 2.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
 
 
 class PlanError(RuntimeError):
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     except (PlanError, JobFileError, OSError, ImportError) as error:
         print(f"blendserve plan: {error}", file=sys.stderr)
         return 1
-    except (ModelSpecError, UnknownHardwareError) as error:
+    except (ModelSpecError, HardwareError) as error:
         print(f"blendserve plan: {error}", file=sys.stderr)
         return 2
     if options.json:
@@ -103,9 +105,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model-spec", required=True, metavar="NAME|PATH", help="model, config.json or its folder"
     )
-    parser.add_argument("--hardware", required=True, metavar="NAME", help="device of a replica")
+    parser.add_argument(
+        "--hardware",
+        required=True,
+        metavar="NAME|FILE.json",
+        help="device of a replica, or a file of its measured ceilings",
+    )
     parser.add_argument("--tp", type=_positive, default=1, help="devices per replica (default: 1)")
     parser.add_argument("--dp", type=_positive, default=1, help="replicas (default: 1)")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=_KV_CACHE_DTYPES,
+        default="auto",
+        help="as for the server (default: auto, the model's dtype)",
+    )
     parser.add_argument(
         "--kv-tokens",
         type=_positive,
@@ -163,8 +176,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> Report:
-    cost_model = CostModel(
-        model_spec(options.model_spec), hardware(options.hardware).scaled(options.tp)
+    cost_model = CostModel.tensor_parallel(
+        model_spec(options.model_spec, _KV_CACHE_DTYPES[options.kv_cache_dtype]),
+        hardware(options.hardware),
+        options.tp,
     )
     try:
         capacity = options.kv_tokens or kv_capacity_tokens(cost_model)

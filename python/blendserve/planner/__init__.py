@@ -7,11 +7,12 @@ from .admission import Admission
 from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
-from .hardware import HARDWARE, Hardware, UnknownHardwareError, hardware
+from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
 from .kv_account import Candidate, KVAccount
 from .kv_forecast import KVForecast
-from .length_estimator import DEFAULT_OUTPUT_TOKENS, choose_sample, estimate
+from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
+from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
 from .partition import Partition, partition
@@ -36,6 +37,7 @@ __all__ = [
     "DualScanner",
     "FlatTokens",
     "Hardware",
+    "HardwareError",
     "Job",
     "KVAccount",
     "KVForecast",
@@ -55,8 +57,10 @@ __all__ = [
     "Transformed",
     "UnknownHardwareError",
     "choose_sample",
+    "choose_second_sample",
     "dual_scan_sequence",
     "estimate",
+    "first_part",
     "hardware",
     "kv_capacity_tokens",
     "make_plan",
@@ -66,5 +70,6 @@ __all__ = [
     "partition",
     "partition_memory",
     "predict",
+    "sample_size",
     "transform",
 ]

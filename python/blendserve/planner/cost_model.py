@@ -6,7 +6,7 @@ H attention width (heads x head_dim; the hidden size for most models).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +39,17 @@ class CostModel:
 
     model: ModelSpec
     hardware: Hardware
+
+    @classmethod
+    def tensor_parallel(cls, model: ModelSpec, hardware: Hardware, ranks: int) -> CostModel:
+        """The model on that many devices as one. Ranks beyond the KV heads keep copies of heads,
+        so that together they hold, and read, more KV bytes per token (MLA: one copy a rank).
+        Sequence and context parallelism divide the cache by tokens: for them scale the hardware
+        alone. Raises ValueError for ranks < 1."""
+        device = hardware.scaled(ranks)
+        heads_per_rank = -(-model.kv_shards // ranks)
+        copies = ranks * heads_per_rank / model.kv_shards
+        return cls(replace(model, kv_bytes_per_token=model.kv_bytes_per_token * copies), device)
 
     def compute_seconds(self, prompt_tokens: ArrayLike, output_tokens: ArrayLike) -> Floats:
         """((p + d) * 2P + 4 p^2 H L) / FLOP/s: GEMMs of all tokens and prefill attention,

@@ -1,14 +1,20 @@
 """What one accelerator can do: dense FLOP/s, memory bandwidth, memory size.
 
-Every row names where its figures come from. A user with measured ceilings makes a `Hardware` of
-their own or replaces fields of a row with `dataclasses.replace`.
+Every row names where its figures come from. They are what a datasheet promises; ceilings that were
+measured on a device stand in a JSON file, whose path `hardware` takes in place of a name.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+_FIGURES = ("compute_flops", "bandwidth_bytes", "memory_bytes")
+_FILE_KEYS = (*_FIGURES, "base", "name", "source")
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Hardware:
     source: str
 
     def __post_init__(self) -> None:
-        for field in ("compute_flops", "bandwidth_bytes", "memory_bytes"):
+        for field in _FIGURES:
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(
@@ -51,7 +57,11 @@ class Hardware:
         )
 
 
-class UnknownHardwareError(ValueError):
+class HardwareError(ValueError):
+    """A file of measured ceilings that cannot be used: names it, the key and the remedy."""
+
+
+class UnknownHardwareError(HardwareError):
     """A name that is not in `HARDWARE`."""
 
 
@@ -102,15 +112,69 @@ HARDWARE: dict[str, Hardware] = {
 
 
 def hardware(name: str) -> Hardware:
-    """The row of `HARDWARE` with this name (case does not matter).
+    """The row of `HARDWARE` with this name (case does not matter), or the device that a file
+    describes, if the name ends in .json.
 
-    Raises UnknownHardwareError with the valid names and the nearest one.
+    The file holds an object with any of compute_flops, bandwidth_bytes and memory_bytes (units as
+    in `Hardware`), `base`, the row that the missing ones are taken from, `name` and `source`; or
+    that object under the key "hardware" of a larger one, such as a benchmark's results.
+    Raises UnknownHardwareError with the valid names and the nearest one; HardwareError for a file
+    that cannot be used.
     """
+    if name.lower().endswith(".json"):
+        return _measured(Path(name))
     row = HARDWARE.get(name.lower())
     if row is not None:
         return row
     near = difflib.get_close_matches(name.lower(), HARDWARE, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UnknownHardwareError(
-        f"unknown hardware {name!r}: valid names are {', '.join(sorted(HARDWARE))}{hint}"
+        f"unknown hardware {name!r}: valid names are {', '.join(sorted(HARDWARE))}, or a .json "
+        f"file of measured figures{hint}"
     )
+
+
+def _measured(path: Path) -> Hardware:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HardwareError(f"{path}: {error.strerror}; give a file of figures") from error
+    except ValueError as error:
+        raise HardwareError(f"{path}: not valid JSON ({error}); write one object") from error
+    if isinstance(found, dict) and isinstance(found.get("hardware"), dict):
+        found = found["hardware"]
+    if not isinstance(found, dict):
+        raise HardwareError(f"{path}: must hold an object with {', '.join(_FILE_KEYS)}")
+    for key in found:
+        if key not in _FILE_KEYS:
+            near = difflib.get_close_matches(key, _FILE_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_FILE_KEYS)}"
+            raise HardwareError(f"{path}: unknown key {key!r}; {hint}")
+    for key in ("base", "name", "source"):
+        if not isinstance(found.get(key, ""), str):
+            raise HardwareError(f"{path}: {key} is {found[key]!r}; it must be a text")
+    base = HARDWARE.get(found.get("base", "").lower())
+    if base is None and "base" in found:
+        raise HardwareError(
+            f"{path}: base {found['base']!r} is unknown; use one of {', '.join(sorted(HARDWARE))}"
+        )
+    figures = {key: _figure(path, found, key, base) for key in _FIGURES}
+    source = found.get("source", "measured")
+    taken = [key for key in _FIGURES if key not in found]
+    if base is not None and taken:
+        source += f"; {', '.join(taken)}: {base.source}"
+    default = f"{base.name}, measured" if base else path.stem
+    return Hardware(name=found.get("name", default), source=f"{source} ({path})", **figures)
+
+
+def _figure(path: Path, found: dict[str, Any], key: str, base: Hardware | None) -> float:
+    if key not in found:
+        if base is None:
+            raise HardwareError(
+                f"{path}: {key} is missing; add it, or name the row to take it from with base"
+            )
+        return float(getattr(base, key))
+    value = found[key]
+    if type(value) not in (int, float) or not (value > 0 and math.isfinite(value)):
+        raise HardwareError(f"{path}: {key} is {value!r}; it must be a positive number")
+    return float(value)

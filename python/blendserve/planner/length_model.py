@@ -11,27 +11,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .length_estimator import DEFAULT_OUTPUT_TOKENS
+from .length_factors import ALIKE_ANSWERS, FAMILY_ANSWERS, Bools, bin_factors, length_bins
 from .prefix_tree import Floats, Ints, PrefixTree
 
-Bools = NDArray[np.bool_]
-
-# A family, the smallest subtree with this many answers, has its own distribution.
-FAMILY_ANSWERS = 16
 # A node with fewer answers (unless the whole job has no more) cannot tell its children apart.
 TELLING_ANSWERS = 8
-# Before its answers tell, children of a node are taken to be no different from each other
-# (weight of one answer), and as spread within as their siblings are (weight of two).
-ALIKE_ANSWERS = 1.0
+# Before its answers tell, a child of a node is taken to be as spread within as its siblings are.
 SPREAD_ANSWERS = 2.0
 # Ratios to the mean that a family's distribution starts from: an exponential one, as four answers.
 PRIOR_RATIOS = -np.log1p(-(np.arange(4) + 0.5) / 4)
-# Prompt lengths within a factor of sqrt(2) stand in one bin.
-BINS_PER_OCTAVE = 2.0
-# Passes in which running requests are replaced by what they are expected to end at.
-CENSORED_PASSES = 5
+# Where requests are running, the longest lengths are known least. The last endings, this part of
+# all and four at least, are pooled: beyond the one before them, lengths are taken as exponential.
+TAIL_PART = 0.02
+TAIL_ANSWERS = 4
 
 
 # Of ratios (k,) ascending, those above the second (j,), limited to the third (j,): (j,).
@@ -103,19 +97,27 @@ class LengthModel:
             lambda ratios, above, limit: np.minimum(_quantile_ratio(ratios, above, q), limit)
         )
 
-    def _by_request(self, statistic: _Statistic) -> Floats:
+    def deviation(self) -> Floats:
+        """Standard deviation of each length, in tokens; 0 where it is known."""
+        out = np.empty(self._tree.num_leaves)
+        out[self._tree.requests] = self._by_leaf(_deviation_ratio)
+        return np.where(self._exact | ~np.isnan(self._finished), 0.0, out)
+
+    def _by_leaf(self, statistic: _Statistic) -> Floats:
         if self._fitted is None:
             self._fitted = self._fit()
-        requests = self._tree.requests
+        return self._unfinished(self._fitted, statistic, self._limit[self._tree.requests])
+
+    def _by_request(self, statistic: _Statistic) -> Floats:
         out = np.empty(self._tree.num_leaves)
-        out[requests] = self._unfinished(self._fitted, statistic, self._limit[requests])
+        out[self._tree.requests] = np.maximum(self._by_leaf(statistic) - 1, 0.0)
         out = np.where(self._exact, self._limit, out)
         out = np.where(np.isnan(self._running), out, np.maximum(out, self._running))
         out = np.where(np.isnan(self._finished), out, self._finished)
         return np.minimum(out, self._limit)
 
     def _unfinished(self, fit: _Fit, statistic: _Statistic, limit: Floats) -> Floats:
-        """(n,) in leaf order: a statistic of the rest, in tokens."""
+        """(n,) in leaf order: a statistic of output tokens + 1."""
         so_far = self._running[self._tree.requests]
         above = np.where(so_far > 0, so_far + 1, 0.0) / fit.location  # nan > 0 is false.
         ceiling = (limit + 1) / fit.location
@@ -124,23 +126,14 @@ class LengthModel:
         ends = np.cumsum(np.bincount(fit.family, minlength=len(fit.ratios)))
         for members, ratios in zip(np.split(by_family, ends[:-1]), fit.ratios, strict=True):
             out[members] = statistic(ratios, above[members], ceiling[members])
-        return np.maximum(out * fit.location - 1, 0.0)
+        return out * fit.location
 
     def _fit(self) -> _Fit:
         requests = self._tree.requests
         usable = ~self._exact[requests]
         answers = np.where(usable, self._finished[requests], np.nan)
-        ended = ~np.isnan(answers)
         so_far = np.where(usable & (self._running[requests] > 0), self._running[requests], np.nan)
-        running = ~np.isnan(so_far)
-        fit = _fit_once(self._tree, answers, ended, so_far)
-        if running.any():
-            no_limit = np.full(len(answers), np.inf)
-            for _ in range(CENSORED_PASSES):
-                expected = self._unfinished(fit, _mean_ratio, no_limit)
-                answers = np.where(running, expected, answers)
-                fit = _fit_once(self._tree, answers, ended, so_far)
-        return fit
+        return _learn(self._tree, answers, so_far)
 
 
 def _mean_ratio(ratios: Floats, above: Floats, limit: Floats) -> Floats:
@@ -155,6 +148,23 @@ def _mean_ratio(ratios: Floats, above: Floats, limit: Floats) -> Floats:
     return np.asarray(np.where(count > 0, inside, np.minimum(above + 1.0, limit)))
 
 
+def _deviation_ratio(ratios: Floats, above: Floats, limit: Floats) -> Floats:
+    """Standard deviation of min(Z, limit) given Z > above; beyond all that was seen, that of the
+    exponential rest or of what the limit leaves of it."""
+    skipped = np.where(above > 0, np.searchsorted(ratios, above, side="right"), 0)
+    count = len(ratios) - skipped
+    cut = np.maximum(np.searchsorted(ratios, limit), skipped)
+    capped = np.minimum(limit, ratios[-1])
+    moments = []
+    for power in (1, 2):
+        total = np.concatenate(([0.0], np.cumsum(ratios**power)))
+        inside = total[cut] - total[skipped] + (len(ratios) - cut) * capped**power
+        moments.append(inside / np.maximum(count, 1))
+    variance = np.maximum(moments[1] - moments[0] ** 2, 0.0)
+    rest = np.clip(limit - above, 0.0, 1.0)
+    return np.asarray(np.where(count > 0, np.sqrt(variance), rest))
+
+
 def _quantile_ratio(ratios: Floats, above: Floats, q: float) -> Floats:
     """The q-quantile of Z given Z > above; beyond all that was seen, of an exponential tail."""
     skipped = np.where(above > 0, np.searchsorted(ratios, above, side="right"), 0)
@@ -164,12 +174,12 @@ def _quantile_ratio(ratios: Floats, above: Floats, q: float) -> Floats:
     return np.asarray(np.where(count > 0, ratios[np.minimum(at, len(ratios) - 1)], tail))
 
 
-def _fit_once(tree: PrefixTree, answers: Floats, ended: Bools, so_far: Floats) -> _Fit:
-    """All (n,) in leaf order. answers: true lengths and, of running requests, expected ones, nan
-    where there is neither. ended: which are true. so_far: tokens of running requests, else nan."""
-    seen = ~np.isnan(answers)
-    value = np.where(seen, answers, 0.0) + 1.0
-    location, count = _shrunk_means(tree, value, seen)
+def _learn(tree: PrefixTree, answers: Floats, so_far: Floats) -> _Fit:
+    """All (n,) in leaf order. answers: lengths of finished requests, so_far: tokens of running
+    ones, else nan."""
+    ended, runs = ~np.isnan(answers), ~np.isnan(so_far)
+    value = np.where(ended, answers, 0.0) + 1.0
+    location, count = _shrunk_means(tree, value, ended)
     leaf_location = location[tree.leaf_parent]
     # The smallest subtree around a leaf with enough answers; the root, if there is none.
     enough = np.zeros(tree.num_nodes, dtype=np.int64)
@@ -178,17 +188,20 @@ def _fit_once(tree: PrefixTree, answers: Floats, ended: Bools, so_far: Floats) -
     _, family = np.unique(enough[tree.leaf_parent], return_inverse=True)
     family = family.astype(np.int64)
     families = int(family.max()) + 1 if len(family) else 1
-    factor = _prompt_length_factor(tree.length, family, families, value / leaf_location, seen)
-    leaf_location = np.maximum(leaf_location * factor, 1.0)
+    for bins in length_bins(tree):
+        factor = bin_factors(bins, family, families, value / leaf_location, ended)
+        leaf_location = np.maximum(leaf_location * factor, 1.0)
     known = np.where(ended, value, so_far + 1) / leaf_location
-    runs = ~np.isnan(so_far)
     ratios = []
-    for members in _split(np.flatnonzero(ended | runs), family, families):
+    scale = np.ones(families)
+    for number, members in enumerate(_split(np.flatnonzero(ended | runs), family, families)):
         over = runs[members]
         lengths = np.concatenate((known[members[~over]], PRIOR_RATIOS))
         spread = _survivors(lengths, known[members[over]])
+        # What has finished so far is short rather than long, and the locations rest on it.
+        scale[number] = spread.mean() / lengths.mean()
         ratios.append(spread / spread.mean())
-    return _Fit(leaf_location, family, ratios)
+    return _Fit(leaf_location * scale[family], family, ratios)
 
 
 def _split(leaves: Ints, family: Ints, families: int) -> list[Ints]:
@@ -199,20 +212,23 @@ def _split(leaves: Ints, family: Ints, families: int) -> list[Ints]:
 
 def _survivors(lengths: Floats, exceeded: Floats) -> Floats:
     """Equally likely values, ascending, that stand for `lengths` together with others of which only
-    the values that they exceed are known: the Kaplan-Meier estimate, its rest exponential."""
+    the values that they exceed are known: the Kaplan-Meier estimate with an exponential tail."""
     if not len(exceeded):
         return np.sort(lengths)
     value = np.concatenate((lengths, exceeded))
     over = np.arange(len(value)) >= len(lengths)
     order = np.lexsort((over, value))
     value, over = value[order], over[order]
+    pooled = max(TAIL_ANSWERS, int(TAIL_PART * len(lengths)))
+    # The tail starts after the last ending before those that are pooled.
+    start = int(np.flatnonzero(~over)[-pooled - 1]) if len(lengths) > pooled else 0
+    mean_rest = float((value[start + 1 :] - value[start]).sum()) / pooled
     left = np.arange(len(value), 0, -1)
-    survival = np.cumprod(np.where(over, 1.0, 1.0 - 1.0 / left))
+    survival = np.cumprod(np.where(over, 1.0, 1.0 - 1.0 / left))[: start + 1]
     chance = (np.arange(2 * len(value)) + 0.5) / (2 * len(value))
     at = np.searchsorted(1.0 - survival, chance)
-    beyond = np.log(np.maximum(survival[-1], 1e-12) / (1.0 - chance))
-    last = len(value) - 1
-    return np.where(at <= last, value[np.minimum(at, last)], value[last] + np.maximum(beyond, 0))
+    beyond = np.log(survival[-1] / (1.0 - chance)) * mean_rest
+    return np.where(at <= start, value[np.minimum(at, start)], value[start] + np.maximum(beyond, 0))
 
 
 def _shrunk_means(tree: PrefixTree, value: Floats, seen: Bools) -> tuple[Floats, Floats]:
@@ -292,49 +308,3 @@ def _part(numerator: Floats, denominator: Floats) -> Floats:
     out = np.zeros(len(numerator))
     np.divide(numerator, denominator, out=out, where=denominator > 0)
     return out
-
-
-def _prompt_length_factor(
-    length: Ints, family: Ints, families: int, ratio: Floats, seen: Bools
-) -> Floats:
-    """(n,) by how much answers to prompts of about this length exceed their family's.
-
-    Again the mean of a bin, drawn towards the family's by B = t / (t + v / n); t counts only as far
-    as it exceeds what chance gives. 1 on average over the family's answers: what they add up to is
-    the tree's to say.
-    """
-    octave = np.floor(BINS_PER_OCTAVE * np.log2(length + 1.0)).astype(np.int64)
-    width = int(octave.max()) + 1 if len(octave) else 1
-    cell = family * width + octave
-    used, index = np.unique(cell, return_inverse=True)
-    owner = used // width
-
-    def per(labels: Ints, weights: Floats, size: int) -> Floats:
-        return np.bincount(labels[seen], weights=weights[seen], minlength=size).astype(np.float64)
-
-    one = np.ones(len(ratio))
-    n, total = per(family, one, families), per(family, ratio, families)
-    mean = total / np.maximum(n, 1)
-    deviation = (ratio - mean[family]) ** 2
-    cell_n = per(index, one, len(used))
-    cell_mean = per(index, ratio, len(used)) / np.maximum(cell_n, 1)
-    scatter = per(family, deviation, families)
-    within = per(family, (ratio - cell_mean[index]) ** 2, families)
-    filled = np.bincount(owner[cell_n > 0], minlength=families)
-    squares = np.bincount(owner, weights=cell_n**2, minlength=families)
-    # One-way analysis of variance; the prior within-variance weighs as one answer.
-    variance = scatter / np.maximum(n - 1, 1)
-    v = (within + ALIKE_ANSWERS * variance) / (np.maximum(n - filled, 0) + ALIKE_ANSWERS)
-    spread = n - squares / np.maximum(n, 1)
-    chance = filled - 1 + np.sqrt(2 * np.maximum(filled - 1, 0))  # Chi square: mean + deviation.
-    t = np.maximum(scatter - within - chance * v, 0.0) / np.maximum(spread, 1e-9)
-    t = np.where((n >= FAMILY_ANSWERS) & (spread > 0), t, 0.0)
-    denominator = cell_n * t[owner] + v[owner]
-    weight = np.divide(
-        cell_n * t[owner], denominator, out=np.zeros(len(used)), where=denominator > 0
-    )
-    base = np.where(mean > 0, mean, 1.0)[owner]
-    factor = 1 + weight * (cell_mean / base - 1)
-    fitted = per(family, factor[index], families)
-    scale = np.divide(n, fitted, out=np.ones(families), where=fitted > 0)
-    return np.asarray(factor[index] * scale[family])

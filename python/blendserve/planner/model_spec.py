@@ -36,6 +36,8 @@ class ModelSpec:
     attention_width: query heads x head_dim, the H of the attention FLOPs; equals hidden_size for
         most models. With MLA the mean of the query-key and the value width.
     kv_bytes_per_token: KV cache of one token over all layers. With MLA the compressed latent.
+    kv_shards: ranks that tensor parallelism can divide that cache among: one per KV head; 1 with
+        MLA, as every head needs the whole latent.
     context_length: the longest prompt plus output, in tokens.
     dtype_bytes: bytes per element of the serving dtype.
     """
@@ -51,6 +53,7 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     kv_bytes_per_token: float
+    kv_shards: int
     context_length: int
     dtype_bytes: float
 
@@ -100,6 +103,7 @@ class ModelSpec:
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             kv_bytes_per_token=shape.kv_elements_per_token * kv_element,
+            kv_shards=shape.kv_heads if shape.mla is None else 1,
             context_length=reader.context_length(),
             dtype_bytes=dtype_bytes,
         )
@@ -203,7 +207,13 @@ MODEL_SPECS: dict[str, ModelSpec] = {
 }
 
 
-def model_spec(name_or_path: str | Path) -> ModelSpec:
-    """A model of `MODEL_SPECS` by name, else `ModelSpec.from_config` of the path."""
+def model_spec(name_or_path: str | Path, kv_bytes_per_element: float | None = None) -> ModelSpec:
+    """A model of `MODEL_SPECS` by name, else `ModelSpec.from_config` of the path; the KV cache in
+    the model's dtype, or of elements of the given size."""
     known = MODEL_SPECS.get(str(name_or_path).lower())
-    return known if known is not None else ModelSpec.from_config(name_or_path)
+    if known is None:
+        return ModelSpec.from_config(name_or_path, kv_bytes_per_element=kv_bytes_per_element)
+    if kv_bytes_per_element is None:
+        return known
+    per_token = known.kv_bytes_per_token / known.dtype_bytes * kv_bytes_per_element
+    return replace(known, kv_bytes_per_token=per_token)

@@ -32,8 +32,10 @@ MOVE_BUDGET = 0.004
 COARSE = 0.01
 LARGE_REQUEST = 0.02
 MAX_LOST_SHARING = 0.01
-# Moves and swaps looked at per step: the largest requests of either replica, and some of the rest.
+# Moves and swaps looked at per step: the largest requests of either replica and some of the rest,
+# and pairs of the very largest, which alone can even out a few large requests.
 _CANDIDATES = 192
+_PAIRED = 12
 _STEPS_PER_REPLICA = 60
 _ROUNDS = 8
 
@@ -243,7 +245,8 @@ def _even_out_once(sums: _Sums, owner: Ints, replicas: int, budget: float) -> fl
         off = np.stack((compute - compute.mean(), memory - memory.mean())) / scale  # [2, k]
         if float(np.abs(off).max()) <= BALANCE_TOLERANCE:
             break
-        movable = ~settled & (2 * prefix <= budget - (spent or 0.0))
+        # Two at most from either side.
+        movable = ~settled & (4 * prefix <= budget - (spent or 0.0))
         step = None
         by_distance = [int(k) for k in np.argsort(-(off**2).sum(axis=0), kind="stable")]
         for first in by_distance:
@@ -259,16 +262,15 @@ def _even_out_once(sums: _Sums, owner: Ints, replicas: int, budget: float) -> fl
         if step is None:
             break
         _, forth, back, worst, other = step
-        for moved, source, target in ((forth, worst, other), (back, other, worst)):
-            if moved < 0:
-                continue
-            owner[moved] = target
-            settled[moved] = True
-            compute[source] -= tail[moved]
-            compute[target] += sums.compute[moved]
-            memory[source] -= sums.memory[moved]
-            memory[target] += sums.memory[moved]
-            spent = (spent or 0.0) + float(prefix[moved])
+        for bundle, source, target in ((forth, worst, other), (back, other, worst)):
+            for moved in bundle:
+                owner[moved] = target
+                settled[moved] = True
+                compute[source] -= tail[moved]
+                compute[target] += sums.compute[moved]
+                memory[source] -= sums.memory[moved]
+                memory[target] += sums.memory[moved]
+                spent = (spent or 0.0) + float(prefix[moved])
     return spent
 
 
@@ -280,33 +282,41 @@ def _best_exchange(
     off: Floats,
     scale: float,
     pair: tuple[int, int],
-) -> tuple[float, int, int] | None:
-    """(gain, position from the first replica of the pair, position from the second), -1 for none;
-    None without a gain."""
+) -> tuple[float, tuple[int, ...], tuple[int, ...]] | None:
+    """(gain, positions from the first replica of the pair, positions from the second), up to two
+    of each; None without a gain."""
     sides = []
     for replica in pair:
         at = np.flatnonzero((owner == replica) & movable)
+        at = at[np.argsort(-(tail[at] + sums.memory[at]), kind="stable")]
+        one, other = np.triu_indices(min(len(at), _PAIRED), k=1)
+        pairs = np.stack((at[one], at[other]))
         if len(at) > _CANDIDATES:
             # By weight, at equal distances: large ones to come near, small ones to come nearer.
-            heavy = at[np.argsort(-(tail[at] + sums.memory[at]), kind="stable")]
-            ranks = np.geomspace(1, len(at), _CANDIDATES).astype(np.int64) - 1
-            at = heavy[np.unique(ranks)]
-        sides.append(np.append(at, -1))
+            at = at[np.unique(np.geomspace(1, len(at), _CANDIDATES).astype(np.int64) - 1)]
+        nothing = np.full(len(at) + 1, -1)
+        singles = np.stack((np.append(at, -1), nothing))
+        sides.append(np.concatenate((singles, pairs), axis=1))  # [2, options], -1: no request
     forth, back = sides
 
     def cost(values: Floats, at: Ints) -> Floats:
-        return np.where(at >= 0, values[at], 0.0) / scale
+        return np.asarray(np.where(at >= 0, values[at], 0.0).sum(axis=0) / scale)
 
     # Deviations after the exchange, [forth, back].
     first, second = pair
     before = float((off[:, pair] ** 2).sum())
-    after = np.zeros((len(forth), len(back)))
+    after = np.zeros((forth.shape[1], back.shape[1]))
     for row, own, away in ((0, tail, sums.compute), (1, sums.memory, sums.memory)):
         after += (off[row, first] - cost(own, forth)[:, None] + cost(away, back)[None, :]) ** 2
         after += (off[row, second] + cost(away, forth)[:, None] - cost(own, back)[None, :]) ** 2
     i, j = np.unravel_index(int(np.argmin(after)), after.shape)
     gain = before - float(after[i, j])
-    return (gain, int(forth[i]), int(back[j])) if gain > 1e-12 else None
+    if gain <= 1e-12:
+        return None
+    taken, given = (
+        [int(at) for at in side[:, k] if at >= 0] for side, k in ((forth, i), (back, j))
+    )
+    return gain, tuple(taken), tuple(given)
 
 
 def _sub_plan(plan: Plan, sums: _Sums, at: Ints) -> Plan:

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from .annotation import amortised_compute
 from .cost_model import CostModel, density
 from .flat_tokens import FlatTokens
-from .length_estimator import choose_sample
 from .length_model import LengthModel
+from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
 from .prefix_tree import Floats, Ints, PrefixTree
 from .transform import transform
 
-# Parts of equal chance that a length's distribution is cut into for its standard deviation.
-DEVIATION_PARTS = 8
 # Up to this limit an output is taken as known for the choice of the sample: next to any prompt, it
 # does not change which side a request belongs to.
 PINNED_OUTPUT_TOKENS = 16
@@ -27,7 +25,7 @@ PINNED_OUTPUT_TOKENS = 16
 @dataclass(frozen=True)
 class PlannerConfig:
     """sample_fraction, min_sample: how many requests to run first for their output lengths (see
-    `choose_sample`). sharing_preserved: part of the best prefix sharing that the order keeps at
+    `sample_size`). sharing_preserved: part of the best prefix sharing that the order keeps at
     least. seed: for the choice of the sample."""
 
     sample_fraction: float = 0.01
@@ -110,7 +108,7 @@ class Plan:
       estimated_output_tokens; output_deviation: standard deviation of each estimate, 0 where the
           length is known; request_density: nan where the request is not planned.
     sample: (s,) request indices to run first, so that the rest can be planned again with what
-        they show; empty when the job's lengths are known or some were observed already.
+        they show (see `make_plan`); empty when the sample is complete, or the lengths are known.
     target_density: of the planned requests together, after sharing; inf without decoding.
     prompt_tokens, unique_tokens: of the planned requests; unique with ideal sharing.
     sharing_best, sharing_planned: part of the prompt tokens that a depth-first order, and this
@@ -147,14 +145,21 @@ def make_plan(
     exclude: Collection[int] = (),
     tree: PrefixTree | None = None,
     running: Mapping[int, int] | None = None,
+    sampled: Collection[int] = (),
 ) -> Plan:
     """Plans a job, or what is left of it.
+
+    A large sample is drawn in two parts: the first plan names one in `Plan.sample`; the plan that
+    is then made with its answers in `observed` and its requests in `sampled` names the other, which
+    goes where the first one showed that lengths vary; the next plan, with both in `sampled`, none.
+    Without `sampled`, a plan with observations names none.
 
     observed: true output lengths by request index, as far as they are known. exclude: requests
     that have started; they inform the estimates but are not planned. tree: `Plan.tree` of an
     earlier plan of the same job. running: output tokens so far of requests that have not ended;
-    their estimates exceed that. Deterministic, and the same plan whatever the order of the
-    requests in the job. Raises ValueError for indices that are not in the job.
+    their estimates exceed that. sampled: what the samples of earlier plans named. Deterministic,
+    and the same plan whatever the order of the requests in the job. Raises ValueError for indices
+    that are not in the job.
     """
     n = len(job)
     observed = {} if observed is None else observed
@@ -171,22 +176,21 @@ def make_plan(
     lengths = LengthModel(tree, limit, known).fit(observed, running)
     output = lengths.mean()
 
-    waiting = np.ones(n, dtype=bool)
-    for request in exclude:
-        if not 0 <= request < n:
-            raise ValueError(f"excluded request {request} is not in this job of {n} requests")
-        waiting[request] = False
+    waiting = ~_marked(n, exclude, "excluded")
+    taken = _marked(n, sampled, "sampled")
+    # A short limit pins a length about as well as a sample would.
+    unknown = ~known & (job.max_output_tokens > PINNED_OUTPUT_TOKENS)
     sample = np.empty(0, dtype=np.int64)
-    if not observed:
-        # A short limit pins a length about as well as a sample would.
-        open_ended = job.max_output_tokens > PINNED_OUTPUT_TOKENS
-        sample = choose_sample(
-            tree,
-            config.sample_fraction,
-            config.seed,
-            config.min_sample,
-            waiting & ~known & open_ended,
-        )
+    if taken.any():
+        size = sample_size(int(unknown.sum()), config.sample_fraction, config.min_sample)
+        if size > int(taken.sum()):
+            free = waiting & unknown & ~taken
+            spread = lengths.deviation()
+            sample = choose_second_sample(tree, size, config.seed, taken, spread, output, free)
+    elif not observed:
+        free = waiting & unknown
+        size = sample_size(int(free.sum()), config.sample_fraction, config.min_sample)
+        sample = choose_sample(tree, first_part(size), config.seed, free)
 
     rest = tree.subset(waiting[tree.requests])
     leaf_output = output[rest.requests]
@@ -210,7 +214,7 @@ def make_plan(
         compute_seconds=compute_after,
         memory_seconds=memory_after,
         estimated_output_tokens=output,
-        output_deviation=_deviation(lengths, output),
+        output_deviation=np.where(known, 0.0, lengths.deviation()),
         request_density=request_density,
         sample=sample,
         target_density=float(density(compute_after.sum(), memory_after.sum())),
@@ -224,9 +228,11 @@ def make_plan(
     )
 
 
-def _deviation(lengths: LengthModel, mean: Floats) -> Floats:
-    """(n,) standard deviation of each length, from the middle values of equally likely parts."""
-    variance = np.zeros(len(mean))
-    for part in range(DEVIATION_PARTS):
-        variance += (lengths.quantile((part + 0.5) / DEVIATION_PARTS) - mean) ** 2
-    return np.asarray(np.sqrt(variance / DEVIATION_PARTS))
+def _marked(n: int, requests: Collection[int], what: str) -> NDArray[np.bool_]:
+    """(n,) true for these requests."""
+    marked = np.zeros(n, dtype=bool)
+    for request in requests:
+        if not 0 <= request < n:
+            raise ValueError(f"{what} request {request} is not in this job of {n} requests")
+        marked[request] = True
+    return marked

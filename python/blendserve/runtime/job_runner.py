@@ -157,16 +157,12 @@ class JobRunner:
         )
 
     def _begin(self, plan: JobPlan) -> None:
-        # Samples go first and their answers count like any other.
-        self._sample = {side: deque(plan.sample[side].tolist()) for side in Side}
-        self._unseen = {position for queue in self._sample.values() for position in queue}
-        self.view.sampled = len(self._unseen)
-        self._replan_at = 2 * self.view.sampled
         self.view.prompt_tokens = plan.prompt_tokens
         self.view.unique_tokens = plan.unique_tokens
         self.view.best_sharing = plan.sharing_best
         self.view.bound_seconds = plan.bound_seconds
         self._adopt(plan)
+        self._replan_at = 2 * self.view.sampled
         self.view.phase = "running"
 
     def _adopt(self, plan: JobPlan) -> None:
@@ -174,6 +170,13 @@ class JobRunner:
         for position in self._started:
             plan.scanner.remove(position)
         self._plan_now = plan
+        # Samples go first and their answers count like any other. Some may have started, or even
+        # ended, while the plan that names them was made.
+        self._sample = {side: deque(plan.sample[side].tolist()) for side in Side}
+        named = [position for queue in self._sample.values() for position in queue]
+        self._unseen = {p for p in named if p in plan.scanner or p in self._sent}
+        self._sample_is_out = bool(self._unseen)
+        self.view.sampled += len(named)
         # Whether the scanner took the last request that this job sent on a side.
         self._walked = dict.fromkeys(Side, False)
         self.view.plans += 1
@@ -184,7 +187,7 @@ class JobRunner:
     def _replan_if_due(self) -> None:
         """Plan again when the sample is in, and whenever there are twice as many answers."""
         answers = self.view.observed
-        sample_is_in = self.view.plans == 1 and self.view.sampled and not self._unseen
+        sample_is_in = self._sample_is_out and not self._unseen
         doubled = self.view.sampled and answers >= self._replan_at
         if self._replanning is not None or not (sample_is_in or doubled):
             return

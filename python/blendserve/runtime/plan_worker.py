@@ -72,7 +72,8 @@ class JobPlan:
 
     Attributes:
         scanner: the walk, which has what the news said had started behind it.
-        sample: positions to run first on each side; empty from the second plan on.
+        sample: positions to run first on each side; a large sample comes in two parts, the second
+            with the plan that knows the answers of the first.
         density: compute density; nan where the request is not planned.
         output_tokens, output_deviation: estimated output length and its standard deviation.
         prefill_tokens: prompt tokens that the plan does not find in the cache, and
@@ -144,6 +145,7 @@ class _PlannedJob:
         self._tree: PrefixTree | None = None
         self._started: set[int] = set()
         self._observed: dict[int, int] = {}
+        self._sampled: set[int] = set()
 
     def append(self, batch: PromptBatch) -> None:
         self._tokens.frombytes(batch.tokens.astype(np.int32, copy=False).tobytes())
@@ -165,7 +167,9 @@ class _PlannedJob:
             exclude=self._started,
             tree=self._tree,
             running=dict(running),
+            sampled=self._sampled,
         )
+        self._sampled.update(plan.sample.tolist())
         if self._tree is None:
             self._remember(plan)
         return self._as_walked(plan, cost_model)
