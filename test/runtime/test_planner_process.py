@@ -92,6 +92,35 @@ def test_it_plans_as_the_planner_does(process):
         planner.forget("a")
 
 
+def test_a_large_sample_comes_in_two_parts_the_second_with_the_answers_of_the_first():
+    config = PlannerConfig(sample_fraction=0.2)
+    worker = PlanWorker(COST_MODEL, config)
+    worker.append("job", batch(prompts(800)))
+    news, named = News(), []
+    for _ in range(3):
+        plan = worker.plan("job", news)
+        sample = np.concatenate(list(plan.sample.values()))
+        named.append(set(sample.tolist()))
+        news = News(started=sample, finished=sample, finished_tokens=sample % 100 + 1)
+    first, second, third = named
+    assert first
+    assert second
+    assert not first & second
+    assert len(first | second) == 160
+    assert not third
+
+
+def test_numbers_in_the_timetable_go_on_from_plan_to_plan():
+    worker = PlanWorker(COST_MODEL, CONFIG)
+    worker.append("job", batch(prompts(50)))
+    first = worker.plan("job", News()).timetable
+    started = first.order[:20]
+    second = worker.plan("job", News(started=started)).timetable
+    assert sorted(map(first.due, range(50))) == list(range(50))
+    assert second.first_due == 50
+    assert sorted(second.order.tolist()) == sorted(set(range(50)) - set(started.tolist()))
+
+
 def test_jobs_are_kept_apart_and_forgotten(process):
     process.append("a", batch(prompts(10), limit=5, ignore_eos=True))
     process.append("b", batch([]))

@@ -118,7 +118,7 @@ class Timetable:
     left: NDArray[np.bool_]
     uses: NextUses
     first_due: int
-    _index: dict[int, int]
+    index: Ints
 
     @property
     def end_due(self) -> int:
@@ -127,11 +127,11 @@ class Timetable:
 
     def due(self, request: int) -> int:
         """Number of a request. Raises KeyError when it is not in the timetable."""
-        return self.first_due + self._index[request]
+        return self.first_due + self._place(request)
 
     def next_uses(self, request: int) -> list[NextUse]:
         """Corners of a request, shortest prefix and soonest use first."""
-        index = self._index[request]
+        index = self._place(request)
         corners = slice(*self.uses.offsets[index : index + 2].tolist())
         return [
             NextUse(prefix, self.first_due + user, Side.LEFT if self.left[user] else Side.RIGHT)
@@ -141,6 +141,12 @@ class Timetable:
                 strict=True,
             )
         ]
+
+    def _place(self, request: int) -> int:
+        index = int(self.index[request])
+        if index < 0:
+            raise KeyError(request)
+        return index
 
 
 def make_timetable(plan: Plan, first: Sequence[int] | Ints = (), first_due: int = 0) -> Timetable:
@@ -157,10 +163,12 @@ def make_timetable(plan: Plan, first: Sequence[int] | Ints = (), first_due: int 
     dense = plan.request_density[ahead] >= plan.target_density
     leaf = np.empty(plan.tree.num_leaves, dtype=np.int64)
     leaf[plan.tree.requests] = np.arange(plan.tree.num_leaves)
+    index = np.full(plan.tree.num_leaves, -1, dtype=np.int64)
+    index[order] = np.arange(len(order))
     return Timetable(
         order=order,
         left=np.concatenate((dense, from_left[later])),
         uses=next_uses(plan.tree, leaf[order]),
         first_due=first_due,
-        _index={request: index for index, request in enumerate(order.tolist())},
+        index=index,
     )

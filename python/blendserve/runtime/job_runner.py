@@ -25,6 +25,7 @@ from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.next_use import UseTag
 from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.plan_worker import JobPlan, News, Planner
 from blendserve.runtime.prompts import PromptReader
@@ -268,6 +269,7 @@ class JobRunner:
         self._walked[side] = sample is None
         plan = self._plan_now
         deviation = float(plan.output_deviation[position])
+        timetable = plan.timetable
         tag = PlanTag(
             side=side,
             rank=turn.rank,
@@ -276,6 +278,13 @@ class JobRunner:
             output_tokens=float(plan.output_tokens[position]),
             output_deviation=deviation,
             shared_tokens=shared,
+            use=UseTag(
+                job=self.job_id,
+                side=side,
+                due=timetable.due(position),
+                since=timetable.first_due,
+                next_uses=tuple(timetable.next_uses(position)),
+            ),
         )
         self._started.append(position)
         sequences = self._work.sequences[position]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blendserve.planner import Side
+from blendserve.runtime.next_use import UseTag
 
 _PREFIX = "blendserve_"
 _NUMBERS = ("rank", "density", "target", "output_tokens", "output_deviation", "shared_tokens")
@@ -32,6 +33,7 @@ class PlanTag:
         output_deviation: standard deviation of that estimate in tokens; 0 where it is exact.
         shared_tokens: prompt tokens in common with the request of the rank before on this side; 0
             for the first, and where it is not known.
+        use: who needs its prefixes next; the radix cache reads that from the request by itself.
     """
 
     side: Side
@@ -41,6 +43,7 @@ class PlanTag:
     output_tokens: float
     output_deviation: float = 0.0
     shared_tokens: int = 0
+    use: UseTag | None = None
 
     def to_params(self) -> dict[str, str | int | float]:
         """Scalars for ``custom_params``."""
@@ -52,6 +55,7 @@ class PlanTag:
             f"{_PREFIX}output_tokens": float(self.output_tokens),
             f"{_PREFIX}output_deviation": float(self.output_deviation),
             f"{_PREFIX}shared_tokens": self.shared_tokens,
+            **(self.use.to_params() if self.use is not None else {}),
         }
 
     @classmethod

@@ -21,7 +21,9 @@ from blendserve.planner import (
     PlannerConfig,
     PrefixTree,
     Side,
+    Timetable,
     make_plan,
+    make_timetable,
 )
 
 Ints = NDArray[np.int64]
@@ -72,6 +74,7 @@ class JobPlan:
 
     Attributes:
         scanner: the walk, which has what the news said had started behind it.
+        timetable: when each request is expected to be sent, and who needs its prefixes next.
         sample: positions to run first on each side; a large sample comes in two parts, the second
             with the plan that knows the answers of the first.
         density: compute density; nan where the request is not planned.
@@ -86,6 +89,7 @@ class JobPlan:
     """
 
     scanner: DualScanner
+    timetable: Timetable
     sample: dict[Side, Ints]
     density: Floats
     output_tokens: Floats
@@ -146,6 +150,7 @@ class _PlannedJob:
         self._started: set[int] = set()
         self._observed: dict[int, int] = {}
         self._sampled: set[int] = set()
+        self._next_due = 0
 
     def append(self, batch: PromptBatch) -> None:
         self._tokens.frombytes(batch.tokens.astype(np.int32, copy=False).tobytes())
@@ -203,8 +208,11 @@ class _PlannedJob:
         self._prefill[plan.order] = lengths[plan.order] - plan.shared_with_previous
         self._work[plan.order] = plan.compute_seconds + plan.memory_seconds
         dense = plan.request_density[plan.sample] >= plan.target_density
+        timetable = make_timetable(plan, plan.sample, self._next_due)
+        self._next_due = timetable.end_due
         return JobPlan(
             scanner=DualScanner(plan),
+            timetable=timetable,
             sample={Side.LEFT: plan.sample[dense], Side.RIGHT: plan.sample[~dense]},
             density=plan.request_density,
             output_tokens=plan.estimated_output_tokens,
