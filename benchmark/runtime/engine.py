@@ -6,7 +6,7 @@ pool is a part of what the shared prefixes need. Stock SGLang is measured on the
 each of its schedule policies, and on input that was sorted beforehand so that equal prefixes are
 neighbours, each with the same flags otherwise. One server at a time.
 
-    python benchmark/runtime/engine.py --pool-share 0.25 --json benchmark/results/engine-quarter.json
+    python benchmark/runtime/engine.py --json benchmark/results/engine-quarter.json
 
 Needs the data folder (BLENDSERVE_DATA, or shared/data beside the repository), and a quiet machine.
 """
