@@ -240,13 +240,14 @@ async def run_fake(
         CostModel(MODEL_SPECS[MODEL], hardware("cpu")), PlannerConfig(sample_fraction=0.01)
     )
     planner.start()
-    dispatcher = Dispatcher(Credits())
+    pacer = Pacer(lambda: False)
+    dispatcher = Dispatcher(Credits(), pacer)
 
     def on_report(report: Any) -> None:
         dispatcher.credits.on_report(report)
         dispatcher.wake()
 
-    engine, pacer = FakeEngine(on_report, per_step, step_seconds), Pacer(lambda: False)
+    engine = FakeEngine(on_report, per_step, step_seconds)
     lines = FileLineSource(path, 1 << 20)
     runner = JobRunner(
         "job",
@@ -254,7 +255,7 @@ async def run_fake(
         range(requests),
         reader=FakeReader(tokenizer),  # type: ignore[arg-type]
         client=LineClient(
-            fake_app(tokenizer, engine, pacer), lambda rid: None, pacer, lambda rid: 7, None
+            fake_app(tokenizer, engine, pacer), lambda rid: None, lambda rid: 7, None
         ),
         planner=planner,
         threads=Threads(ThreadPoolExecutor(1), ThreadPoolExecutor(1)),

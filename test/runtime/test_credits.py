@@ -120,6 +120,32 @@ def test_what_the_server_refused_gives_its_credit_back_to_its_side():
     assert credits.queued(LEFT) == 0
 
 
+def test_what_was_lost_on_its_way_is_written_off_after_a_while():
+    credits = Credits()
+    credits.sent(LEFT, 10)
+    credits.sent(RIGHT, 10)
+    for _ in range(63):
+        credits.on_report(report(left=7))
+    assert credits.queued(LEFT) == 3
+    credits.sent(RIGHT, 1)
+    credits.on_report(report(left=7))
+    # Nothing more came to the left for many reports; on the right something was just sent.
+    assert (credits.queued(LEFT), credits.queued(RIGHT)) == (0, 11)
+
+
+def test_what_waits_in_a_queue_is_not_written_off():
+    credits = Credits()
+    credits.sent(LEFT, 10)
+    for rank in range(2):
+        credits.on_report(report(left=3, dp_rank=rank))
+    waiting = report(left=3, dp_rank=1)
+    waiting.queued["left"] = 4
+    for _ in range(200):
+        credits.on_report(waiting)
+        credits.on_report(report(left=3))
+    assert credits.queued(LEFT) == 4
+
+
 def test_a_report_that_comes_after_settling_makes_no_credit_out_of_nothing():
     credits = Credits()
     credits.sent(LEFT, 16)

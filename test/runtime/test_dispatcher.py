@@ -12,6 +12,7 @@ from blendserve.planner import Side
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.feedback import SchedulerReport
+from blendserve.runtime.pacing import Pacer
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 DEPTH = 16
@@ -86,7 +87,7 @@ def clock() -> Clock:
 def dispatcher(clock) -> Dispatcher:
     LOG.clear()
     CREDITS[:] = [Credits()]
-    return Dispatcher(CREDITS[0], clock)
+    return Dispatcher(CREDITS[0], Pacer(lambda: False), clock)
 
 
 def dispatched(dispatcher: Dispatcher, *jobs: FakeJob) -> dict[Side, list[str]]:

@@ -170,6 +170,10 @@ def test_closing_it_ends_a_call_that_waits():
     waiting.join(timeout=20)
     assert not waiting.is_alive()
     assert not Path(f"/proc/{pid}").exists()
+    process.forget("a")
+    with pytest.raises(PlannerDied, match="closed"):
+        process.append("a", batch(prompts(10)))
+    assert process.pid == pid
 
 
 def test_it_ends_with_its_parent():

@@ -10,6 +10,8 @@ from blendserve.runtime.feedback import SchedulerReport
 _MIN_DEPTH = 16
 _MAX_DEPTH = 1024
 _DEPTH_PER_STEP = 4
+# A request that has not shown up in a queue after so many reports never will.
+_LOST_AFTER_REPORTS = 64
 
 
 class Credits:
@@ -24,10 +26,13 @@ class Credits:
         self._sent: Counter[Side] = Counter()
         self._taken: dict[int, Counter[Side]] = {}
         self._depth: dict[Side, int] = dict.fromkeys(Side, _MIN_DEPTH)
+        self._waiting: dict[int, dict[str, int]] = {}
+        self._quiet_reports = dict.fromkeys(Side, 0)
 
     def sent(self, side: Side, sequences: int) -> None:
         """Record that ``sequences`` engine requests went to a side."""
         self._sent[side] += sequences
+        self._quiet_reports[side] = 0
 
     def refused(self, side: Side, sequences: int) -> None:
         """Take ``sent`` back: the server answered with an error, before any queue."""
@@ -42,6 +47,17 @@ class Credits:
             self._depth[side] = min(max(self._depth[side], _DEPTH_PER_STEP * admitted), _MAX_DEPTH)
             if self.queued(side) < 0:
                 # More was taken than is known to be sent: a report came after `settle`.
+                self._sent[side] -= self.queued(side)
+        self._waiting[report.dp_rank] = report.queued
+        self._write_off_the_lost()
+
+    def _write_off_the_lost(self) -> None:
+        """Requests that ended on their way, as those of a cancelled job can, must not take credits
+        for ever while other jobs go on."""
+        for side in Side:
+            empty = not any(waiting[side.value] for waiting in self._waiting.values())
+            self._quiet_reports[side] = self._quiet_reports[side] + 1 if empty else 0
+            if self._quiet_reports[side] >= _LOST_AFTER_REPORTS:
                 self._sent[side] -= self.queued(side)
 
     def queued(self, side: Side) -> int:

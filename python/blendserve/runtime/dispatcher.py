@@ -16,6 +16,7 @@ from typing import Protocol
 
 from blendserve.planner import Side
 from blendserve.runtime.credits import Credits
+from blendserve.runtime.pacing import Pacer
 
 # A deadline is in danger when less than this much more than the predicted time is left.
 _DEADLINE_MARGIN = 1.25
@@ -106,11 +107,15 @@ class Dispatcher:
 
     Args:
         credits: what the scheduler will take.
+        pacer: gives each line its turn on the event loop.
         clock: unix seconds.
     """
 
-    def __init__(self, credits: Credits, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, credits: Credits, pacer: Pacer, clock: Callable[[], float] = time.time
+    ) -> None:
         self.credits = credits
+        self._pacer = pacer
         self._clock = clock
         self._jobs: list[DispatchedJob] = []
         self._wake = asyncio.Event()
@@ -198,8 +203,7 @@ class Dispatcher:
                 # Nothing of this server's batches can be in the queues.
                 self.credits.settle()
             while self._send_next():
-                # A line is read from disk; what else is ready goes on in between.
-                await asyncio.sleep(0)
+                await self._pacer.turn()
 
     def _send_next(self) -> bool:
         """Send one line; False when none may go."""

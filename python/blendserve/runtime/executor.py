@@ -59,10 +59,10 @@ class BlendExecutor:
         self._app = app
         self._server_args = server_args
         self._tokenizer_manager = tokenizer_manager
-        self._dispatcher = Dispatcher(Credits())
-        self._pacer = Pacer(self._serves_online)
+        pacer = Pacer(self._serves_online)
+        self._dispatcher = Dispatcher(Credits(), pacer)
         # On the one object that serves all requests: SGLang's own method stays as it is.
-        tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, self._pacer)
+        tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, pacer)
         self._reader = PromptReader(app, tokenizer_manager)
         model = ModelSpec.from_config(tokenizer_manager.model_config.hf_config.to_dict())
         ranks = int(server_args.tp_size or 1)
@@ -132,7 +132,6 @@ class BlendExecutor:
             client=LineClient(
                 self._app,
                 self._tokenizer_manager.abort_request,
-                self._pacer,
                 self._tokens_so_far,
                 self._server_args.api_key,
             ),

@@ -163,6 +163,7 @@ class JobRunner:
         self.view.best_sharing = plan.sharing_best
         self.view.bound_seconds = plan.bound_seconds
         self._adopt(plan)
+        self._learning = bool(self.view.sampled)
         self._replan_at = 2 * self.view.sampled
         self.view.phase = "running"
 
@@ -187,21 +188,20 @@ class JobRunner:
 
     def _replan_if_due(self) -> None:
         """Plan again when the sample is in, and whenever there are twice as many answers."""
-        answers = self.view.observed
         sample_is_in = self._sample_is_out and not self._unseen
-        doubled = self.view.sampled and answers >= self._replan_at
-        if self._replanning is not None or not (sample_is_in or doubled):
+        doubled = self.view.observed >= self._replan_at
+        if not self._learning or not (sample_is_in or doubled):
             return
-        if self._scanner.exhausted:
-            return
-        self._replan_at = max(self._replan_at, 2 * answers) if doubled else self._replan_at
-        self._replanning = asyncio.create_task(self._replan())
+        if self._replanning is None and not self._scanner.exhausted:
+            self._replanning = asyncio.create_task(self._replan())
 
     async def _replan(self) -> None:
+        self._replan_at = 2 * max(self.view.observed, self.view.sampled)
         try:
             self._adopt(await self._plan(self._news()))
         except Exception:
-            # A job can go on with the plan that it has.
+            # The job goes on with the plan that it has.
+            self._learning = False
             logger.exception("%s is not planned again", self.job_id)
         self._replanning = None
         self._dispatcher.wake()

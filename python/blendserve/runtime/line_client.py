@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from blendserve.batch.executor import BatchLine, LineResult
-from blendserve.runtime.pacing import Pacer, is_batch_line
+from blendserve.runtime.pacing import is_batch_line
 from blendserve.runtime.plan_tag import PlanTag
 
 _ABORT_INTERVAL_SECONDS = 0.05
@@ -22,7 +22,6 @@ class LineClient:
     Args:
         app: SGLang's HTTP application.
         abort: SGLang's way to end a request by its id; ids it does not know are ignored.
-        pacer: gives each line its turn on the event loop.
         tokens_so_far: output tokens that have arrived of a request by its id, 0 if it is not known.
         api_key: key that the application asks for, if any.
     """
@@ -31,7 +30,6 @@ class LineClient:
         self,
         app: Any,
         abort: Callable[[str], None],
-        pacer: Pacer,
         tokens_so_far: Callable[[str], int],
         api_key: str | None,
     ) -> None:
@@ -43,7 +41,6 @@ class LineClient:
             headers=headers,
         )
         self._abort = abort
-        self._pacer = pacer
         self._tokens_so_far = tokens_so_far
         self._in_flight: dict[str, asyncio.Task[LineResult]] = {}
 
@@ -77,7 +74,6 @@ class LineClient:
 
     async def _call(self, line: BatchLine, rid: str, body: dict[str, Any]) -> LineResult:
         is_batch_line.set(True)
-        await self._pacer.turn()
         response = await self._http.post(line.url, json=body, timeout=None)
         try:
             content = response.json()

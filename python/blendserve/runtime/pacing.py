@@ -1,9 +1,9 @@
 """Keeps batch lines from filling the event loop that they share with online requests.
 
 A line costs the loop milliseconds at two points: when SGLang renders and tokenises it, and when its
-answer becomes a response. One step of the scheduler can admit or end hundreds at once. Each of
-these pieces waits here for its turn, and one turn is given in a round of the event loop, so that
-whatever else is ready comes in between.
+answer becomes a response. One step of the scheduler can admit or end hundreds at once. So before a
+line is sent, and before its answer goes on to SGLang's handler, it waits here for its turn, and one
+turn is given in a round of the event loop: whatever else is ready comes in between.
 """
 
 from __future__ import annotations

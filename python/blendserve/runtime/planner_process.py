@@ -45,6 +45,7 @@ class PlannerProcess:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -57,7 +58,9 @@ class PlannerProcess:
             self._connected()
 
     def close(self) -> None:
-        """End the child. A call that waits for it fails with `PlannerDied`."""
+        """End the child for good. A call that waits for it, or comes later, fails with
+        `PlannerDied`."""
+        self._closed = True
         if self._child is not None:
             self._child.kill()
         with self._lock:
@@ -71,7 +74,8 @@ class PlannerProcess:
         return plan
 
     def forget(self, job_id: str) -> None:
-        self._call("forget", job_id)
+        if self._socket is not None:
+            self._call("forget", job_id)
 
     def _call(self, name: str, *args: Any) -> Any:
         with self._lock:
@@ -87,6 +91,8 @@ class PlannerProcess:
         return answer
 
     def _connected(self) -> socket.socket:
+        if self._closed:
+            raise PlannerDied("the planning process has been closed")
         if self._socket is None:
             ours, theirs = socket.socketpair()
             with theirs:
