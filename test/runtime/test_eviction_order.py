@@ -161,6 +161,13 @@ def test_many_jobs_one_after_the_other_leave_no_fronts_behind(order):
     assert sum(order.pop() is not None for _ in range(1001)) == 1000
 
 
+def test_evicted_leaves_are_let_go_of(order):
+    for due in range(10_000):
+        order.planned(due)
+        assert order.pop() is not None
+    assert len(order.front("job", LEFT).soonest_first.entries) < 3000
+
+
 class AgainstSearch(RuleBasedStateMachine):
     """Leaves that are either planned or online come and go; time passes on all counters."""
 

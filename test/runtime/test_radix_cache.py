@@ -184,6 +184,19 @@ def test_what_an_online_request_uses_outlives_the_job(engine):
     assert cached_tokens(engine, SYSTEM) == 20
 
 
+def test_online_and_planned_prefixes_are_compared_in_requests(engine):
+    """Needed in 5 requests, or not used for as many as have ended since."""
+    serve(engine, "online", own(0, 50))
+    for due in range(4):
+        serve(engine, f"job{due}", own(1, 50), planned(due, (50, due + 6)))
+    evict(engine, 50)
+    assert (cached_tokens(engine, own(0, 50)), cached_tokens(engine, own(1, 50))) == (50, 0)
+    for due in range(4, 8):
+        serve(engine, f"job{due}", own(1, 50), planned(due, (50, due + 6)))
+    evict(engine, 50)
+    assert (cached_tokens(engine, own(0, 50)), cached_tokens(engine, own(1, 50))) == (0, 50)
+
+
 # -- annotations
 
 

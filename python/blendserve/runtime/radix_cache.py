@@ -220,7 +220,6 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
             leaves |= self.evictable_leaves
             self.evictable_leaves = leaves
         self._order.forget(leaf)
-        self._queue(leaf.parent)
         self.evicted_tokens[known] += size
         return size
 
