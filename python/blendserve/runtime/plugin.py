@@ -42,8 +42,10 @@ def activate() -> None:
 def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from blendserve.runtime import attention
     from blendserve.runtime.scheduler import BlendScheduler, expected_growth
 
+    attention.register()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )
