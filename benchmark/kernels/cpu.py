@@ -33,6 +33,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 from sgl_kernel_ext import cpu
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
+from sgl_kernel_ext.plan import make_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
 # SmolLM2-135M.
@@ -90,7 +91,7 @@ class Layers:
 
         def call() -> None:
             lookup = (lambda members, at: table[rows[members], at]) if share else None
-            plan = cpu.make_plan(self.batch, SHAPE, torch.get_num_threads(), lookup)
+            plan = make_plan(self.batch, SHAPE, cpu.TILING, torch.get_num_threads(), lookup)
             for key, value in self.pools:
                 cpu.run(plan, SHAPE, self.query, key, value, self.table, self.output)
 
@@ -153,7 +154,8 @@ def shared_prefix(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     layers = Layers(prefix=4096, private=128, requests=64)
     sides = {"groups": layers.blend(), "no_groups": layers.blend(share=False)}
     table = layers.table.numpy()
-    plan = cpu.make_plan(layers.batch, SHAPE, torch.get_num_threads(), lambda m, at: table[m, at])
+    threads = torch.get_num_threads()
+    plan = make_plan(layers.batch, SHAPE, cpu.TILING, threads, lambda m, at: table[m, at])
     ideal = (4096 + 64 * 128) * TOKEN_BYTES
     return {
         **summary(take_turns(sides, samples, clock), "groups", "no_groups"),
@@ -170,7 +172,7 @@ def engine(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     load_plugins()
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
-    flags = "--device cpu --dtype float32 --max-total-tokens 18500 --mem-fraction-static 0.1"
+    flags = "--device cpu --dtype float32 --max-total-tokens 18500 --mem-fraction-static 0.4"
     args = prepare_server_args(
         ["--model-path", resolve_model_path(MODEL_NAME), "--attention-backend", "blend",
          *flags.split()]

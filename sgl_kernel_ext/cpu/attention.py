@@ -8,9 +8,12 @@ import torch
 
 from sgl_kernel_ext.batch import AttentionShape
 from sgl_kernel_ext.cpu import library
-from sgl_kernel_ext.cpu.plan import Plan
+from sgl_kernel_ext.plan import Plan, Tiling
 
 DTYPES = (torch.float32, torch.bfloat16)
+TILING = Tiling(
+    query_tile=32, max_members=64, min_split_tokens=128, items_per_worker=4, shared_read_cost=0.25
+)
 
 
 def run(

@@ -15,6 +15,7 @@ from kernel_cases import Case, make_case, random_case
 
 from sgl_kernel_ext import cpu, reference
 from sgl_kernel_ext.batch import AttentionShape
+from sgl_kernel_ext.plan import make_plan
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -25,7 +26,7 @@ BATCHES = 16
 
 
 def error(case: Case, threads: int = 2, share: bool = True) -> float:
-    plan = cpu.make_plan(case.batch, case.shape, threads, case.lookup if share else None)
+    plan = make_plan(case.batch, case.shape, cpu.TILING, threads, case.lookup if share else None)
     tensors = (case.query, case.key_pool, case.value_pool, case.slot_table)
     output = case.poisoned_output()
     cpu.run(plan, case.shape, *tensors, output, threads=2)
@@ -88,18 +89,18 @@ def test_one_group_of_all_requests_reads_its_prefix_once() -> None:
         query_lens=[1] * requests,
         shared=[prefix] * requests,
     )
-    plan = cpu.make_plan(case.batch, shape, 2, case.lookup)
+    plan = make_plan(case.batch, shape, cpu.TILING, 2, case.lookup)
     ideal = (prefix + requests * suffix) * 2 * shape.kv_heads * shape.head_dim * 4
     assert plan.read_bytes(shape, 4) <= 1.15 * ideal
     assert error(case) < 1e-5
-    apart = cpu.make_plan(case.batch, shape, 2, None)
+    apart = make_plan(case.batch, shape, cpu.TILING, 2, None)
     assert apart.read_bytes(shape, 4) > 20 * ideal
 
 
 def test_a_plan_covers_every_visible_position_of_every_query_once() -> None:
     for seed in range(40):
         case = random_case(seed)
-        plan = cpu.make_plan(case.batch, case.shape, 8, case.lookup)
+        plan = make_plan(case.batch, case.shape, cpu.TILING, 8, case.lookup)
         tokens = int(case.batch.query_lens.sum())
         seen = np.zeros((tokens, case.shape.kv_heads), dtype=np.int64)
         for _, begin, end, kv_head, first_row, end_row in plan.items.tolist():
@@ -132,7 +133,7 @@ def test_a_tensor_of_the_wrong_form_is_named(change: dict[str, torch.Tensor], me
     shape = AttentionShape(heads=3, kv_heads=1, head_dim=64, scale=1.0)
     case = make_case(5, shape=shape, kv_lens=[8], query_lens=[1])
     changed = replace(case, **change)
-    plan = cpu.make_plan(case.batch, shape, 1)
+    plan = make_plan(case.batch, shape, cpu.TILING, 1)
     with pytest.raises(ValueError, match=message):
         cpu.run(
             plan,

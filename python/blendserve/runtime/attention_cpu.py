@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sgl_kernel_ext import cpu
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
+from sgl_kernel_ext.plan import Plan, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class BlendCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]
         self.kv_pool = model_runner.token_to_kv_pool
         self.slot_table: torch.Tensor = model_runner.req_to_token_pool.req_to_token
         self.batch: PagedBatch | None = None
-        self.plans: dict[AttentionShape, cpu.Plan] = {}
+        self.plans: dict[AttentionShape, Plan] = {}
         self.shapes: dict[int, AttentionShape | None] = {}
         reason = cpu.unavailable_reason() or self._unfit_pool()
         self.usable = reason is None
@@ -99,14 +100,15 @@ class BlendCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]
         cpu.run(self._plan(shape), shape, query, key_pool, value_pool, self.slot_table, output)
         return output.view(-1, shape.heads * shape.head_dim)
 
-    def _plan(self, shape: AttentionShape) -> cpu.Plan:
+    def _plan(self, shape: AttentionShape) -> Plan:
         plan = self.plans.get(shape)
         if plan is None:
             assert self.batch is not None
             table, rows = self.slot_table.numpy(), self.batch.table_rows
-            plan = self.plans[shape] = cpu.make_plan(
+            plan = self.plans[shape] = make_plan(
                 self.batch,
                 shape,
+                cpu.TILING,
                 torch.get_num_threads(),
                 lambda members, positions: table[rows[members], positions],
             )

@@ -1,8 +1,8 @@
 """Cuts a step's attention into work items: once per step, for all layers with the same window.
 
 Decodes are cut along their shared prefixes: one item reads a shared stretch of KV once, for all the
-requests that hold it. Prefill chunks are cut into tiles of query tokens. All items of a step, of
-both kinds, go to the threads together, the longest first.
+requests that hold it. Prefill chunks are cut into tiles of query tokens. A CPU and a GPU cut at
+different sizes (``Tiling``), and the plan is the same otherwise.
 """
 
 from __future__ import annotations
@@ -15,19 +15,35 @@ from numpy.typing import NDArray
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
 from sgl_kernel_ext.groups import Segment, SlotLookup, shared_segments
 
-QUERY_TILE = 32  # query tokens of one prefill item
-MAX_MEMBERS = 64  # requests of one decode item: what they gather must stay in the core's cache
-MIN_SPLIT_TOKENS = 128  # a decode item is not cut shorter than this
-ITEMS_PER_THREAD = 4  # cut decodes so that each thread has this many items, for an even end
-# A further request on KV that is being read anyway costs about this much of a read.
-SHARED_READ_COST = 0.25
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of work items for one kind of device."""
+
+    query_tile: int  # query tokens of one prefill item
+    max_members: int  # requests of one decode item: what they gather must stay close to the core
+    min_split_tokens: int  # a decode item is not cut shorter than this
+    items_per_worker: int  # cut decodes until each worker has this many items, for an even end
+    # A further request on KV that is being read anyway costs about this much of a read.
+    shared_read_cost: float
+
+    def weight(self, members: int) -> float:
+        """Cost of a KV position for so many query tokens, in reads of a position."""
+        return 1.0 + self.shared_read_cost * (members - 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Work items as the kernels take them (csrc/attention.h), and what they read."""
+    """Work items as the kernels take them, and what they read.
 
-    items: NDArray[np.int64]  # [items, 6]
+    An item is (table row, first position, end position, KV head or -1 for all, first row, end row):
+    some rows look at some positions of one slot-table row. A row is (query token, end of the
+    positions that it may see, place of its partial result or -1 if the item makes the output).
+    Query token ``merged_query[i]`` is joined from partial results ``merge_begin[i]`` to
+    ``merge_begin[i + 1]``.
+    """
+
+    items: NDArray[np.int64]  # [items, 6], the costliest first
     rows: NDArray[np.int64]  # [rows, 3]
     merged_query: NDArray[np.int64]  # [merges]
     merge_begin: NDArray[np.int64]  # [merges + 1]
@@ -51,7 +67,8 @@ class Plan:
 def make_plan(
     batch: PagedBatch,
     shape: AttentionShape,
-    threads: int,
+    tiling: Tiling,
+    workers: int,
     lookup: SlotLookup | None = None,
 ) -> Plan:
     """Plan one step.
@@ -59,13 +76,14 @@ def make_plan(
     Args:
         batch: requests of any kind, mixed.
         shape: of the layers that the plan is for; the window counts.
-        threads: that will work on it.
+        tiling: of the device.
+        workers: threads or multiprocessors that will work on it.
         lookup: KV slots of the requests, by their number in the batch; None: share nothing.
     """
-    builder = _Builder(batch, shape)
+    builder = _Builder(batch, shape, tiling)
     decodes = np.flatnonzero(batch.query_lens == 1)
     if len(decodes):
-        builder.add_decodes(_decode_segments(batch, shape, decodes, lookup), threads)
+        builder.add_decodes(_decode_segments(batch, shape, decodes, lookup), workers)
     for request in np.flatnonzero(batch.query_lens > 1).tolist():
         builder.add_prefill(request)
     return builder.finish()
@@ -97,28 +115,28 @@ def _decode_segments(
 class _Builder:
     """Collects items and rows; the partial results get their places at the end."""
 
-    def __init__(self, batch: PagedBatch, shape: AttentionShape) -> None:
+    def __init__(self, batch: PagedBatch, shape: AttentionShape, tiling: Tiling) -> None:
         self.batch = batch
         self.shape = shape
+        self.tiling = tiling
         self.query_starts = batch.query_starts
         # (cost, table row, token begin, token end, KV head, row begin, row end)
         self.items: list[tuple[float, int, int, int, int, int, int]] = []
         self.rows: list[NDArray[np.int64]] = []
         self.row_count = 0
-        self.decode_rows: list[NDArray[np.int64]] = []
 
-    def add_decodes(self, segments: list[Segment], threads: int) -> None:
-        whole = sum((s.end - s.begin) * _weight(len(s.members)) for s in segments)
-        share = whole / (threads * ITEMS_PER_THREAD)
+    def add_decodes(self, segments: list[Segment], workers: int) -> None:
+        tiling = self.tiling
+        whole = sum((s.end - s.begin) * tiling.weight(len(s.members)) for s in segments)
+        share = whole / (workers * tiling.items_per_worker)
         for segment in segments:
-            for first in range(0, len(segment.members), MAX_MEMBERS):
-                members = segment.members[first : first + MAX_MEMBERS]
+            for first in range(0, len(segment.members), tiling.max_members):
+                members = segment.members[first : first + tiling.max_members]
                 rows = self._add_rows(self.query_starts[members], self.batch.kv_lens[members])
-                weight = _weight(len(members))
+                weight = tiling.weight(len(members))
                 length = segment.end - segment.begin
-                pieces = max(
-                    1, min(length // MIN_SPLIT_TOKENS, round(length * weight / max(share, 1.0)))
-                )
+                wanted = round(length * weight / max(share, 1.0))
+                pieces = max(1, min(length // tiling.min_split_tokens, wanted))
                 cuts = [segment.begin + length * i // pieces for i in range(pieces + 1)]
                 table_row = int(self.batch.table_rows[members[0]])
                 for begin, end in zip(cuts, cuts[1:], strict=False):
@@ -132,15 +150,15 @@ class _Builder:
         table_row = int(self.batch.table_rows[request])
         kv_len, query_len = int(self.batch.kv_lens[request]), int(self.batch.query_lens[request])
         first_query = int(self.query_starts[request])
-        for tile in range(0, query_len, QUERY_TILE):
-            tile_end = min(tile + QUERY_TILE, query_len)
+        for tile in range(0, query_len, self.tiling.query_tile):
+            tile_end = min(tile + self.tiling.query_tile, query_len)
             position = kv_len - query_len + tile
             end = kv_len - query_len + tile_end
             begin = max(position - self.shape.window, 0) if self.shape.window >= 0 else 0
             rows = self._add_rows(
                 np.arange(first_query + tile, first_query + tile_end), np.arange(position, end) + 1
             )
-            cost = (end - begin) * _weight(tile_end - tile) / self.shape.kv_heads
+            cost = (end - begin) * self.tiling.weight(tile_end - tile) / self.shape.kv_heads
             for kv_head in range(self.shape.kv_heads):
                 self.items.append((cost, table_row, begin, end, kv_head, *rows))
 
@@ -153,7 +171,7 @@ class _Builder:
         return begin, self.row_count
 
     def finish(self) -> Plan:
-        """Items, the longest first; a query token with several rows gets partial results."""
+        """Items, the costliest first; a query token with several rows gets partial results."""
         rows = np.concatenate(self.rows)
         order = np.argsort([-item[0] for item in self.items], kind="stable")
         items = np.array([self.items[i][1:] for i in order], dtype=np.int64)
@@ -171,7 +189,3 @@ class _Builder:
             window=self.shape.window,
         )
 
-
-def _weight(members: int) -> float:
-    """Cost of a KV position for so many query tokens, in reads of a position."""
-    return 1.0 + SHARED_READ_COST * (members - 1)
