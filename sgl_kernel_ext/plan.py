@@ -80,10 +80,28 @@ def make_plan(
         workers: threads or multiprocessors that will work on it.
         lookup: KV slots of the requests, by their number in the batch; None: share nothing.
     """
-    builder = _Builder(batch, shape, tiling)
     decodes = np.flatnonzero(batch.query_lens == 1)
-    if len(decodes):
-        builder.add_decodes(_decode_segments(batch, shape, decodes, lookup), workers)
+    segments = _decode_segments(batch, shape, decodes, lookup) if len(decodes) else []
+    return plan_segments(batch, shape, tiling, workers, segments)
+
+
+def plan_segments(
+    batch: PagedBatch,
+    shape: AttentionShape,
+    tiling: Tiling,
+    workers: int,
+    segments: list[Segment],
+) -> Plan:
+    """Plan one step whose decodes are cut into segments already (`groups.shared_segments`).
+
+    A window looks back over less than a segment, so with one the segments are cut anew.
+    """
+    builder = _Builder(batch, shape, tiling)
+    if shape.window >= 0:
+        decodes = np.flatnonzero(batch.query_lens == 1)
+        segments = _decode_segments(batch, shape, decodes, None)
+    if segments:
+        builder.add_decodes(segments, workers)
     for request in np.flatnonzero(batch.query_lens > 1).tolist():
         builder.add_prefill(request)
     return builder.finish()

@@ -122,6 +122,7 @@ def _attend(  # type: ignore[no-untyped-def]
             weights.to(v.dtype), v, input_precision="ieee"
         )
 
+    total = tl.where(live, total, 1.0)
     whole = live & (place < 0)
     part = live & (place >= 0)
     out_at = (token[:, None] * HEADS + head[:, None]) * HEAD_DIM + dims[None, :]

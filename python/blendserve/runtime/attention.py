@@ -37,6 +37,10 @@ def _create(runner: Any) -> Any:
         from blendserve.runtime.attention_cpu import BlendCpuAttention
 
         return BlendCpuAttention(runner)
+    if str(runner.device).startswith("cuda"):
+        from blendserve.runtime.attention_gpu import make_backend
+
+        return make_backend(runner)
     raise ValueError(
         f"--attention-backend {BACKEND_NAME} has no kernels for device {runner.device!r}; leave "
         "the flag away to use SGLang's own choice"
