@@ -141,6 +141,7 @@ def run(
         KV_HEADS=shape.kv_heads,
         HEAD_DIM=shape.head_dim,
         WIDTH=width,
+        UPCAST=kernels.INTERPRETED,
         HAS_FEW=kernels.KIND_FEW in kinds,
         HAS_MANY=kernels.KIND_MANY in kinds,
         MANY_ROWS=many_rows(shape),

@@ -35,6 +35,16 @@ def _configs(blended: bool) -> list[triton.Config]:
 
 
 @triton.jit
+def _dot(a, b, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    # The interpreter holds bfloat16 as integers, which its dot multiplies as such. The product of
+    # two such numbers is exact in float32, so widening them first changes nothing.
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def _tanh(x):  # type: ignore[no-untyped-def]
     # 1 - 2 / (e^2x + 1), from the side where the exponential cannot overflow.
     e = tl.exp(-2.0 * tl.abs(x))
@@ -62,6 +72,7 @@ def _attend(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -101,7 +112,7 @@ def _attend(  # type: ignore[no-untyped-def]
             mask=there[None, :] & in_head[:, None],
             other=0.0,
         )
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = _dot(q, k, UPCAST) * scale
         if soft_cap > 0:
             scores = soft_cap * _tanh(scores / soft_cap)
         seen = there[None, :] & (position[None, :] < visible[:, None])
@@ -118,9 +129,7 @@ def _attend(  # type: ignore[no-untyped-def]
             mask=there[:, None] & in_head[None, :],
             other=0.0,
         )
-        gathered = gathered * shrink[:, None] + tl.dot(
-            weights.to(v.dtype), v, input_precision="ieee"
-        )
+        gathered = gathered * shrink[:, None] + _dot(weights.to(v.dtype), v, UPCAST)
 
     total = tl.where(live, total, 1.0)
     whole = live & (place < 0)
@@ -161,6 +170,7 @@ def _items(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    UPCAST: tl.constexpr,
     HAS_FEW: tl.constexpr,
     HAS_MANY: tl.constexpr,
     MANY_ROWS: tl.constexpr,
@@ -175,14 +185,14 @@ def _items(  # type: ignore[no-untyped-def]
             _attend(
                 item, rows, query, key_pool, value_pool, slots, output, partials, partial_stats,
                 query_stride, slot_stride, scale, soft_cap, window,
-                HEADS, KV_HEADS, HEAD_DIM, WIDTH, 16, FEW_TILE,
+                HEADS, KV_HEADS, HEAD_DIM, WIDTH, UPCAST, 16, FEW_TILE,
             )  # fmt: skip
     if HAS_MANY:
         if kind == 2:
             _attend(
                 item, rows, query, key_pool, value_pool, slots, output, partials, partial_stats,
                 query_stride, slot_stride, scale, soft_cap, window,
-                HEADS, KV_HEADS, HEAD_DIM, WIDTH, MANY_ROWS, MANY_TILE,
+                HEADS, KV_HEADS, HEAD_DIM, WIDTH, UPCAST, MANY_ROWS, MANY_TILE,
             )  # fmt: skip
 
 
