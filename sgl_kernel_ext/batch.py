@@ -78,9 +78,7 @@ class AttentionShape:
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly"
-            )
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
 
     @property
     def group(self) -> int:

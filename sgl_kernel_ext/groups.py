@@ -71,9 +71,7 @@ def shared_segments(
     return segments
 
 
-def _common_end(
-    lookup: SlotLookup, members: IntArray, kv_lens: IntArray, position: int
-) -> int:
+def _common_end(lookup: SlotLookup, members: IntArray, kv_lens: IntArray, position: int) -> int:
     """First position after `position`, where all members agree, at which they no longer do.
 
     Agreement at a position implies agreement before it, so bisection finds the end.

@@ -7,6 +7,7 @@ different sizes (``Tiling``), and the plan is the same otherwise.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,7 +158,7 @@ class _Builder:
                 pieces = max(1, min(length // tiling.min_split_tokens, wanted))
                 cuts = [segment.begin + length * i // pieces for i in range(pieces + 1)]
                 table_row = int(self.batch.table_rows[members[0]])
-                for begin, end in zip(cuts, cuts[1:], strict=False):
+                for begin, end in itertools.pairwise(cuts):
                     if begin > cuts[0]:
                         rows = self._add_rows(
                             self.query_starts[members], self.batch.kv_lens[members]
@@ -180,9 +181,7 @@ class _Builder:
             for kv_head in range(self.shape.kv_heads):
                 self.items.append((cost, table_row, begin, end, kv_head, *rows))
 
-    def _add_rows(
-        self, queries: NDArray[np.int64], visible: NDArray[np.int64]
-    ) -> tuple[int, int]:
+    def _add_rows(self, queries: NDArray[np.int64], visible: NDArray[np.int64]) -> tuple[int, int]:
         begin = self.row_count
         self.rows.append(np.stack([queries, visible, np.full_like(queries, -1)], axis=1))
         self.row_count += len(queries)
@@ -206,4 +205,3 @@ class _Builder:
             merge_begin=np.concatenate([[0], np.cumsum(counts[merged])]),
             window=self.shape.window,
         )
-

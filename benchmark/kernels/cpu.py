@@ -179,9 +179,7 @@ def engine(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     )  # fmt: skip
     one_batch._set_envs_and_config(args)
     rank = one_batch.spawn_world_rank(args, tp_rank=0, pp_rank=0)
-    one_batch.publish(
-        args, role="scheduler", ranks=one_batch.SpawnRanks(world_rank=rank, gpu_id=0)
-    )
+    one_batch.publish(args, role="scheduler", ranks=one_batch.SpawnRanks(world_rank=rank, gpu_id=0))
     one_batch.initialize_moe_config()
     runner = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)[0]
     model = runner.torch_runner

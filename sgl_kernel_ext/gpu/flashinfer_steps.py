@@ -32,7 +32,11 @@ class Level:
 
 
 def level(
-    slot_table: torch.Tensor, table_rows: IntArray, begins: IntArray, ends: IntArray, queries: IntArray
+    slot_table: torch.Tensor,
+    table_rows: IntArray,
+    begins: IntArray,
+    ends: IntArray,
+    queries: IntArray,
 ) -> Level:
     """The level in which group i has `queries[i]` rows and KV positions [begins[i], ends[i])."""
     lens = ends - begins
@@ -116,9 +120,7 @@ class FlashInferSteps:
             return self._plan_mixed(step, shape, dtype) if shape.soft_cap == 0 else None
         return self._plan_cascade(step, shape, dtype)
 
-    def _plan_mixed(
-        self, step: Step, shape: AttentionShape, dtype: torch.dtype
-    ) -> Runner | None:
+    def _plan_mixed(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         levels = mixed_levels(step.batch, step.slot_table)
         if levels is None:
             return None
@@ -155,9 +157,7 @@ class FlashInferSteps:
 
         return run_layer
 
-    def _plan_cascade(
-        self, step: Step, shape: AttentionShape, dtype: torch.dtype
-    ) -> Runner | None:
+    def _plan_cascade(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         levels = cascade_levels(step)
         if levels is None:
             return None

@@ -1,4 +1,4 @@
-"""Triton kernels over work items: prefill tiles, split-KV decodes, shared prefixes, and all at once.
+"""Triton kernels over work items: prefill tiles, split-KV decodes, shared prefixes, or all together.
 
 An item's rows are packed: the query heads of one KV head, for each of its query tokens, so that a
 key that has been read serves all of them. An item has few rows (a decode) or many (a prefill tile,
@@ -180,14 +180,14 @@ def _items(  # type: ignore[no-untyped-def]
     """One program per item. A launch with one kind of item compiles for that kind alone."""
     item = items + tl.program_id(0) * 7
     kind = tl.load(item + 6)
-    if HAS_FEW:
+    if HAS_FEW:  # noqa: SIM102 - decided when compiling, the other when running
         if kind == 1:
             _attend(
                 item, rows, query, key_pool, value_pool, slots, output, partials, partial_stats,
                 query_stride, slot_stride, scale, soft_cap, window,
                 HEADS, KV_HEADS, HEAD_DIM, WIDTH, UPCAST, 16, FEW_TILE,
             )  # fmt: skip
-    if HAS_MANY:
+    if HAS_MANY:  # noqa: SIM102 - decided when compiling, the other when running
         if kind == 2:
             _attend(
                 item, rows, query, key_pool, value_pool, slots, output, partials, partial_stats,

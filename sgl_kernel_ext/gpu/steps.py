@@ -94,9 +94,7 @@ class SlotMirror:
             slots = self.slots[members, np.where(known, positions, 0)].astype(np.int64)
             return np.where(known, slots, -1 - members)
 
-        return [
-            Segment(s.begin, s.end, decodes[s.members]) for s in shared_segments(lookup, lens)
-        ]
+        return [Segment(s.begin, s.end, decodes[s.members]) for s in shared_segments(lookup, lens)]
 
 
 def flashinfer_or_reason() -> tuple[Any | None, str]:

@@ -1,4 +1,4 @@
-"""Steps by the Triton kernels: one launch for prefill tiles, decodes and shared prefixes together."""
+"""Steps by the Triton kernels: one launch for prefill tiles, decodes and shared prefixes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The logic around the GPU kernels, on a CPU: FlashInfer's arguments, the choice, who computes what.
+"""The logic around the GPU kernels, on a CPU: FlashInfer's arguments, the choice, the take-over.
 
 The wrappers here stand in for FlashInfer's: they compute, with the reference, exactly what the
 arguments of their plan call say.
@@ -189,8 +189,9 @@ class FakeSGLangBackend:
 
     def init_forward_metadata(self, forward_batch: Any) -> None: ...
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        ...
+    def init_forward_metadata_out_graph(
+        self, forward_batch: Any, in_capture: bool = False
+    ) -> None: ...
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> str:
         return "sglang"
@@ -210,10 +211,16 @@ class Backend(BlendedSteps, FakeSGLangBackend):
 
 
 def forward(
-    monkeypatch: pytest.MonkeyPatch, mode: str, *, shared: bool = True, graph: bool = False, **layer: Any
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    *,
+    shared: bool = True,
+    graph: bool = False,
+    **layer: Any,
 ) -> Any:
     monkeypatch.setattr(
-        "blendserve.runtime.attention_gpu.choose_kernels", lambda device: ([FakeKernels()], "a test")
+        "blendserve.runtime.attention_gpu.choose_kernels",
+        lambda device: ([FakeKernels()], "a test"),
     )
     pool = torch.zeros(500, 2, 64)
     table = torch.zeros(2, 200, dtype=torch.int32)

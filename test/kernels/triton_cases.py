@@ -1,6 +1,6 @@
 """Random cases for the Triton kernels, run and compared; exits with 1 at the first wrong one.
 
-    python test/kernels/triton_cases.py --first 0 --count 300
+python test/kernels/triton_cases.py --first 0 --count 300
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if DEVICE == "cpu":
     # Read when Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernel_cases import Case, random_case
+from kernel_cases import Case, random_case  # noqa: E402
 
-from sgl_kernel_ext import gpu, reference
-from sgl_kernel_ext.plan import make_plan
+from sgl_kernel_ext import gpu, reference  # noqa: E402
+from sgl_kernel_ext.plan import make_plan  # noqa: E402
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 

@@ -1,4 +1,4 @@
-"""``--attention-backend blend``: the kernels of ``sgl_kernel_ext`` as an SGLang attention backend."""
+"""``--attention-backend blend``: ``sgl_kernel_ext`` as an SGLang attention backend."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ that is replayed from a graph never comes this way.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -39,7 +40,9 @@ class BlendedSteps:
         self.blend_runners.clear()
         self.blend_step = self._blend_step(forward_batch)
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    def init_forward_metadata_out_graph(
+        self, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
         # Capture and replay: what is recorded must be SGLang's own path.
         self.blend_step = None
         super().init_forward_metadata_out_graph(forward_batch, *args, **kwargs)  # type: ignore[misc]
@@ -105,7 +108,9 @@ class BlendedSteps:
             window=layer.sliding_window_size,
         )
         if shape not in self.blend_runners:
-            plans = (kernels.plan(self.blend_step, shape, q.dtype) for kernels in self.blend_kernels)
+            plans = (
+                kernels.plan(self.blend_step, shape, q.dtype) for kernels in self.blend_kernels
+            )
             self.blend_runners[shape] = next((plan for plan in plans if plan is not None), None)
         run = self.blend_runners[shape]
         if run is None:
@@ -122,10 +127,10 @@ class BlendedSteps:
 
 def make_backend(model_runner: Any) -> Any:
     """BlendedSteps over the best backend that this SGLang has for the device."""
-    parent: Any
-    try:
-        import flashinfer  # noqa: F401
-        from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend as parent
-    except ImportError:
-        from sglang.srt.layers.attention.triton_backend import TritonAttnBackend as parent
+    from sglang.srt.layers.attention import flashinfer_backend, triton_backend
+
+    installed = importlib.util.find_spec("flashinfer") is not None
+    parent = (
+        flashinfer_backend.FlashInferAttnBackend if installed else triton_backend.TritonAttnBackend
+    )
     return type("BlendGpuAttention", (BlendedSteps, parent), {})(model_runner)
