@@ -1,4 +1,4 @@
-"""Triton kernels over work items: prefill tiles, split-KV decodes, shared prefixes, or all together.
+"""Triton kernels over work items: prefill tiles, split-KV decodes, shared prefixes, all together.
 
 An item's rows are packed: the query heads of one KV head, for each of its query tokens, so that a
 key that has been read serves all of them. An item has few rows (a decode) or many (a prefill tile,
