@@ -39,13 +39,33 @@ inline void write_row(const float* from, float factor, int64_t n, bool bfloat16,
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(base)[offset + i] = from[i] * factor;
 }
 
+// One head's keys and values of the tile to come. Slots need not follow each other, so the machine
+// cannot guess them; asking for them bit by bit keeps memory busy while this tile is computed.
+struct Ahead {
+  const char* keys;
+  const char* values;
+  const int32_t* slots;
+  int tokens;
+  int64_t slot_bytes;
+  int64_t head_bytes;
+
+  inline void fetch(int begin, int end) const {
+    for (int t = begin; t < end && t < tokens; ++t)
+      for (int64_t line = 0; line < head_bytes; line += 64) {
+        __builtin_prefetch(keys + slots[t] * slot_bytes + line, 0, 2);
+        __builtin_prefetch(values + slots[t] * slot_bytes + line, 0, 2);
+      }
+  }
+};
+
 // scores[row][0..TILE) = queries[row] . keys[t], for few rows: keys are read where they lie.
 inline void score_direct(const float* queries, int rows, int width, const float* const* keys,
-                         int tokens, float* scores) {
+                         int tokens, float* scores, const Ahead& ahead) {
   for (int t = 0; t < tokens; t += W) {
     const int block = tokens - t < W ? tokens - t : W;
     for (int row = 0; row < rows; ++row) {
       const float* query = queries + row * width;
+      ahead.fetch(t + W * row / rows, t + W * (row + 1) / rows);
       vfloat part[W];
       if (block == W) {
         for (int i = 0; i < W; ++i) part[i] = load(query) * load(keys[t + i]);
@@ -143,7 +163,8 @@ struct RowBlocks<0> {
 };
 
 // Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
-inline void soften(float* scores, float soft_cap, float* maximum, float* sum, float* accumulator,
+// `sums` holds the row's sum of weights in W parts, which are added up at the end.
+inline void soften(float* scores, float soft_cap, float* maximum, float* sums, float* accumulator,
                    int width) {
   if (soft_cap > 0.0f)
     for (int t = 0; t < TILE; t += W) {
@@ -156,17 +177,17 @@ inline void soften(float* scores, float soft_cap, float* maximum, float* sum, fl
   const float tile_maximum = largest_lane(top);
   if (tile_maximum > *maximum) {
     const vfloat shrink = exponential(splat(*maximum - tile_maximum));
-    *sum *= shrink[0];
+    store(sums, load(sums) * shrink);
     for (int d = 0; d < width; d += W) store(accumulator + d, load(accumulator + d) * shrink);
     *maximum = tile_maximum;
   }
-  vfloat total = splat(0.0f);
+  vfloat total = load(sums);
   for (int t = 0; t < TILE; t += W) {
     const vfloat weight = exponential(load(scores + t) - *maximum);
     store(scores + t, weight);
     total += weight;
   }
-  *sum += sum_lanes(total);
+  store(sums, total);
 }
 
 void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratch) {
@@ -184,12 +205,12 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
   const BlendRow* row_list = a.rows + item.row_begin;
 
   const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
-  float* queries = scratch.reserve(all_rows * (2 * width + 2) + rows * TILE +
+  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + rows * TILE +
                                    static_cast<int64_t>(3) * TILE * width);
   float* accumulators = queries + all_rows * width;
   float* maxima = accumulators + all_rows * width;
   float* sums = maxima + all_rows;
-  float* scores = sums + all_rows;
+  float* scores = sums + all_rows * W;
   float* transposed = scores + rows * TILE;
   float* key_copy = transposed + TILE * width;
   float* value_copy = key_copy + TILE * width;
@@ -211,29 +232,18 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
         for (int d = head_dim; d < width; ++d) query[d] = 0.0f;
         for (int d = 0; d < width; ++d) accumulators[index * width + d] = 0.0f;
         maxima[index] = NOTHING;
-        sums[index] = 0.0f;
+        store(sums + index * W, splat(0.0f));
       }
   }
   if (copied)
     for (int64_t i = 0; i < 2 * TILE * width; ++i) key_copy[i] = 0.0f;
 
   const int32_t* slots = a.slots + item.table_row * a.slot_stride;
-  const int64_t slot_floats = a.kv_heads * a.head_dim;
-  const int lines = static_cast<int>((slot_floats * (bfloat16 ? 2 : 4) + 63) / 64);
+  const int64_t slot_floats = a.kv_heads * a.head_dim;  // elements, whatever their type
+  const int64_t element = bfloat16 ? 2 : 4;
   for (int64_t begin = item.token_begin; begin < item.token_end; begin += TILE) {
     const int64_t left = item.token_end - begin;
     const int tokens = left < TILE ? static_cast<int>(left) : TILE;
-    if (item.kv_head < 0) {
-      // Slots need not follow each other, so the next tile is asked for before it is needed.
-      const int64_t ahead = left - TILE < TILE ? (left > TILE ? left - TILE : 0) : TILE;
-      for (int64_t t = 0; t < ahead; ++t) {
-        const int64_t offset = slots[begin + TILE + t] * slot_floats * (bfloat16 ? 2 : 4);
-        for (int line = 0; line < lines; ++line) {
-          __builtin_prefetch(static_cast<const char*>(a.key_pool) + offset + line * 64, 0, 2);
-          __builtin_prefetch(static_cast<const char*>(a.value_pool) + offset + line * 64, 0, 2);
-        }
-      }
-    }
     for (int h = 0; h < kv_heads; ++h) {
       const float* keys[TILE];
       const float* values[TILE];
@@ -253,7 +263,15 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
       const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
       float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
       if (direct) {
-        score_direct(head_queries, rows, width, keys, tokens, scores);
+        const int64_t at = (first_head + h) * head_dim * element;
+        const int64_t next = left - TILE < TILE ? left - TILE : TILE;
+        const Ahead ahead = {static_cast<const char*>(a.key_pool) + at,
+                             static_cast<const char*>(a.value_pool) + at,
+                             slots + begin + TILE,
+                             static_cast<int>(next < 0 ? 0 : next),
+                             slot_floats * element,
+                             head_dim * element};
+        score_direct(head_queries, rows, width, keys, tokens, scores, ahead);
       } else {
         transpose_keys(keys, tokens, width, transposed);
         RowBlocks<ROW_BLOCK>::score(head_queries, rows, width, transposed, scores);
@@ -271,7 +289,7 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
           }
         }
         const int64_t index = static_cast<int64_t>(h) * rows + r;
-        soften(score, a.soft_cap, maxima + index, sums + index, accumulators + index * width,
+        soften(score, a.soft_cap, maxima + index, sums + index * W, accumulators + index * width,
                width);
       }
       RowBlocks<ROW_BLOCK>::weigh(scores, rows, values, tokens, head_accumulators, width);
@@ -284,14 +302,15 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
         const int64_t index = static_cast<int64_t>(h) * rows + i * group + g;
         const int64_t head = static_cast<int64_t>(first_head + h) * group + g;
         const float* accumulator = accumulators + index * width;
+        const float sum = sum_lanes(load(sums + index * W));
         if (row_list[i].partial < 0) {
           const int64_t offset = (row_list[i].query * a.heads + head) * head_dim;
-          write_row(accumulator, 1.0f / sums[index], head_dim, bfloat16, a.output, offset);
+          write_row(accumulator, 1.0f / sum, head_dim, bfloat16, a.output, offset);
         } else {
           float* to = a.partials + (row_list[i].partial * a.heads + head) * (head_dim + 2);
           __builtin_memcpy(to, accumulator, head_dim * sizeof(float));
           to[head_dim] = maxima[index];
-          to[head_dim + 1] = sums[index];
+          to[head_dim + 1] = sum;
         }
       }
 }

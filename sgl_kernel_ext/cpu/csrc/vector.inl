@@ -8,7 +8,8 @@ typedef float vfloat_unaligned __attribute__((vector_size(W * 4), aligned(4), ma
 
 inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
 inline void store(float* p, vfloat v) { *reinterpret_cast<vfloat_unaligned*>(p) = v; }
-inline vfloat splat(float x) { return vfloat{} + x; }
+// x - 0 is x, which the compiler knows to be a plain broadcast; 0 + x is not (x may be -0).
+inline vfloat splat(float x) { return x - vfloat{}; }
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
 template <int... I>
@@ -70,11 +71,24 @@ struct Transpose<0> {
   static inline void run(vfloat*) {}
 };
 
-inline float largest_lane(vfloat v) {
-  float x = v[0];
-  for (int i = 1; i < W; ++i) x = v[i] > x ? v[i] : x;
-  return x;
+template <int H, int... I>
+inline vfloat rotated(vfloat v, Lanes<I...>) {
+  const vint from = {((I + H) % W)...};
+  return __builtin_shuffle(v, from);
 }
+
+template <int H>
+struct Largest {
+  static inline vfloat run(vfloat v) {
+    return Largest<H / 2>::run(larger(v, rotated<H>(v, AllLanes())));
+  }
+};
+template <>
+struct Largest<0> {
+  static inline vfloat run(vfloat v) { return v; }
+};
+
+inline float largest_lane(vfloat v) { return Largest<W / 2>::run(v)[0]; }
 
 inline float sum_lanes(vfloat v) {
   float x[W];
