@@ -39,19 +39,22 @@ inline void write_row(const float* from, float factor, int64_t n, bool bfloat16,
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(base)[offset + i] = from[i] * factor;
 }
 
-// One head's keys and values of the tile to come. Slots need not follow each other, so the machine
-// cannot guess them; asking for them bit by bit keeps memory busy while this tile is computed.
+// Some slots of the tile to come, all heads of each. Slots need not follow each other, so the
+// machine cannot guess them; asking for them bit by bit, in whole rows, keeps memory busy while this
+// tile is computed.
 struct Ahead {
   const char* keys;
   const char* values;
   const int32_t* slots;
-  int tokens;
   int64_t slot_bytes;
-  int64_t head_bytes;
+  int begin;
+  int end;
 
-  inline void fetch(int begin, int end) const {
-    for (int t = begin; t < end && t < tokens; ++t)
-      for (int64_t line = 0; line < head_bytes; line += 64) {
+  // Part `part` of `parts` equal parts.
+  inline void fetch(int part, int parts) const {
+    const int last = begin + (end - begin) * (part + 1) / parts;
+    for (int t = begin + (end - begin) * part / parts; t < last; ++t)
+      for (int64_t line = 0; line < slot_bytes; line += 64) {
         __builtin_prefetch(keys + slots[t] * slot_bytes + line, 0, 2);
         __builtin_prefetch(values + slots[t] * slot_bytes + line, 0, 2);
       }
@@ -65,7 +68,7 @@ inline void score_direct(const float* queries, int rows, int width, const float*
     const int block = tokens - t < W ? tokens - t : W;
     for (int row = 0; row < rows; ++row) {
       const float* query = queries + row * width;
-      ahead.fetch(t + W * row / rows, t + W * (row + 1) / rows);
+      ahead.fetch(t / W * rows + row, TILE / W * rows);
       vfloat part[W];
       if (block == W) {
         for (int i = 0; i < W; ++i) part[i] = load(query) * load(keys[t + i]);
@@ -263,14 +266,14 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
       const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
       float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
       if (direct) {
-        const int64_t at = (first_head + h) * head_dim * element;
-        const int64_t next = left - TILE < TILE ? left - TILE : TILE;
-        const Ahead ahead = {static_cast<const char*>(a.key_pool) + at,
-                             static_cast<const char*>(a.value_pool) + at,
+        // A decode item covers all heads, and each asks for its share of the next tile.
+        const int next = left < 2 * TILE ? static_cast<int>(left) - TILE : TILE;
+        const Ahead ahead = {static_cast<const char*>(a.key_pool),
+                             static_cast<const char*>(a.value_pool),
                              slots + begin + TILE,
-                             static_cast<int>(next < 0 ? 0 : next),
                              slot_floats * element,
-                             head_dim * element};
+                             next > 0 ? next * h / kv_heads : 0,
+                             next > 0 ? next * (h + 1) / kv_heads : 0};
         score_direct(head_queries, rows, width, keys, tokens, scores, ahead);
       } else {
         transpose_keys(keys, tokens, width, transposed);
