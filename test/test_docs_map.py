@@ -15,8 +15,9 @@ PAGES = sorted(
 
 def test_the_map_names_every_module() -> None:
     text = (ROOT / "docs" / "structure.md").read_text()
-    package = ROOT / "python" / "blendserve"
-    modules = [path for path in package.rglob("*.py") if not path.name.startswith("__")]
+    packages = (ROOT / "python" / "blendserve", ROOT / "sgl_kernel_ext")
+    found = (path for package in packages for path in package.rglob("*.py"))
+    modules = [path for path in found if not path.name.startswith("__")]
     missing = [str(path.relative_to(ROOT)) for path in modules if path.name not in text]
     assert missing == []
 
@@ -24,7 +25,8 @@ def test_the_map_names_every_module() -> None:
 def test_the_map_names_no_module_that_is_gone() -> None:
     text = (ROOT / "docs" / "structure.md").read_text()
     named = set(re.findall(r"(\w+\.py)", text))
-    present = {path.name for path in ROOT.glob("python/**/*.py")}
+    sources = (*ROOT.glob("python/**/*.py"), *ROOT.glob("sgl_kernel_ext/**/*.py"))
+    present = {path.name for path in sources}
     assert named <= present
 
 

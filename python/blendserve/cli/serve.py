@@ -27,6 +27,7 @@ _CPU_FLAGS = (
     "--max-total-tokens", "16384",
     "--mem-fraction-static", "0.1",
     "--chunked-prefill-size", "512",
+    "--attention-backend", "blend",
     "--sleep-on-idle",
 )  # fmt: skip
 

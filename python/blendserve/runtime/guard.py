@@ -17,6 +17,8 @@ from packaging.version import Version
 OLDEST_SGLANG = "0.5.16"
 NEWEST_SGLANG = "0.5.23"
 
+_ATTENTION = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "...")
+
 # Dotted path -> parameter names, as in every release of the supported range. A trailing "..."
 # accepts further parameters, for what is only wrapped with *args and **kwargs.
 EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
@@ -54,6 +56,10 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "split_len",
     ),
     "sglang.srt.mem_cache.radix_cache.RadixCache._update_leaf_status": ("self", "node"),
+    "sglang.srt.layers.attention.attention_registry.register_attention_backend": ("name",),
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward_extend": _ATTENTION,
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward_decode": _ATTENTION,
+    "sglang.srt.utils.common.support_triton": ("backend",),
 }
 HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (

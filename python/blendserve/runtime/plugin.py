@@ -42,12 +42,13 @@ def activate() -> None:
 def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from blendserve.runtime import radix_cache
+    from blendserve.runtime import attention, radix_cache
     from blendserve.runtime.prefill_adder import BlendPrefillAdder
     from blendserve.runtime.scheduler import BlendScheduler
 
     radix_cache.register()
 
+    attention.register()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )

@@ -1,0 +1,71 @@
+"""Attention batches of an 8B Llama with random tensors: one layer, many KV slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sgl_kernel_ext import gpu
+from sgl_kernel_ext.batch import AttentionShape, PagedBatch
+from sgl_kernel_ext.gpu.steps import SlotMirror, Step
+from sgl_kernel_ext.plan import plan_segments
+
+SHAPE = AttentionShape(heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
+TOKEN_BYTES = 2 * SHAPE.kv_heads * SHAPE.head_dim * 2  # bfloat16
+
+
+class Layer:
+    """One step's tensors: chunks of prefill first, then decodes, as SGLang mixes them."""
+
+    def __init__(
+        self,
+        prefills: list[tuple[int, int]],
+        decodes: list[int],
+        shared: int = 0,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        """prefills: (cached, new) tokens of each chunk. decodes: KV length of each decode, of which
+        the first `shared` positions are common to all decodes."""
+        kv_lens = [cached + new for cached, new in prefills] + decodes
+        query_lens = [new for _, new in prefills] + [1] * len(decodes)
+        own = [c + n for c, n in prefills] + [d - shared for d in decodes]
+        slots = 1 + shared + sum(own)
+        # Requests of a running engine have their slots anywhere in the pool.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(slots - 1) + 1)
+        table = torch.zeros(len(kv_lens), max(kv_lens), dtype=torch.int32)
+        used = shared
+        for i, length in enumerate(own):
+            begin = shared if i >= len(prefills) else 0
+            table[i, :begin] = order[:begin]
+            table[i, begin : begin + length] = order[used : used + length]
+            used += length
+        generator = torch.Generator(device=device).manual_seed(0)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(size, dtype=torch.bfloat16, device=device, generator=generator)
+
+        self.batch = PagedBatch.of(list(range(len(kv_lens))), kv_lens, query_lens)
+        self.table = table.to(device)
+        self.key_pool = random(slots, SHAPE.kv_heads, SHAPE.head_dim)
+        self.value_pool = random(slots, SHAPE.kv_heads, SHAPE.head_dim)
+        self.query = random(sum(query_lens), SHAPE.heads, SHAPE.head_dim)
+        self.output = torch.empty_like(self.query)
+        self.device = device
+
+    def step(self, share: bool = True) -> Step:
+        if share:
+            return Step(self.batch, SlotMirror().segments(self.batch, self.table), self.table)
+        # Rows that no other request's row resembles: nothing to share.
+        apart = torch.arange(self.table.numel(), dtype=torch.int32).reshape(self.table.shape)
+        return Step(self.batch, SlotMirror().segments(self.batch, apart), self.table)
+
+    def triton(self, share: bool = True) -> Callable[[], None]:
+        """The Triton kernels over everything at once."""
+        step = self.step(share)
+        workers = torch.cuda.get_device_properties(self.device).multi_processor_count
+        plan = plan_segments(self.batch, SHAPE, gpu.tiling(SHAPE), workers, step.segments)
+        on_device = gpu.to_device(plan, SHAPE, self.device)
+        pools = (self.key_pool, self.value_pool)
+        return lambda: gpu.run(on_device, SHAPE, self.query, *pools, self.table, self.output)

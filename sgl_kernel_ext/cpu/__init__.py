@@ -1,0 +1,6 @@
+"""Attention on a CPU: kernels in C++ (``csrc``), called once per layer for the whole batch."""
+
+from sgl_kernel_ext.cpu.attention import DTYPES, TILING, run
+from sgl_kernel_ext.cpu.library import unavailable_reason
+
+__all__ = ["DTYPES", "TILING", "run", "unavailable_reason"]

@@ -1,0 +1,344 @@
+// The kernels, compiled once per instruction set. The including file opens a namespace, sets the
+// target, and defines VECTOR_LANES and ROW_BLOCK (rows of a register tile of ROW_BLOCK x 4 vectors).
+
+#include "vector.inl"
+
+constexpr int TILE = 64;           // KV positions that are scored together
+constexpr int DIRECT_ROWS = 6;     // up to here, transposing the keys costs more than it saves
+constexpr float NOTHING = -1e30f;  // maximum of a row that has seen no key yet
+constexpr float MASKED = -__builtin_inff();
+
+inline float from_bfloat16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;           // NaN stays NaN
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);  // nearest, even
+}
+
+inline void read_row(const void* base, int64_t offset, int64_t n, bool bfloat16, float* to) {
+  if (bfloat16)
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = from_bfloat16(static_cast<const uint16_t*>(base)[offset + i]);
+  else
+    __builtin_memcpy(to, static_cast<const float*>(base) + offset, n * sizeof(float));
+}
+
+inline void write_row(const float* from, float factor, int64_t n, bool bfloat16, void* base,
+                      int64_t offset) {
+  if (bfloat16)
+    for (int64_t i = 0; i < n; ++i)
+      static_cast<uint16_t*>(base)[offset + i] = to_bfloat16(from[i] * factor);
+  else
+    for (int64_t i = 0; i < n; ++i) static_cast<float*>(base)[offset + i] = from[i] * factor;
+}
+
+// Some slots of the tile to come, all heads of each. Slots need not follow each other, so the
+// machine cannot guess them; asking for them bit by bit, in whole rows, keeps memory busy while this
+// tile is computed.
+struct Ahead {
+  const char* keys;
+  const char* values;
+  const int32_t* slots;
+  int64_t slot_bytes;
+  int begin;
+  int end;
+
+  // Part `part` of `parts` equal parts.
+  inline void fetch(int part, int parts) const {
+    const int last = begin + (end - begin) * (part + 1) / parts;
+    for (int t = begin + (end - begin) * part / parts; t < last; ++t)
+      for (int64_t line = 0; line < slot_bytes; line += 64) {
+        __builtin_prefetch(keys + slots[t] * slot_bytes + line, 0, 2);
+        __builtin_prefetch(values + slots[t] * slot_bytes + line, 0, 2);
+      }
+  }
+};
+
+// scores[row][0..TILE) = queries[row] . keys[t], for few rows: keys are read where they lie.
+inline void score_direct(const float* queries, int rows, int width, const float* const* keys,
+                         int tokens, float* scores, const Ahead& ahead) {
+  for (int t = 0; t < tokens; t += W) {
+    const int block = tokens - t < W ? tokens - t : W;
+    for (int row = 0; row < rows; ++row) {
+      const float* query = queries + row * width;
+      ahead.fetch(t / W * rows + row, TILE / W * rows);
+      vfloat part[W];
+      if (block == W) {
+        for (int i = 0; i < W; ++i) part[i] = load(query) * load(keys[t + i]);
+        for (int d = W; d < width; d += W) {
+          const vfloat q = load(query + d);
+          for (int i = 0; i < W; ++i) part[i] += q * load(keys[t + i] + d);
+        }
+      } else {
+        for (int i = 0; i < W; ++i) part[i] = splat(0.0f);
+        for (int i = 0; i < block; ++i)
+          for (int d = 0; d < width; d += W) part[i] += load(query + d) * load(keys[t + i] + d);
+      }
+      store(scores + row * TILE + t, sum_each(part));
+    }
+  }
+}
+
+// keys[0..TILE) of `width` floats -> transposed[width][TILE]; missing tokens become zeros.
+inline void transpose_keys(const float* const* keys, int tokens, int width, float* transposed) {
+  for (int t = 0; t < TILE; t += W)
+    for (int d = 0; d < width; d += W) {
+      vfloat v[W];
+      for (int i = 0; i < W; ++i) v[i] = t + i < tokens ? load(keys[t + i] + d) : splat(0.0f);
+      Transpose<W / 2>::run(v);
+      for (int i = 0; i < W; ++i) store(transposed + (d + i) * TILE + t, v[i]);
+    }
+}
+
+// scores[0..R)[column .. column + 4W) = queries[0..R) x transposed
+template <int R>
+inline void score_tile(const float* queries, int width, const float* transposed, float* scores) {
+  vfloat sum[R][4];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < 4; ++c) sum[r][c] = splat(0.0f);
+  for (int d = 0; d < width; ++d) {
+    vfloat key[4];
+    for (int c = 0; c < 4; ++c) key[c] = load(transposed + d * TILE + c * W);
+    for (int r = 0; r < R; ++r) {
+      const vfloat q = splat(queries[r * width + d]);
+      for (int c = 0; c < 4; ++c) sum[r][c] += q * key[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < 4; ++c) store(scores + r * TILE + c * W, sum[r][c]);
+}
+
+// accumulators[0..R)[0 .. C*W) += weights[0..R)[t] * values[t][0 .. C*W)
+template <int R, int C>
+inline void weigh_tile(const float* weights, const float* const* values, int offset, int tokens,
+                       float* accumulators, int width) {
+  vfloat sum[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) sum[r][c] = load(accumulators + r * width + c * W);
+  for (int t = 0; t < tokens; ++t) {
+    vfloat value[C];
+    for (int c = 0; c < C; ++c) value[c] = load(values[t] + offset + c * W);
+    for (int r = 0; r < R; ++r) {
+      const vfloat weight = splat(weights[r * TILE + t]);
+      for (int c = 0; c < C; ++c) sum[r][c] += weight * value[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(accumulators + r * width + c * W, sum[r][c]);
+}
+
+template <int R>
+inline void weigh_rows(const float* weights, const float* const* values, int tokens,
+                       float* accumulators, int width) {
+  int d = 0;
+  for (; d + 4 * W <= width; d += 4 * W)
+    weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width);
+  for (; d < width; d += W) weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width);
+}
+
+template <int R>
+struct RowBlocks {
+  static inline void score(const float* queries, int rows, int width, const float* transposed,
+                           float* scores) {
+    for (; rows >= R; rows -= R, queries += R * width, scores += R * TILE)
+      for (int c = 0; c < TILE; c += 4 * W)
+        score_tile<R>(queries, width, transposed + c, scores + c);
+    RowBlocks<R - 1>::score(queries, rows, width, transposed, scores);
+  }
+  static inline void weigh(const float* weights, int rows, const float* const* values, int tokens,
+                           float* accumulators, int width) {
+    for (; rows >= R; rows -= R, weights += R * TILE, accumulators += R * width)
+      weigh_rows<R>(weights, values, tokens, accumulators, width);
+    RowBlocks<R - 1>::weigh(weights, rows, values, tokens, accumulators, width);
+  }
+};
+template <>
+struct RowBlocks<0> {
+  static inline void score(const float*, int, int, const float*, float*) {}
+  static inline void weigh(const float*, int, const float* const*, int, float*, int) {}
+};
+
+// Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
+// `sums` holds the row's sum of weights in W parts, which are added up at the end.
+inline void soften(float* scores, float soft_cap, float* maximum, float* sums, float* accumulator,
+                   int width) {
+  if (soft_cap > 0.0f)
+    for (int t = 0; t < TILE; t += W) {
+      const vfloat s = load(scores + t);
+      const vfloat capped = soft_cap * hyperbolic_tangent(s * (1.0f / soft_cap));
+      store(scores + t, s == MASKED ? s : capped);
+    }
+  vfloat top = load(scores);
+  for (int t = W; t < TILE; t += W) top = larger(top, load(scores + t));
+  const float tile_maximum = largest_lane(top);
+  if (tile_maximum > *maximum) {
+    const vfloat shrink = exponential(splat(*maximum - tile_maximum));
+    store(sums, load(sums) * shrink);
+    for (int d = 0; d < width; d += W) store(accumulator + d, load(accumulator + d) * shrink);
+    *maximum = tile_maximum;
+  }
+  vfloat total = load(sums);
+  for (int t = 0; t < TILE; t += W) {
+    const vfloat weight = exponential(load(scores + t) - *maximum);
+    store(scores + t, weight);
+    total += weight;
+  }
+  store(sums, total);
+}
+
+void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratch) {
+  const int head_dim = static_cast<int>(a.head_dim);
+  const int width = (head_dim + W - 1) / W * W;
+  const int group = static_cast<int>(a.heads / a.kv_heads);
+  const int tokens_in_item = static_cast<int>(item.row_end - item.row_begin);
+  const int rows = tokens_in_item * group;  // rows of the score matrix, per KV head
+  const int first_head = item.kv_head < 0 ? 0 : static_cast<int>(item.kv_head);
+  const int kv_heads = item.kv_head < 0 ? static_cast<int>(a.kv_heads) : 1;
+  const bool bfloat16 = a.bfloat16 != 0;
+  // Rows of the pools that a vector load can read in place need no copy.
+  const bool copied = bfloat16 || width != head_dim;
+  const bool direct = rows <= DIRECT_ROWS;
+  const BlendRow* row_list = a.rows + item.row_begin;
+
+  const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
+  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + rows * TILE +
+                                   static_cast<int64_t>(3) * TILE * width);
+  float* accumulators = queries + all_rows * width;
+  float* maxima = accumulators + all_rows * width;
+  float* sums = maxima + all_rows;
+  float* scores = sums + all_rows * W;
+  float* transposed = scores + rows * TILE;
+  float* key_copy = transposed + TILE * width;
+  float* value_copy = key_copy + TILE * width;
+
+  int64_t sees_all = row_list[0].visible;  // positions below this one are visible to every row
+  int64_t first_seen = 0;                  // and, with a window, those from here on
+  for (int i = 0; i < tokens_in_item; ++i) {
+    const BlendRow& row = row_list[i];
+    if (row.visible < sees_all) sees_all = row.visible;
+    if (a.window >= 0 && row.visible - 1 - a.window > first_seen)
+      first_seen = row.visible - 1 - a.window;
+    for (int h = 0; h < kv_heads; ++h)
+      for (int g = 0; g < group; ++g) {
+        const int64_t index = static_cast<int64_t>(h) * rows + i * group + g;
+        float* query = queries + index * width;
+        const int64_t head = static_cast<int64_t>(first_head + h) * group + g;
+        read_row(a.query, row.query * a.query_stride + head * head_dim, head_dim, bfloat16, query);
+        for (int d = 0; d < head_dim; ++d) query[d] *= a.scale;
+        for (int d = head_dim; d < width; ++d) query[d] = 0.0f;
+        for (int d = 0; d < width; ++d) accumulators[index * width + d] = 0.0f;
+        maxima[index] = NOTHING;
+        store(sums + index * W, splat(0.0f));
+      }
+  }
+  if (copied)
+    for (int64_t i = 0; i < 2 * TILE * width; ++i) key_copy[i] = 0.0f;
+
+  const int32_t* slots = a.slots + item.table_row * a.slot_stride;
+  const int64_t slot_floats = a.kv_heads * a.head_dim;  // elements, whatever their type
+  const int64_t element = bfloat16 ? 2 : 4;
+  for (int64_t begin = item.token_begin; begin < item.token_end; begin += TILE) {
+    const int64_t left = item.token_end - begin;
+    const int tokens = left < TILE ? static_cast<int>(left) : TILE;
+    for (int h = 0; h < kv_heads; ++h) {
+      const float* keys[TILE];
+      const float* values[TILE];
+      for (int t = 0; t < tokens; ++t) {
+        const int64_t offset =
+            slots[begin + t] * slot_floats + static_cast<int64_t>(first_head + h) * head_dim;
+        if (copied) {
+          read_row(a.key_pool, offset, head_dim, bfloat16, key_copy + t * width);
+          read_row(a.value_pool, offset, head_dim, bfloat16, value_copy + t * width);
+          keys[t] = key_copy + t * width;
+          values[t] = value_copy + t * width;
+        } else {
+          keys[t] = static_cast<const float*>(a.key_pool) + offset;
+          values[t] = static_cast<const float*>(a.value_pool) + offset;
+        }
+      }
+      const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
+      float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
+      if (direct) {
+        // A decode item covers all heads, and each asks for its share of the next tile.
+        const int next = left < 2 * TILE ? static_cast<int>(left) - TILE : TILE;
+        const Ahead ahead = {static_cast<const char*>(a.key_pool),
+                             static_cast<const char*>(a.value_pool),
+                             slots + begin + TILE,
+                             slot_floats * element,
+                             next > 0 ? next * h / kv_heads : 0,
+                             next > 0 ? next * (h + 1) / kv_heads : 0};
+        score_direct(head_queries, rows, width, keys, tokens, scores, ahead);
+      } else {
+        transpose_keys(keys, tokens, width, transposed);
+        RowBlocks<ROW_BLOCK>::score(head_queries, rows, width, transposed, scores);
+      }
+      const bool masked = tokens < TILE || begin + tokens > sees_all || begin < first_seen;
+      for (int r = 0; r < rows; ++r) {
+        float* score = scores + r * TILE;
+        if (masked) {
+          const int64_t visible = row_list[r / group].visible - begin;
+          const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
+          for (int t = end; t < TILE; ++t) score[t] = MASKED;
+          if (a.window >= 0) {
+            const int64_t first = visible - 1 - a.window;
+            for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
+          }
+        }
+        const int64_t index = static_cast<int64_t>(h) * rows + r;
+        soften(score, a.soft_cap, maxima + index, sums + index * W, accumulators + index * width,
+               width);
+      }
+      RowBlocks<ROW_BLOCK>::weigh(scores, rows, values, tokens, head_accumulators, width);
+    }
+  }
+
+  for (int i = 0; i < tokens_in_item; ++i)
+    for (int h = 0; h < kv_heads; ++h)
+      for (int g = 0; g < group; ++g) {
+        const int64_t index = static_cast<int64_t>(h) * rows + i * group + g;
+        const int64_t head = static_cast<int64_t>(first_head + h) * group + g;
+        const float* accumulator = accumulators + index * width;
+        const float sum = sum_lanes(load(sums + index * W));
+        if (row_list[i].partial < 0) {
+          const int64_t offset = (row_list[i].query * a.heads + head) * head_dim;
+          write_row(accumulator, 1.0f / sum, head_dim, bfloat16, a.output, offset);
+        } else {
+          float* to = a.partials + (row_list[i].partial * a.heads + head) * (head_dim + 2);
+          __builtin_memcpy(to, accumulator, head_dim * sizeof(float));
+          to[head_dim] = maxima[index];
+          to[head_dim + 1] = sum;
+        }
+      }
+}
+
+// Joins the partial results of one query token by the log-sum-exp rule, in a fixed order.
+void merge(const BlendAttention& a, int64_t number) {
+  const int64_t head_dim = a.head_dim;
+  const int64_t begin = a.merge_begin[number];
+  const int64_t end = a.merge_begin[number + 1];
+  for (int64_t head = 0; head < a.heads; ++head) {
+    float* first = a.partials + (begin * a.heads + head) * (head_dim + 2);
+    float maximum = first[head_dim];
+    for (int64_t p = begin + 1; p < end; ++p) {
+      const float m = a.partials[(p * a.heads + head) * (head_dim + 2) + head_dim];
+      maximum = m > maximum ? m : maximum;
+    }
+    float sum = 0.0f;
+    for (int64_t p = begin; p < end; ++p) {
+      const float* part = a.partials + (p * a.heads + head) * (head_dim + 2);
+      const float factor = exponential(splat(part[head_dim] - maximum))[0];
+      sum += factor * part[head_dim + 1];
+      for (int64_t d = 0; d < head_dim; ++d)
+        first[d] = factor * part[d] + (p == begin ? 0.0f : first[d]);
+    }
+    write_row(first, 1.0f / sum, head_dim, a.bfloat16 != 0, a.output,
+              (a.merged_query[number] * a.heads + head) * head_dim);
+  }
+}

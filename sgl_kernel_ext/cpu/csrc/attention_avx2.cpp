@@ -1,0 +1,16 @@
+// Kernels for x86-64 machines with AVX2 and FMA: 3 x 4 accumulators of its 16 registers.
+#include "attention.h"
+
+#ifdef BLEND_X86_VARIANTS
+#pragma GCC target("avx2,fma")
+#define VECTOR_LANES 8
+#define ROW_BLOCK 3
+
+namespace avx2 {
+namespace {
+#include "attention.inl"
+}
+}  // namespace avx2
+
+const BlendKernels blend_kernels_avx2 = {avx2::attend, avx2::merge};
+#endif

@@ -1,0 +1,72 @@
+"""The compiled kernels: found next to this file, loaded once, called through a C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from pathlib import Path
+
+
+class AttentionArguments(ctypes.Structure):
+    """``struct BlendAttention`` of csrc/attention.h, field by field."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("key_pool", ctypes.c_void_p),
+        ("value_pool", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("items", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("merged_query", ctypes.c_void_p),
+        ("merge_begin", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
+        ("item_count", ctypes.c_int64),
+        ("merge_count", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("query_stride", ctypes.c_int64),
+        ("slot_stride", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("bfloat16", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+    )
+
+
+def _path() -> Path | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_attention" + suffix)
+        if path.exists():
+            return path
+    return None
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used here, or None if they can."""
+    path = _path()
+    if path is None:
+        return (
+            "the CPU kernels were not built when blendserve was installed; install a C++ compiler "
+            "(g++) and run `make setup` or `pip install --editable .` again"
+        )
+    try:
+        load()
+    except (OSError, AttributeError) as error:
+        return f"the CPU kernels in {path} do not load ({error}); install blendserve again"
+    return None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library. Raises OSError if it is missing or does not load."""
+    # torch brings the OpenMP runtime into the process: its thread pool serves these kernels too.
+    import torch  # noqa: F401
+
+    library = ctypes.CDLL(str(_path()))
+    library.blend_attention.argtypes = (ctypes.POINTER(AttentionArguments), ctypes.c_int)
+    library.blend_attention.restype = None
+    return library
