@@ -61,7 +61,11 @@ class FakeExecutor:
         return None
 
     async def run(
-        self, job_id: str, lines: LineSource, pending: Sequence[int]
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        on_start: Callable[[int], None],
     ) -> AsyncIterator[LineResult]:
         answered = 0
         waiting = list(pending)
@@ -71,6 +75,8 @@ class FakeExecutor:
                     await asyncio.sleep(0.005)
                     continue
                 wave, waiting = waiting[: self.parallel], waiting[self.parallel :]
+                for index in wave:
+                    on_start(index)
                 await asyncio.sleep(self.delay_seconds)
                 # Out of order on purpose: order is not promised.
                 for index in reversed(wave):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
@@ -30,6 +30,17 @@ from blendserve.batch.service import BatchService
 from blendserve.batch.upload import receive_upload
 
 logger = logging.getLogger(__name__)
+
+# Set by whoever checks keys in front of these routes; "" where nobody does.
+TENANT_SCOPE_KEY = "blendserve.tenant"
+
+
+def tenant_of(request: Request) -> str:
+    """Whose objects a request may see."""
+    return str(request.scope.get(TENANT_SCOPE_KEY, ""))
+
+
+Tenant = Annotated[str, Depends(tenant_of)]
 
 _BLOCK_BYTES = 256 * 1024
 _UPLOAD_FORM = {
@@ -74,27 +85,30 @@ def build_router(service: BatchService) -> APIRouter:
     router = APIRouter(route_class=_route_class(service.limits.max_json_bytes), responses=_ERRORS)
 
     @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
-    async def upload_file(request: Request) -> FileObject:
+    async def upload_file(request: Request, tenant: Tenant) -> FileObject:
         with service.store.directory.draft() as draft:
             upload = await receive_upload(request, draft, service.limits)
-            return await run_in_threadpool(service.add_upload, upload, draft)
+            return await run_in_threadpool(service.add_upload, upload, draft, tenant)
 
     @router.get("/v1/files")
     def list_files(
+        tenant: Tenant,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Page[FileObject]:
-        return service.list_files(after=after, limit=limit, order=order, purpose=purpose)
+        return service.list_files(
+            after=after, limit=limit, order=order, purpose=purpose, tenant=tenant
+        )
 
     @router.get("/v1/files/{file_id}")
-    def retrieve_file(file_id: str) -> FileObject:
-        return service.retrieve_file(file_id)
+    def retrieve_file(file_id: str, tenant: Tenant) -> FileObject:
+        return service.retrieve_file(file_id, tenant)
 
     @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
-    def download_file(file_id: str) -> StreamingResponse:
-        file, stream = service.open_file(file_id)
+    def download_file(file_id: str, tenant: Tenant) -> StreamingResponse:
+        file, stream = service.open_file(file_id, tenant)
         return StreamingResponse(
             _blocks(stream),
             media_type="application/octet-stream",
@@ -106,28 +120,32 @@ def build_router(service: BatchService) -> APIRouter:
         )
 
     @router.delete("/v1/files/{file_id}")
-    def delete_file(file_id: str) -> FileDeleted:
-        return service.delete_file(file_id)
+    def delete_file(file_id: str, tenant: Tenant) -> FileDeleted:
+        return service.delete_file(file_id, tenant)
 
     @router.post("/v1/batches")
     def create_batch(
-        body: CreateBatch, idempotency_key: Annotated[str | None, Header()] = None
+        body: CreateBatch,
+        tenant: Tenant,
+        idempotency_key: Annotated[str | None, Header()] = None,
     ) -> BatchObject:
-        return service.create(body, idempotency_key)
+        return service.create(body, idempotency_key, tenant)
 
     @router.get("/v1/batches")
     def list_batches(
-        after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+        tenant: Tenant,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> Page[BatchObject]:
-        return service.list(after=after, limit=limit)
+        return service.list(after=after, limit=limit, tenant=tenant)
 
     @router.get("/v1/batches/{batch_id}")
-    def retrieve_batch(batch_id: str) -> BatchObject:
-        return service.retrieve(batch_id)
+    def retrieve_batch(batch_id: str, tenant: Tenant) -> BatchObject:
+        return service.retrieve(batch_id, tenant)
 
     @router.post("/v1/batches/{batch_id}/cancel")
-    def cancel_batch(batch_id: str) -> BatchObject:
-        return service.cancel(batch_id)
+    def cancel_batch(batch_id: str, tenant: Tenant) -> BatchObject:
+        return service.cancel(batch_id, tenant)
 
     return router
 

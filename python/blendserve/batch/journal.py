@@ -3,6 +3,8 @@
 One JSON record per finished line, appended and synced before the line is counted. A record is
 valid if it ends with a newline and parses; the first valid record of an index wins. A process
 that dies while it writes leaves at most one unterminated record, which `Journal` cuts off.
+
+A second kind of record marks suspects: lines that were with the engine when it died.
 """
 
 from __future__ import annotations
@@ -48,14 +50,31 @@ class Record:
         return usage_of(response.get("body")) if isinstance(response, dict) else Usage()
 
 
+@dataclass(frozen=True)
+class Suspect:
+    """A line that was with the engine when it died; it must run alone from then on."""
+
+    index: int
+
+    def encode(self) -> bytes:
+        """The record as it stands in the journal."""
+        return orjson.dumps(
+            {"index": self.index, "kind": "suspect"}, option=orjson.OPT_APPEND_NEWLINE
+        )
+
+
 @dataclass
 class Tally:
-    """Which lines are done, and what they add up to: one byte of memory per line."""
+    """Which lines are done, and what they add up to: one byte of memory per line.
+
+    `suspects` are lines not done that were with the engine when it died.
+    """
 
     total: int
     completed: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
+    suspects: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._done = bytearray(self.total)
@@ -65,12 +84,18 @@ class Tally:
         if self._done[record.index]:
             return False
         self._done[record.index] = 1
+        self.suspects.discard(record.index)
         if record.kind == "output":
             self.completed += 1
         else:
             self.failed += 1
         self.usage = self.usage.plus(record.usage)
         return True
+
+    def suspect(self, index: int) -> None:
+        """Marks a line as one that must run alone, unless it is done."""
+        if not self._done[index]:
+            self.suspects.add(index)
 
     def is_done(self, index: int) -> bool:
         return self._done[index] == 1
@@ -81,7 +106,14 @@ class Tally:
         return self.total - self.completed - self.failed
 
     def pending(self) -> Sequence[int]:
+        """The indexes of all lines that are not done, suspects among them."""
         return array("Q", (index for index, done in enumerate(self._done) if not done))
+
+    def unsuspected(self) -> Sequence[int]:
+        """The lines of `pending` that may run together."""
+        if not self.suspects:
+            return self.pending()
+        return array("Q", (index for index in self.pending() if index not in self.suspects))
 
 
 class Journal:
@@ -125,10 +157,25 @@ class Journal:
 
 
 def read_records(path: Path, total: int) -> Iterator[Record]:
-    """The valid records of a journal in the order of their writing, one in memory at a time.
+    """The results in a journal in the order of their writing, one in memory at a time.
 
     `total` is the number of lines of the batch. A missing journal has no records.
     """
+    return (entry for entry in _entries(path, total) if isinstance(entry, Record))
+
+
+def tally_journal(path: Path, total: int) -> Tally:
+    """What a journal says is done."""
+    tally = Tally(total)
+    for entry in _entries(path, total):
+        if isinstance(entry, Record):
+            tally.add(entry)
+        else:
+            tally.suspect(entry.index)
+    return tally
+
+
+def _entries(path: Path, total: int) -> Iterator[Record | Suspect]:
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -143,15 +190,7 @@ def read_records(path: Path, total: int) -> Iterator[Record]:
             yield record
 
 
-def tally_journal(path: Path, total: int) -> Tally:
-    """What a journal says is done."""
-    tally = Tally(total)
-    for record in read_records(path, total):
-        tally.add(record)
-    return tally
-
-
-def _decode(raw: bytes, total: int) -> Record | None:
+def _decode(raw: bytes, total: int) -> Record | Suspect | None:
     try:
         entry = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -159,7 +198,11 @@ def _decode(raw: bytes, total: int) -> Record | None:
     if not isinstance(entry, dict):
         return None
     index, kind, line = entry.get("index"), entry.get("kind"), entry.get("line")
-    if type(index) is not int or not 0 <= index < total or not isinstance(line, dict):
+    if type(index) is not int or not 0 <= index < total:
+        return None
+    if kind == "suspect":
+        return Suspect(index)
+    if not isinstance(line, dict):
         return None
     if kind != "output" and kind != "error":
         return None

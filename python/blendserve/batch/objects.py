@@ -40,6 +40,8 @@ class CreateBatch(BaseModel):
         default=None, max_length=MAX_METADATA_PAIRS
     )
     output_expires_after: ExpiresAfter | None = None
+    reuse_results: bool = False
+    """Ours: take answers of earlier batches to the same custom_id and body, by the same engine."""
 
     @field_validator("completion_window")
     @classmethod

@@ -103,6 +103,7 @@ class _ResultWriter:
         lifetime = self._batch.output_expires_after_seconds
         return FileRow(
             id=file_id,
+            tenant=self._batch.tenant,
             purpose="batch_output",
             filename=f"{self._batch.id}_{self._kind}.jsonl",
             size_bytes=self._size_bytes,
