@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -97,7 +97,11 @@ class BlendExecutor:
         return None
 
     async def run(
-        self, job_id: str, lines: LineSource, pending: Sequence[int]
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        on_start: Callable[[int], None],
     ) -> AsyncIterator[LineResult]:
         runner = JobRunner(
             job_id,
@@ -110,6 +114,7 @@ class BlendExecutor:
             credits=self._credits,
             cost_model=self._cost_model,
             config=self._config,
+            on_start=on_start,
         )
         self._runners[job_id] = runner
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -96,6 +96,7 @@ class JobRunner:
         credits: what the scheduler will take; shared by all jobs of a server.
         cost_model: seconds of compute and of memory traffic of a request.
         config: the planner's settings.
+        on_start: called with a line's index when it is sent.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class JobRunner:
         credits: Credits,
         cost_model: CostModel,
         config: PlannerConfig,
+        on_start: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._on_start = on_start
         self.view = JobView(job_id)
         self._lines = lines
         self._pending = pending
@@ -288,6 +291,7 @@ class JobRunner:
     def _start(
         self, line: BatchLine, tag: PlanTag | None, sequences: int, position: int | None
     ) -> None:
+        self._on_start(line.index)
         task = self._client.start(line, tag, sequences)
         task.add_done_callback(lambda done: self._events.put_nowait((done, position)))
         self.view.in_flight += 1
