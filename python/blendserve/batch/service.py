@@ -234,6 +234,10 @@ class BatchService:
         live = self._live()
         return progress_of(self._batch(batch_id, tenant), live.get(batch_id))
 
+    def live_progress(self, batch_id: str) -> Progress:
+        """The counts of an open batch, whoever's it is; zeros for any other."""
+        return self._live().get(batch_id, Progress())
+
     # -- inside
 
     def _live(self) -> dict[str, Progress]:
