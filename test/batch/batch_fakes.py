@@ -50,6 +50,7 @@ class FakeExecutor:
         self.computed: list[str] = []
         self.aborted = 0
         self.crashes_left = 1
+        self.busy_answers = 2
         self._log = log
 
     def check(self, line: BatchLine) -> LineFault | None:
@@ -96,8 +97,11 @@ class FakeExecutor:
             raise EngineUnavailable("the engine was killed")
         if order == "bug":
             raise ValueError(prompt)
-        if order == "silent":
+        if order in ("silent", "die", "hang"):
             return None
+        if order == "busy" and self.busy_answers > 0:
+            self.busy_answers -= 1
+            return LineResult(line.index, request_id, 503, {"error": {"message": "busy"}})
         self.computed.append(line.custom_id)
         if self._log is not None:
             with open(self._log, "a") as log:

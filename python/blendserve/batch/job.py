@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 
 _MAX_UNSAVED_RESULTS = 512
 _MAX_BARREN_PASSES = 2
+# One by one would leave the engine nearly idle; all at once would tell nothing.
+_SUSPECTS_AT_ONCE = 16
 # The engine is busy or a part of it is away: another try may well succeed.
 _TRANSIENT_STATUSES = frozenset({429, 502, 503, 504})
 _MAX_ATTEMPTS = 5
@@ -77,20 +79,18 @@ class BatchRun:
     async def run(self) -> bool:
         """True once every line is done, False if it was stopped before.
 
-        Suspects run last and one by one: if the engine dies again, the culprit is known, and is
-        answered as an error. A pass may leave lines unanswered (the executor failed in an unknown
-        way, or was busy): they are tried again as long as passes get anything done, and then
-        answered as errors, so that no line is ever dropped. Raises EngineUnavailable and
-        JournalUnwritable; what is counted stays.
+        Suspects, the lines that were with the engine when it died, run last and in ever smaller
+        groups; one with which the engine dies again, and which was alone with it, is answered as an
+        error. A pass may leave lines unanswered (the executor failed in an unknown way, or was
+        busy): they are tried again as long as passes get anything done, and then answered as
+        errors, so that no line is ever dropped. Raises EngineUnavailable and JournalUnwritable;
+        what is counted stays.
         """
         barren_passes = 0
         while not self._stopping.is_set():
             if self._tally.remaining == 0:
                 return True
-            pending = await self._offload(self._tally.unsuspected)
-            alone = not pending
-            if alone:
-                pending = [min(self._tally.suspects)]
+            pending = await self._offload(self._tally.next_lines, _SUSPECTS_AT_ONCE)
             if barren_passes == _MAX_BARREN_PASSES:
                 await self._give_up(pending)
                 barren_passes = 0
@@ -99,7 +99,7 @@ class BatchRun:
             try:
                 await self._pass(pending)
             except EngineUnavailable as error:
-                await self._blame(error.in_flight, alone)
+                await self._blame(error.in_flight)
                 raise
             retries = self._attempts.total() - before[1]
             barren = (self._tally.remaining, self._attempts.total()) == before
@@ -161,17 +161,18 @@ class BatchRun:
             block = pending[start : start + _MAX_UNSAVED_RESULTS]
             await self._commit([LineResult(index, "", error=error) for index in block])
 
-    async def _blame(self, in_flight: Collection[int], alone: bool) -> None:
+    async def _blame(self, in_flight: Collection[int]) -> None:
         """Keeps who was with the engine when it died, even if this process dies next."""
         lines = [index for index in sorted(in_flight) if not self._tally.is_done(index)]
         if not lines:
             return
-        if alone:
+        if len(lines) == 1 and lines[0] in self._tally.suspects:
             error = LineError(
                 "engine_crashed",
-                "The engine ended twice while it ran this request, the second time with no other.",
+                "The engine ended more than once while it ran this request, the last time while "
+                "it ran no other of this batch.",
             )
-            await self._commit([LineResult(index, "", error=error) for index in lines])
+            await self._commit([LineResult(lines[0], "", error=error)])
             return
         await self._offload(self._append, [Suspect(index).encode() for index in lines])
         for index in lines:

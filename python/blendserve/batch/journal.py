@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A line that was with the engine when it died; it must run alone from then on."""
+    """A line that was with the engine when it died; every death adds one more such record."""
 
     index: int
 
@@ -67,14 +68,14 @@ class Suspect:
 class Tally:
     """Which lines are done, and what they add up to: one byte of memory per line.
 
-    `suspects` are lines not done that were with the engine when it died.
+    `suspects` are the lines not done that were with the engine when it died, with how often.
     """
 
     total: int
     completed: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
-    suspects: set[int] = field(default_factory=set)
+    suspects: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._done = bytearray(self.total)
@@ -84,7 +85,7 @@ class Tally:
         if self._done[record.index]:
             return False
         self._done[record.index] = 1
-        self.suspects.discard(record.index)
+        self.suspects.pop(record.index, None)
         if record.kind == "output":
             self.completed += 1
         else:
@@ -93,9 +94,9 @@ class Tally:
         return True
 
     def suspect(self, index: int) -> None:
-        """Marks a line as one that must run alone, unless it is done."""
+        """The engine died with this line, which is not done."""
         if not self._done[index]:
-            self.suspects.add(index)
+            self.suspects[index] += 1
 
     def is_done(self, index: int) -> bool:
         return self._done[index] == 1
@@ -109,11 +110,17 @@ class Tally:
         """The indexes of all lines that are not done, suspects among them."""
         return array("Q", (index for index, done in enumerate(self._done) if not done))
 
-    def unsuspected(self) -> Sequence[int]:
-        """The lines of `pending` that may run together."""
+    def next_lines(self, suspects_at_once: int) -> Sequence[int]:
+        """What may run together next: all lines that are above suspicion; when they are done,
+        lines that saw the engine die once, in small groups; and those that saw more, one by one.
+        """
         if not self.suspects:
             return self.pending()
-        return array("Q", (index for index in self.pending() if index not in self.suspects))
+        trusted = array("Q", (index for index in self.pending() if index not in self.suspects))
+        if trusted:
+            return trusted
+        once = sorted(index for index, deaths in self.suspects.items() if deaths == 1)
+        return once[:suspects_at_once] or [min(self.suspects)]
 
 
 class Journal:

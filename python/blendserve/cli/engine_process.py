@@ -29,7 +29,7 @@ _STOP_SECONDS = 30.0
 # SGLang itself waits 20 s for a sign of its scheduler before it says that it is not healthy.
 _HEALTH_TIMEOUT_SECONDS = 25.0
 _LOST_SECONDS = 3.0
-_MAX_BACKOFF_SECONDS = 60.0
+_MAX_PAUSE_SECONDS = 60.0
 _STEADY_SECONDS = 300.0
 
 
@@ -47,12 +47,14 @@ class WatchSettings:
 
     hang_seconds: not healthy for so long; 0 never. probe_seconds: between two looks at it.
     max_failed_starts: in a row, without having served between; None goes on for ever once the
-    engine has served.
+    engine has served. pause_seconds: before the first restart; each further one waits twice as
+    long, up to a minute, until an engine has lasted.
     """
 
     hang_seconds: float = 120.0
     probe_seconds: float = 15.0
     max_failed_starts: int | None = None
+    pause_seconds: float = 1.0
 
 
 @dataclass
@@ -113,7 +115,7 @@ class EngineProcess:
             EngineFailed: the first start failed, or too many in a row.
         """
         failed_starts = 0
-        backoff = 1.0
+        pause = self._watch.pause_seconds
         try:
             while True:
                 began = time.monotonic()
@@ -125,12 +127,13 @@ class EngineProcess:
                 if not self._has_served or failed_starts == self._watch.max_failed_starts:
                     assert self._process is not None
                     raise EngineFailed(f"{reason}{self._tail()}", self._process.returncode)
-                steady = time.monotonic() - began > _STEADY_SECONDS
-                backoff = 1.0 if steady else min(backoff * 2, _MAX_BACKOFF_SECONDS)
+                if time.monotonic() - began > _STEADY_SECONDS:
+                    pause = self._watch.pause_seconds
                 self._show("restarting", reason)
                 self.view.restarts += 1
-                logger.error("%s; the next one starts in %.0f s", reason, backoff)
-                await asyncio.sleep(backoff)
+                logger.error("%s; the next one starts in %.0f s", reason, pause)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _MAX_PAUSE_SECONDS)
         finally:
             await self._stop()
             self._show("stopped", self.view.reason)
@@ -214,9 +217,10 @@ class EngineProcess:
                 return f"the engine gave no sign of life for {silent:.0f} s and was ended"
 
     async def _is_healthy(self, address: EngineAddress) -> bool:
+        timeout = min(_HEALTH_TIMEOUT_SECONDS, self._watch.hang_seconds or _HEALTH_TIMEOUT_SECONDS)
         try:
             async with httpx.AsyncClient(trust_env=False) as client:
-                answer = await client.get(f"{address.url}/health", timeout=_HEALTH_TIMEOUT_SECONDS)
+                answer = await client.get(f"{address.url}/health", timeout=timeout)
         except httpx.HTTPError:
             return False
         return answer.status_code == 200
