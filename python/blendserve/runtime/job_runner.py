@@ -51,6 +51,8 @@ class JobView:
         left_density, right_density: at the two scanners; None when the plan is used up.
         waiting, in_flight: lines not yet sent, and lines sent and not yet answered.
         sampled, replanned: lines that run first, and whether their lengths have been used.
+        bound_seconds: nothing could run the lines that were left faster: all compute that the best
+            sharing leaves, or all memory traffic, whichever takes longer.
         total_work_tokens, done_work_tokens: prefill tokens that sharing leaves plus expected output
             tokens, of all lines and of the answered ones.
     """
@@ -68,6 +70,7 @@ class JobView:
     in_flight: int = 0
     sampled: int = 0
     replanned: bool = False
+    bound_seconds: float = 0.0
     total_work_tokens: float = 0.0
     done_work_tokens: float = 0.0
 
@@ -239,7 +242,15 @@ class JobRunner:
             self.view.prompt_tokens = plan.prompt_tokens
             self.view.unique_tokens = plan.unique_tokens
             self.view.best_sharing = plan.sharing_best
+            self.view.bound_seconds = self._bound_seconds(plan)
         self.view.planned_sharing = plan.sharing_planned
+
+    def _bound_seconds(self, plan: Plan) -> float:
+        tree, model = plan.tree, self._cost_model
+        output = self._estimates[tree.requests]
+        compute = model.compute_seconds(tree.length, output)
+        compute = compute - model.prefill_seconds_saved(tree.shared)
+        return float(max(compute.sum(), model.memory_seconds(tree.length, output).sum()))
 
     # -- dispatch, on the event loop -----------------------------------------------------------
 
