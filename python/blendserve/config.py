@@ -72,8 +72,8 @@ class Settings(BaseSettings):
     allow_remote_urls: bool = Field(
         default=False, description="Let batch lines name http(s) media for the server to fetch."
     )
-    api_keys_file: Path | None = Field(
-        default=None,
+    api_keys_file: str = Field(
+        default="",
         description="File of API keys, lines `tenant key [admin]`; each tenant sees its own only.",
     )
     engine_hang_seconds: float = Field(
@@ -145,7 +145,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 def to_environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for processes started from here."""
-    values = settings.model_dump(mode="json", exclude_none=True)
+    values = settings.model_dump(mode="json")
     return {f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in values.items()}
 
 

@@ -90,6 +90,7 @@ def build_app(executor: FakeExecutor) -> FastAPI:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--log", type=Path)
@@ -102,7 +103,7 @@ def main() -> None:
         parallel=options.parallel,
         log=options.log,
     )
-    uvicorn.run(build_app(executor), host="127.0.0.1", port=options.port, log_level="warning")
+    uvicorn.run(build_app(executor), host=options.host, port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from blendserve.batch.executor import (
 )
 from blendserve.batch.keys import ADMIN_SCOPE_KEY, ApiKeys, Holder, KeyFileError, KeyGuard
 from blendserve.batch.limits import BatchLimits
+from blendserve.batch.objects import BatchFault, BatchObject
 from blendserve.batch.page import build_page_router
 from blendserve.batch.progress import Progress
 from blendserve.batch.remote import EngineAddress, RemoteExecutor
@@ -35,8 +36,10 @@ __all__ = [
     "ApiError",
     "ApiKeys",
     "BatchDirectoryError",
+    "BatchFault",
     "BatchLimits",
     "BatchLine",
+    "BatchObject",
     "BatchService",
     "BatchStore",
     "EngineAddress",

@@ -171,6 +171,25 @@ def read_records(path: Path, total: int) -> Iterator[Record]:
     return (entry for entry in _entries(path, total) if isinstance(entry, Record))
 
 
+def read_records_in_order(path: Path, total: int) -> Iterator[Record]:
+    """The first result of each line, by its place in the input: 8 bytes of memory per line."""
+    places = array("Q", bytes(8 * total))
+    end = 0
+    for raw, entry in _raw_entries(path, total):
+        if isinstance(entry, Record) and not places[entry.index]:
+            places[entry.index] = end + 1
+        end += len(raw)
+    if not end:
+        return
+    with open(path, "rb") as file:
+        for place in places:
+            if place:
+                file.seek(place - 1)
+                entry = _decode(file.readline(), total)
+                assert isinstance(entry, Record)
+                yield entry
+
+
 def tally_journal(path: Path, total: int) -> Tally:
     """What a journal says is done."""
     tally = Tally(total)
@@ -183,18 +202,22 @@ def tally_journal(path: Path, total: int) -> Tally:
 
 
 def _entries(path: Path, total: int) -> Iterator[Record | Suspect]:
+    return (entry for _, entry in _raw_entries(path, total) if entry is not None)
+
+
+def _raw_entries(path: Path, total: int) -> Iterator[tuple[bytes, Record | Suspect | None]]:
+    """All whole lines of a journal; None stands for one that cannot be read."""
     if not path.exists():
         return
     with open(path, "rb") as file:
         for raw in file:
             if not raw.endswith(b"\n"):
                 return
-            record = _decode(raw, total)
-            if record is None:
+            entry = _decode(raw, total)
+            if entry is None:
                 # Damage from outside; the line counts as not done and is computed again.
                 logger.warning("journal %s has an unreadable record, which is ignored", path.name)
-                continue
-            yield record
+            yield raw, entry
 
 
 def _decode(raw: bytes, total: int) -> Record | Suspect | None:

@@ -42,7 +42,8 @@ class BatchService:
     `start` and `stop` belong to the event loop of the server; all other methods block briefly
     (SQLite, small files) and are for worker threads. They raise ApiError for a client's fault.
     `clock` gives unix seconds; `retry_seconds` is the pause after a full disk; `on_saved` is called
-    on a worker thread with a batch's id and its results, once they are durable.
+    on a worker thread with a batch's id and its results, once they are durable; `in_order` sorts
+    result files as the input is.
     """
 
     def __init__(
@@ -54,12 +55,15 @@ class BatchService:
         clock: Callable[[], float] = time.time,
         retry_seconds: float = 5.0,
         on_saved: SavedRecords | None = None,
+        in_order: bool = False,
     ) -> None:
         self.store = store
         self.executor = executor
         self.limits = limits if limits is not None else BatchLimits()
         self._clock = clock
-        self._worker = BatchWorker(store, executor, self.limits, self.now, retry_seconds, on_saved)
+        self._worker = BatchWorker(
+            store, executor, self.limits, self.now, retry_seconds, on_saved, in_order
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def now(self) -> int:

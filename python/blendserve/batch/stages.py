@@ -20,7 +20,7 @@ from blendserve.batch.limits import BatchLimits
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.objects import BatchFault
 from blendserve.batch.progress import Progress
-from blendserve.batch.publication import Publication, publish_results
+from blendserve.batch.publication import JournalIncomplete, Publication, publish_results
 from blendserve.batch.reuse import reused_records
 from blendserve.batch.store import BatchStore
 from blendserve.batch.tables import BatchRow
@@ -34,14 +34,14 @@ _UNFINISHED = {
     "cancelled": LineError("batch_cancelled", "The batch was cancelled before this request ran."),
     "expired": LineError("batch_expired", "The completion window closed before this request ran."),
     "failed": LineError("batch_failed", "The batch failed before this request ran."),
-    "completed": LineError("internal_error", "The request got no answer."),
 }
 
 
 @dataclass
 class Surroundings:
     """What all stages work with. `live` has the progress of open batches by id: written on the
-    event loop, read from any thread. `is_stopped` tells whether to let go of a batch."""
+    event loop, read from any thread. `is_stopped` tells whether to let go of a batch, `in_order`
+    whether result files are sorted."""
 
     store: BatchStore
     executor: Executor
@@ -50,6 +50,7 @@ class Surroundings:
     offload: Offload
     is_stopped: Callable[[str], bool]
     on_saved: SavedRecords | None = None
+    in_order: bool = False
     live: dict[str, Progress] = field(default_factory=dict)
 
     async def take_up(self, row: BatchRow) -> None:
@@ -239,30 +240,27 @@ class Publishing:
         ending = row.ending or "completed"
         publication: Publication | None = None
         if row.total is not None:
-            if ending == "completed" and not await self._is_complete(row):
+            try:
+                publication = await around.offload(
+                    lambda: publish_results(
+                        around.store.directory,
+                        row,
+                        max_line_bytes=around.limits.max_line_bytes,
+                        unfinished=_UNFINISHED.get(ending),
+                        now=around.now,
+                        in_order=around.in_order,
+                    )
+                )
+            except JournalIncomplete:
                 # The journal lost records since: the batch is not at its end after all.
                 await self._conclude(row, status="in_progress", ending=None, finalizing_at=None)
                 return
-            publication = await around.offload(
-                lambda: publish_results(
-                    around.store.directory,
-                    row,
-                    max_line_bytes=around.limits.max_line_bytes,
-                    unfinished=_UNFINISHED[ending],
-                    now=around.now,
-                )
-            )
         if publication is None:
             await self._conclude(row, status=ending, **{f"{ending}_at": around.now()})
         else:
             await self._conclude_with(row, ending, publication)
         around.live.pop(row.id, None)
         around.store.directory.journal(row.id).unlink(missing_ok=True)
-
-    async def _is_complete(self, row: BatchRow) -> bool:
-        path = self._around.store.directory.journal(row.id)
-        tally = await self._around.offload(tally_journal, path, row.total or 0)
-        return tally.remaining == 0
 
     async def _conclude_with(self, row: BatchRow, ending: str, publication: Publication) -> None:
         tally, usage = publication.tally, publication.tally.usage

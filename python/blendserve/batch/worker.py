@@ -38,6 +38,7 @@ class BatchWorker:
         now: Callable[[], int],
         retry_seconds: float,
         on_saved: SavedRecords | None = None,
+        in_order: bool = False,
     ) -> None:
         self._store = store
         self._now = now
@@ -50,6 +51,7 @@ class BatchWorker:
             offload=self._offload,
             is_stopped=lambda batch_id: self._stopping or batch_id in self._interrupted,
             on_saved=on_saved,
+            in_order=in_order,
         )
         self._validation = Validation(self._around)
         self._running = Running(self._around)
@@ -174,7 +176,7 @@ class BatchWorker:
         # Unless the next engine came up while this one's last results were being saved.
         self._waits_for_engine = self._recoveries == recoveries
         note = str(error) or "the engine is not available"
-        logger.warning("%s waits for an engine: %s", row.id, note)
+        logger.info("%s waits for an engine: %s", row.id, note)
         if row.total is not None:
             self._running.pause(row, note)
 

@@ -89,7 +89,7 @@ class EngineProcess:
         watch: WatchSettings | None = None,
     ) -> None:
         self.view = EngineState()
-        self._command = list(command)
+        self.command = list(command)
         self._on_up = on_up
         self._on_down = on_down
         self._log = log
@@ -167,7 +167,7 @@ class EngineProcess:
         with contextlib.ExitStack() as files:
             output = files.enter_context(self._log.open("ab")) if self._log is not None else None
             return await asyncio.create_subprocess_exec(
-                *[*self._command, "--port", port],
+                *[*self.command, "--port", port],
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -12,6 +12,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -113,9 +114,9 @@ class Front:
 
 def serve_front(argv: Sequence[str]) -> int:
     """Serve until stopped. Exit status: that of an engine that never came up, 2 for a setting."""
-    options, engine_flags = _parse(argv)
+    options, engine_flags = split_flags(argv)
     try:
-        settings = _settings(options)
+        settings = settings_of(options)
         keys = _keys(settings, options.api_key)
         store = BatchStore(settings.batch_dir)
     except (ConfigError, KeyFileError, BatchDirectoryError) as error:
@@ -165,7 +166,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     return to_environment(engine)
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """What is the front's; the rest is for the engine, which names what it does not know."""
     from blendserve.cli.serve import add_setting_flags
 
@@ -179,15 +180,16 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(list(argv))
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings under the flags of ours. ConfigError if one cannot be used."""
     given = {name: getattr(options, name, None) for name in Settings.model_fields}
     overrides = {name: value for name, value in given.items() if value is not None}
     return load_settings(**{**overrides, "enabled": True})
 
 
 def _keys(settings: Settings, api_key: str | None) -> ApiKeys:
-    if settings.api_keys_file is not None:
+    if settings.api_keys_file:
         if api_key is not None:
             raise ConfigError("give either --api-key or --api-keys-file, not both")
-        return ApiKeys.read(settings.api_keys_file)
+        return ApiKeys.read(Path(settings.api_keys_file))
     return ApiKeys({api_key: Holder("", admin=True)} if api_key else {})
