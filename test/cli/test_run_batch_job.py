@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import os
 import signal
@@ -12,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 FAKES = Path(__file__).parents[1] / "batch"
 COMMAND = """
@@ -78,25 +74,6 @@ def test_stdin_comes_out_in_order_with_status_for_machines(tmp_path: Path) -> No
     assert events[-1]["state"] == "placed"
     assert (events[-1]["completed"], events[-1]["failed"]) == (38, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.errors.jsonl", "out.jsonl"]
-
-
-def pack(kind: str, data: bytes) -> bytes:
-    if kind == "gz":
-        return gzip.compress(data)
-    zstandard = pytest.importorskip("zstandard", reason="the package zstandard is not installed")
-    packed = io.BytesIO()
-    with zstandard.ZstdCompressor().stream_writer(packed, closefd=False) as writer:
-        writer.write(data)
-    return packed.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_packed_input_is_read(tmp_path: Path, kind: str) -> None:
-    source = tmp_path / f"in.jsonl.{kind}"
-    source.write_bytes(pack(kind, jsonl(lines(10))))
-    run = Run(tmp_path, "-i", str(source))
-    assert run.end() == 0, run.said
-    assert sorted(ids(tmp_path / "out.jsonl")) == sorted(f"r{i}" for i in range(10))
 
 
 def test_a_stopped_run_goes_on_and_computes_nothing_twice(tmp_path: Path) -> None:
@@ -164,16 +141,6 @@ def test_all_bad_lines_are_told_before_an_engine_starts(tmp_path: Path) -> None:
     assert "line 5: The line is not valid JSON" in run.said
     assert "Starting the engine" not in run.said
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-@pytest.mark.parametrize("name", ["in.gz", "in.zst"])
-def test_a_packed_file_that_is_none_is_named(tmp_path: Path, name: str) -> None:
-    if name.endswith("zst"):
-        pytest.importorskip("zstandard", reason="the package zstandard is not installed")
-    (tmp_path / name).write_bytes(b"plain text")
-    run = Run(tmp_path, "-i", str(tmp_path / name))
-    assert run.end() == 1
-    assert f"{tmp_path / name} cannot be unpacked" in run.said
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import BinaryIO, cast
 
 from blendserve.batch import BatchFault, BatchLimits, BatchLine, LineFault, LineResult, LineSource
 from blendserve.batch.executor import ENDPOINTS
 from blendserve.batch.validation import validate_file
 
 _MAX_LISTED_FAULTS = 50
+_BLOCK_BYTES = 1 << 20
 
 
 class InputError(RuntimeError):
@@ -32,16 +33,15 @@ def plain_file(source: str, folder: Path) -> Iterator[Path]:
     """
     if source != "-" and not Path(source).is_file():
         raise InputError(f"input {source} is not a file")
-    packed = _opener(source)
-    if packed is None:
+    unpack = _unpacker(source)
+    if unpack is None:
         yield Path(source)
         return
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".input-", suffix=".jsonl") as spool:
         try:
-            with packed() as stream:
-                shutil.copyfileobj(stream, cast(Any, spool), 1 << 20)
+            unpack(cast(BinaryIO, spool))
             spool.flush()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise InputError(f"input {source} cannot be unpacked: {error}") from error
         yield Path(spool.name)
 
@@ -72,21 +72,45 @@ def fault_lines(faults: Sequence[BatchFault]) -> list[str]:
     return listed
 
 
-def _opener(source: str) -> Callable[[], IO[bytes]] | None:
+def _unpacker(source: str) -> Callable[[BinaryIO], None] | None:
+    """Writes the plain lines into a file; None if they are plain already."""
     if source == "-":
-        return lambda: cast(IO[bytes], contextlib.nullcontext(sys.stdin.buffer))
+        return lambda sink: shutil.copyfileobj(sys.stdin.buffer, sink, _BLOCK_BYTES)
     if source.endswith(".gz"):
-        return lambda: cast(IO[bytes], gzip.open(source, "rb"))
+        return lambda sink: _ungzip(source, sink)
     if source.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise InputError(
-                f"input {source}: .zst files need the package zstandard; install it, or unpack "
-                "the file first"
-            ) from error
-        return lambda: cast(IO[bytes], zstandard.open(source, "rb"))
+        return lambda sink: _unzstd(source, sink)
     return None
+
+
+def _ungzip(source: str, sink: BinaryIO) -> None:
+    with gzip.open(source, "rb") as stream:
+        shutil.copyfileobj(stream, sink, _BLOCK_BYTES)
+
+
+def _unzstd(source: str, sink: BinaryIO) -> None:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(
+            f"input {source}: .zst files need the package zstandard; install it, or unpack the "
+            "file first"
+        ) from error
+    frame = None
+    with open(source, "rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            while block:
+                if frame is None:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    sink.write(frame.decompress(block))
+                except zstandard.ZstdError as error:
+                    raise ValueError(str(error)) from error
+                block = frame.unused_data
+                frame = None if frame.eof else frame
+    if frame is not None:
+        # The library's own file object would take a file that was cut off for a whole one.
+        raise EOFError("it ends in the middle")
 
 
 def _first_url(path: Path, name: str) -> str:
