@@ -51,9 +51,11 @@ class FakeExecutor:
         self.aborted = 0
         self.crashes_left = 1
         self.busy_answers = 2
+        self.slow_check_seconds = 0.0
         self._log = log
 
     def check(self, line: BatchLine) -> LineFault | None:
+        time.sleep(self.slow_check_seconds)
         order = prompt_of(line)
         if order.startswith("break-the-check"):
             raise TypeError(order)

@@ -1,4 +1,4 @@
-"""Packed input: read whole, or refused; a file that was cut off is never taken for a shorter one."""
+"""Packed input: read whole or refused; one that was cut off is never taken for a shorter one."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
@@ -173,7 +173,7 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
                     if isinstance(cause, ApiError):
                         return _error_response(cause)
                     return _error_response(ApiError(error.status_code, str(error.detail)))
-                except (OSError, DBAPIError) as error:
+                except (OSError, OperationalError) as error:
                     logger.error("the batch store fails: %s", type(error).__name__)
                     return _error_response(_STORAGE_FAILURE)
 

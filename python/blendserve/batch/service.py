@@ -187,7 +187,9 @@ class BatchService:
             completion_window=request.completion_window,
             reuse_results=request.reuse_results,
             status="validating",
-            metadata_json=request.metadata and orjson.dumps(request.metadata).decode(),
+            metadata_json=(
+                None if request.metadata is None else orjson.dumps(request.metadata).decode()
+            ),
             output_expires_after_seconds=None if lifetime is None else lifetime.seconds,
             created_at=now,
             expires_at=now + window_seconds(request.completion_window),
