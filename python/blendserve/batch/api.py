@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from blendserve.batch.errors import ApiError
+from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import (
     BatchObject,
     CreateBatch,
@@ -82,7 +84,7 @@ def build_router(service: BatchService) -> APIRouter:
 
     Errors of these routes have OpenAI's shape whatever exception handlers the application has.
     """
-    router = APIRouter(route_class=_route_class(service.limits.max_json_bytes), responses=_ERRORS)
+    router = APIRouter(route_class=_route_class(service.limits), responses=_ERRORS)
 
     @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
     async def upload_file(request: Request, tenant: Tenant) -> FileObject:
@@ -150,7 +152,7 @@ def build_router(service: BatchService) -> APIRouter:
     return router
 
 
-def _route_class(max_json_bytes: int) -> type[APIRoute]:
+def _route_class(limits: BatchLimits) -> type[APIRoute]:
     class BatchRoute(APIRoute):
         """A route whose errors are answered here, in OpenAI's shape, and not by the app."""
 
@@ -161,7 +163,7 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
             async def handle_with_our_errors(request: Request) -> Response:
                 try:
                     if not is_upload:
-                        receive = _bounded(request.receive, max_json_bytes)
+                        receive = _bounded(request.receive, limits)
                         request = Request(request.scope, receive)
                     return await handle(request)
                 except ApiError as error:
@@ -182,16 +184,27 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
     return BatchRoute
 
 
-def _bounded(receive: Receive, max_bytes: int) -> Receive:
+def _bounded(receive: Receive, limits: BatchLimits) -> Receive:
     seen = 0
+    whole = False
 
     async def bounded_receive() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > max_bytes:
+        nonlocal seen, whole
+        # What comes after the body is the client's going away, for which there is no hurry.
+        patience = None if whole else limits.upload_idle_seconds
+        try:
+            message = await asyncio.wait_for(receive(), patience)
+        except TimeoutError as error:
             raise ApiError(
-                413, f"The request body is larger than {max_bytes} bytes.", code="body_too_large"
+                408, f"No data came for {patience:g} s.", code="upload_timeout"
+            ) from error
+        whole = not message.get("more_body", False)
+        seen += len(message.get("body", b""))
+        if seen > limits.max_json_bytes:
+            raise ApiError(
+                413,
+                f"The request body is larger than {limits.max_json_bytes} bytes.",
+                code="body_too_large",
             )
         return message
 

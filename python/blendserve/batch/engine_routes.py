@@ -25,6 +25,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
+from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import Executor, LineError, LineResult
 from blendserve.batch.lines import FileLineSource
 
@@ -59,6 +60,7 @@ def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) 
     `view` gives the counters for GET /blendserve/status.
     """
     router = APIRouter(prefix="/blendserve")
+    running: dict[str, asyncio.Task[None]] = {}
 
     @router.get("/engine")
     async def engine() -> EngineInfo:
@@ -74,9 +76,15 @@ def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) 
 
     @router.post("/jobs")
     async def run_job(job: RunJob) -> StreamingResponse:
+        # The front has one stream per job: whoever asks again has lost the one before.
+        if (before := running.get(job.job_id)) is not None:
+            before.cancel()
+            await asyncio.wait([before])
         source = await asyncio.to_thread(FileLineSource, job.path, job.max_line_bytes)
         stream = _JobStream(executor, job, source)
-        return StreamingResponse(stream.events(), media_type="application/x-ndjson")
+        running[job.job_id] = task = stream.start()
+        task.add_done_callback(lambda _: running.pop(job.job_id, None))
+        return StreamingResponse(stream.events(task), media_type="application/x-ndjson")
 
     return router
 
@@ -91,25 +99,28 @@ class _JobStream:
         self._news = asyncio.Event()
         self._room = asyncio.Event()
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Blocks of whole lines. Closing it aborts what is in flight."""
-        running = asyncio.create_task(self._run())
-        running.add_done_callback(lambda _: self._news.set())
+    def start(self) -> asyncio.Task[None]:
+        """Runs the job, until it ends or the task is cancelled, which aborts what is in flight."""
+        task = asyncio.create_task(self._run())
+        task.add_done_callback(lambda _: self._news.set())
+        return task
+
+    async def events(self, task: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        """Blocks of whole lines. Closing it cancels the task."""
         try:
             while True:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._news.wait(), _HEARTBEAT_SECONDS)
                 self._news.clear()
                 # Read before the block is taken: what comes later comes with another round.
-                ended = running.done()
+                ended = task.done()
                 yield self._take_block()
                 if ended:
-                    yield _ending(running)
+                    yield _ending(task)
                     return
         finally:
-            running.cancel()
-            await asyncio.wait([running])
-            self._source.close()
+            # Not waited for: a client that went away has cancelled this, and would every await.
+            task.cancel()
 
     def _take_block(self) -> bytes:
         started, self._started = self._started, []
@@ -126,21 +137,25 @@ class _JobStream:
     async def _run(self) -> None:
         pending = _flat(self._job.pending)
         results = self._executor.run(self._job.job_id, self._source, pending, self._on_start)
-        async with aclosing(results) as stream:  # type: ignore[type-var]
-            async for result in stream:
-                self._unsent.append(_encoded(result))
-                self._news.set()
-                if len(self._unsent) >= _MAX_UNSENT_EVENTS:
-                    self._room.clear()
-                    await self._room.wait()
+        try:
+            async with aclosing(results) as stream:  # type: ignore[type-var]
+                async for result in stream:
+                    self._unsent.append(_encoded(result))
+                    self._news.set()
+                    if len(self._unsent) >= _MAX_UNSENT_EVENTS:
+                        self._room.clear()
+                        await self._room.wait()
+        finally:
+            self._source.close()
 
 
-def _ending(running: asyncio.Task[None]) -> bytes:
-    failure = running.exception()
+def _ending(task: asyncio.Task[None]) -> bytes:
+    if task.cancelled():
+        return _line({"failed": "CancelledError"})
+    failure = task.exception()
     if failure is None:
         return _line({"end": True})
-    # The text of an exception may quote a prompt; its type does not.
-    logger.error("a job failed in the executor: %s", type(failure).__name__, exc_info=failure)
+    logger.error("a job failed in the executor: %s", reason_of(failure))
     return _line({"failed": type(failure).__name__})
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
-
+from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import EngineUnavailable, Executor
 from blendserve.batch.job import JournalUnwritable, Result
 from blendserve.batch.limits import BatchLimits
@@ -116,7 +114,7 @@ class BatchWorker:
                 busy = await step()
                 pause = None if busy else await self._pause_seconds()
             except Exception as error:
-                logger.error("the batch store fails, trying again: %s", _reason(error))
+                logger.error("the batch store fails, trying again: %s", reason_of(error))
                 busy, pause = False, self._retry_seconds
             if not busy:
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -201,7 +199,7 @@ class BatchWorker:
                     yield current
                 except Exception as error:
                     # One batch that cannot go on must not hold up the others.
-                    logger.error("%s fails for now, trying again: %s", row.id, _reason(error))
+                    logger.error("%s fails for now, trying again: %s", row.id, reason_of(error))
                     self._back_off(row)
                 return
             finally:
@@ -215,13 +213,3 @@ class BatchWorker:
     async def _offload(self, function: Callable[..., Result], *args: Any) -> Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, *args)
-
-
-def _reason(error: Exception) -> str:
-    """An error's cause without its data: its text might quote a row or a prompt."""
-    if isinstance(error, DBAPIError):
-        return f"{type(error).__name__}: {error.orig}"
-    if isinstance(error, OSError):
-        return f"{type(error).__name__}: {error.strerror}"
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"{type(error).__name__}\n{frames}"

@@ -60,17 +60,17 @@ class Front:
         keys: ApiKeys,
         watch: WatchSettings | None = None,
     ) -> None:
-        self._executor = RemoteExecutor(on_lost=lambda: self.engine.look_again())
-        self.service = BatchService(store, self._executor, limits_of(settings))
+        self.executor = RemoteExecutor(on_lost=lambda: self.engine.look_again())
+        self.service = BatchService(store, self.executor, limits_of(settings))
         self.engine = EngineProcess(
             engine_command,
             self._engine_up,
-            self._executor.engine_down,
+            self.executor.engine_down,
             environment=engine_environment(settings),
             watch=watch or WatchSettings(hang_seconds=settings.engine_hang_seconds),
         )
-        self._proxy = EngineProxy(self._executor)
-        self._board = StatusBoard(self.service, self._executor, self.engine.view)
+        self._proxy = EngineProxy(self.executor)
+        self._board = StatusBoard(self.service, self.executor, self.engine.view)
         self._keys = keys
         self.app = self._build_app()
         self.failure: EngineFailed | None = None
@@ -78,7 +78,7 @@ class Front:
         """Called when the engine is given up, which `failure` then tells."""
 
     def _engine_up(self, address: EngineAddress, info: EngineInfo) -> None:
-        self._executor.engine_up(address, info)
+        self.executor.engine_up(address, info)
         self.service.engine_recovered()
 
     def _build_app(self) -> FastAPI:
