@@ -64,6 +64,23 @@ def test_an_engine_that_dies_is_replaced_and_the_job_goes_on(tmp_path: Path) -> 
     assert len(log.read_text().split()) <= 60 + 2 * 4
 
 
+def test_a_cancelled_batch_leaves_the_engine_to_the_next_one(tmp_path: Path) -> None:
+    log = tmp_path / "computed"
+    with FrontServer(tmp_path / "batches", "--delay", "0.05", "--log", str(log)) as server:
+        batch = submit(server.client, job(400))
+        following = submit(server.client, job(8))
+        until(
+            lambda: server.client.batches.retrieve(batch.id),
+            lambda seen: counts_of(seen).completed >= 8,
+        )
+        server.client.batches.cancel(batch.id)
+        cancelled = finish(server.client, batch.id)
+        assert all_ids(server.client, cancelled) == ids(400)
+        assert finish(server.client, following.id).status == "completed"
+        # What was in flight when it was cancelled is all that was computed for nothing.
+        assert len(log.read_text().split()) <= counts_of(cancelled).completed + 2 * 4 + 8
+
+
 def test_lines_that_kill_or_hang_the_engine_are_isolated_and_answered(tmp_path: Path) -> None:
     with FrontServer(tmp_path) as server:
         batch = finish(server.client, submit(server.client, job(20, {7: "die", 13: "hang"})).id)

@@ -25,7 +25,8 @@ TOKEN_VARIABLE = "BLENDSERVE_ENGINE_TOKEN"
 PARENT_VARIABLE = "BLENDSERVE_PARENT_PID"
 
 _START_POLL_SECONDS = 0.5
-_STOP_SECONDS = 30.0
+# Less than others wait for this process itself.
+_STOP_SECONDS = 20.0
 # SGLang itself waits 20 s for a sign of its scheduler before it says that it is not healthy.
 _HEALTH_TIMEOUT_SECONDS = 25.0
 _LOST_SECONDS = 3.0
