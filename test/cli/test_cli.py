@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from blendserve import __version__
-from blendserve.cli import main, serve
+from blendserve.cli import front, main, serve
 from blendserve.config import Settings, load_settings
 from blendserve.runtime import cpu_platform, default_model
 
@@ -172,6 +172,24 @@ def test_our_flags_become_settings_of_every_process_and_sglang_never_sees_them(m
     assert load_settings() == settings  # from the environment, as a spawned process does
     assert flags[-4:] == ["--tp-size", "2", "--log-level", "error"]
     assert not any(flag.startswith(("--batch-dir", "--sample-fraction")) for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [([], "front"), (["--node-rank", "0"], "front"), (["--node-rank=1"], "engine")],
+)
+def test_only_the_first_node_has_a_front(monkeypatch, argv, expected):
+    monkeypatch.setattr(front, "serve_front", lambda argv: "front")
+    monkeypatch.setattr(serve, "run_engine", lambda argv: "engine")
+    assert serve.main(argv) == expected
+
+
+def test_the_fronts_flags_never_reach_the_engine():
+    options, rest = front.split_flags(
+        ["--port", "80", "--api-key", "secret", "--batch-dir", "jobs", "--tp-size", "2"]
+    )
+    assert (options.port, options.api_key, options.batch_dir) == (80, "secret", "jobs")
+    assert rest == ["--tp-size", "2"]
 
 
 def test_serving_is_what_switches_blendserve_on(machine):

@@ -99,7 +99,11 @@ def main(argv: Sequence[str]) -> int:
     """Serve until stopped: files and batches here, the model in a process of its own."""
     from blendserve.cli.front import serve_front
 
-    if "-h" in argv or "--help" in argv:
+    nodes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    nodes.add_argument("--node-rank", type=int, default=0)
+    # Only the first of several nodes has an HTTP server to stand in front of.
+    has_front = nodes.parse_known_args(list(argv))[0].node_rank == 0
+    if not has_front or "-h" in argv or "--help" in argv:
         return run_engine(argv)
     return serve_front(argv)
 
