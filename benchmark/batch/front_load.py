@@ -45,14 +45,18 @@ def measure(folder: Path, lines: int, line_bytes: int) -> dict[str, Any]:
     )
     watched = psutil.Process(process.pid)
     peak = 0
+    cpu = {"front": 0.0, "engine": 0.0}
     states: dict[str, float] = {}
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     while process.poll() is None:
         try:
             peak = max(peak, watched.memory_info().rss)
+            cpu["front"] = sum(watched.cpu_times()[:2])
+            for child in watched.children():
+                cpu["engine"] = max(cpu["engine"], sum(child.cpu_times()[:2]))
         except psutil.NoSuchProcess:
-            break
+            continue
         for said in process.stdout.readlines():
             states.setdefault(json.loads(said)["state"], time.monotonic() - began)
         time.sleep(0.02)
@@ -68,6 +72,7 @@ def measure(folder: Path, lines: int, line_bytes: int) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_before_engine_up": up,
         "lines_per_second": lines / seconds,
+        "cpu_seconds": cpu,
         "peak_rss_bytes": peak,
         "states_seconds": states,
     }

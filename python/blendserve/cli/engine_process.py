@@ -17,12 +17,14 @@ import httpx
 from pydantic import ValidationError
 
 from blendserve.batch import EngineAddress, EngineInfo
-from blendserve.cli.server_process import free_port, log_tail
+from blendserve.cli.server_process import (
+    PARENT_VARIABLE,
+    TOKEN_VARIABLE,
+    free_port,
+    log_tail,
+)
 
 logger = logging.getLogger(__name__)
-
-TOKEN_VARIABLE = "BLENDSERVE_ENGINE_TOKEN"
-PARENT_VARIABLE = "BLENDSERVE_PARENT_PID"
 
 _START_POLL_SECONDS = 0.5
 # Less than others wait for this process itself.

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blendserve.cli.engine_process import PARENT_VARIABLE, TOKEN_VARIABLE
-from blendserve.cli.server_process import die_with_parent
+from blendserve.cli.server_process import PARENT_VARIABLE, TOKEN_VARIABLE, die_with_parent
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 # What a job wants of SGLang everywhere; a flag given by the user comes later and wins.

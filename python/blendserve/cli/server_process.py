@@ -15,6 +15,10 @@ from pathlib import Path
 
 import httpx
 
+# How a front process tells its engine the key for its routes, and whom to follow into the end.
+TOKEN_VARIABLE = "BLENDSERVE_ENGINE_TOKEN"
+PARENT_VARIABLE = "BLENDSERVE_PARENT_PID"
+
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 15
