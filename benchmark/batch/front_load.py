@@ -91,7 +91,12 @@ def main() -> None:
             for lines in (options.small, options.large)
         ]
     growth = jobs[1]["peak_rss_bytes"] - jobs[0]["peak_rss_bytes"]
-    result = {"cpus": os.cpu_count(), "jobs": jobs, "rss_growth_bytes": growth}
+    result = {
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "jobs": jobs,
+        "rss_growth_bytes": growth,
+    }
     text = json.dumps(result, indent=2)
     print(text)
     if options.json:
