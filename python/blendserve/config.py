@@ -26,7 +26,10 @@ from blendserve.planner import hardware
 ENV_PREFIX = "BLENDSERVE_"
 CONFIG_FILE_VARIABLE = "BLENDSERVE_CONFIG"
 # Variables of the same prefix that are not settings.
-_OTHER_VARIABLES = {CONFIG_FILE_VARIABLE, "BLENDSERVE_CACHE", "BLENDSERVE_DATA"}
+_OTHER_VARIABLES = {
+    CONFIG_FILE_VARIABLE,
+    *("BLENDSERVE_CACHE", "BLENDSERVE_DATA", "BLENDSERVE_ENGINE_TOKEN", "BLENDSERVE_PARENT_PID"),
+}
 
 
 class ConfigError(ValueError):
@@ -75,6 +78,22 @@ class Settings(BaseSettings):
     )
     trace_file: Path | None = Field(
         default=None, description="File for one JSON line per scheduler step; none by default."
+    )
+    allow_remote_urls: bool = Field(
+        default=False, description="Let batch lines name http(s) media for the server to fetch."
+    )
+    api_keys_file: str = Field(
+        default="",
+        description="File of API keys, lines `tenant key [admin]`; each tenant sees its own only.",
+    )
+    engine_hang_seconds: float = Field(
+        default=120.0,
+        ge=0.0,
+        description="Without a sign of life for so long the engine is restarted; 0 never.",
+    )
+    behind_front: bool = Field(
+        default=False,
+        description="Internal: this server is the engine of a front process that has the batches.",
     )
     feedback_address: str = Field(
         default="", description="Internal: where the scheduler reports to the front process."

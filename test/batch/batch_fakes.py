@@ -50,9 +50,12 @@ class FakeExecutor:
         self.computed: list[str] = []
         self.aborted = 0
         self.crashes_left = 1
+        self.busy_answers = 2
+        self.slow_check_seconds = 0.0
         self._log = log
 
     def check(self, line: BatchLine) -> LineFault | None:
+        time.sleep(self.slow_check_seconds)
         order = prompt_of(line)
         if order.startswith("break-the-check"):
             raise TypeError(order)
@@ -61,7 +64,12 @@ class FakeExecutor:
         return None
 
     async def run(
-        self, job_id: str, lines: LineSource, pending: Sequence[int]
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        on_start: Callable[[int], None],
+        deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         answered = 0
         waiting = list(pending)
@@ -71,6 +79,8 @@ class FakeExecutor:
                     await asyncio.sleep(0.005)
                     continue
                 wave, waiting = waiting[: self.parallel], waiting[self.parallel :]
+                for index in wave:
+                    on_start(index)
                 await asyncio.sleep(self.delay_seconds)
                 # Out of order on purpose: order is not promised.
                 for index in reversed(wave):
@@ -90,8 +100,11 @@ class FakeExecutor:
             raise EngineUnavailable("the engine was killed")
         if order == "bug":
             raise ValueError(prompt)
-        if order == "silent":
+        if order in ("silent", "die", "hang"):
             return None
+        if order == "busy" and self.busy_answers > 0:
+            self.busy_answers -= 1
+            return LineResult(line.index, request_id, 503, {"error": {"message": "busy"}})
         self.computed.append(line.custom_id)
         if self._log is not None:
             with open(self._log, "a") as log:

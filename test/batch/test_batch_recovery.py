@@ -29,7 +29,7 @@ from batch_fakes import (
 from batch_server import BatchServer
 from openai.types import Batch
 
-import blendserve.batch.worker as worker_module
+import blendserve.batch.stages as stages_module
 from blendserve.batch import BatchDirectoryError, BatchStore
 from blendserve.batch.directory import BatchDirectory
 from blendserve.batch.ids import derived_file_id
@@ -135,7 +135,7 @@ def die_before_the_files(patch: pytest.MonkeyPatch) -> None:
     def publish_results(*_: Any, **__: Any) -> Any:
         raise Died
 
-    patch.setattr(worker_module, "publish_results", publish_results)
+    patch.setattr(stages_module, "publish_results", publish_results)
 
 
 def die_between_the_two_files(patch: pytest.MonkeyPatch) -> None:

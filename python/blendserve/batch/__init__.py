@@ -9,8 +9,10 @@ imported here. The server builds a `BatchStore` and a `BatchService` and include
     await service.start()
 """
 
-from blendserve.batch.api import build_router
+from blendserve.batch.api import build_router, tenant_of
 from blendserve.batch.directory import BatchDirectoryError
+from blendserve.batch.engine_routes import EngineInfo, build_engine_router
+from blendserve.batch.errors import ApiError
 from blendserve.batch.executor import (
     BatchLine,
     EngineUnavailable,
@@ -20,23 +22,41 @@ from blendserve.batch.executor import (
     LineResult,
     LineSource,
 )
+from blendserve.batch.keys import ADMIN_SCOPE_KEY, ApiKeys, Holder, KeyFileError, KeyGuard
 from blendserve.batch.limits import BatchLimits
+from blendserve.batch.objects import BatchFault, BatchObject
+from blendserve.batch.page import build_page_router
 from blendserve.batch.progress import Progress
+from blendserve.batch.remote import EngineAddress, RemoteExecutor
 from blendserve.batch.service import BatchService
 from blendserve.batch.store import BatchStore
 
 __all__ = [
+    "ADMIN_SCOPE_KEY",
+    "ApiError",
+    "ApiKeys",
     "BatchDirectoryError",
+    "BatchFault",
     "BatchLimits",
     "BatchLine",
+    "BatchObject",
     "BatchService",
     "BatchStore",
+    "EngineAddress",
+    "EngineInfo",
     "EngineUnavailable",
     "Executor",
+    "Holder",
+    "KeyFileError",
+    "KeyGuard",
     "LineError",
     "LineFault",
     "LineResult",
     "LineSource",
     "Progress",
+    "RemoteExecutor",
+    "build_engine_router",
+    "build_page_router",
     "build_router",
+    "tenant_of",
 ]

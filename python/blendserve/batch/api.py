@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from blendserve.batch.errors import ApiError
+from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import (
     BatchObject,
     CreateBatch,
@@ -30,6 +32,17 @@ from blendserve.batch.service import BatchService
 from blendserve.batch.upload import receive_upload
 
 logger = logging.getLogger(__name__)
+
+# Set by whoever checks keys in front of these routes; "" where nobody does.
+TENANT_SCOPE_KEY = "blendserve.tenant"
+
+
+def tenant_of(request: Request) -> str:
+    """Whose objects a request may see."""
+    return str(request.scope.get(TENANT_SCOPE_KEY, ""))
+
+
+Tenant = Annotated[str, Depends(tenant_of)]
 
 _BLOCK_BYTES = 256 * 1024
 _UPLOAD_FORM = {
@@ -71,30 +84,33 @@ def build_router(service: BatchService) -> APIRouter:
 
     Errors of these routes have OpenAI's shape whatever exception handlers the application has.
     """
-    router = APIRouter(route_class=_route_class(service.limits.max_json_bytes), responses=_ERRORS)
+    router = APIRouter(route_class=_route_class(service.limits), responses=_ERRORS)
 
     @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
-    async def upload_file(request: Request) -> FileObject:
+    async def upload_file(request: Request, tenant: Tenant) -> FileObject:
         with service.store.directory.draft() as draft:
             upload = await receive_upload(request, draft, service.limits)
-            return await run_in_threadpool(service.add_upload, upload, draft)
+            return await run_in_threadpool(service.add_upload, upload, draft, tenant)
 
     @router.get("/v1/files")
     def list_files(
+        tenant: Tenant,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Page[FileObject]:
-        return service.list_files(after=after, limit=limit, order=order, purpose=purpose)
+        return service.list_files(
+            after=after, limit=limit, order=order, purpose=purpose, tenant=tenant
+        )
 
     @router.get("/v1/files/{file_id}")
-    def retrieve_file(file_id: str) -> FileObject:
-        return service.retrieve_file(file_id)
+    def retrieve_file(file_id: str, tenant: Tenant) -> FileObject:
+        return service.retrieve_file(file_id, tenant)
 
     @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
-    def download_file(file_id: str) -> StreamingResponse:
-        file, stream = service.open_file(file_id)
+    def download_file(file_id: str, tenant: Tenant) -> StreamingResponse:
+        file, stream = service.open_file(file_id, tenant)
         return StreamingResponse(
             _blocks(stream),
             media_type="application/octet-stream",
@@ -106,33 +122,37 @@ def build_router(service: BatchService) -> APIRouter:
         )
 
     @router.delete("/v1/files/{file_id}")
-    def delete_file(file_id: str) -> FileDeleted:
-        return service.delete_file(file_id)
+    def delete_file(file_id: str, tenant: Tenant) -> FileDeleted:
+        return service.delete_file(file_id, tenant)
 
     @router.post("/v1/batches")
     def create_batch(
-        body: CreateBatch, idempotency_key: Annotated[str | None, Header()] = None
+        body: CreateBatch,
+        tenant: Tenant,
+        idempotency_key: Annotated[str | None, Header()] = None,
     ) -> BatchObject:
-        return service.create(body, idempotency_key)
+        return service.create(body, idempotency_key, tenant)
 
     @router.get("/v1/batches")
     def list_batches(
-        after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+        tenant: Tenant,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> Page[BatchObject]:
-        return service.list(after=after, limit=limit)
+        return service.list(after=after, limit=limit, tenant=tenant)
 
     @router.get("/v1/batches/{batch_id}")
-    def retrieve_batch(batch_id: str) -> BatchObject:
-        return service.retrieve(batch_id)
+    def retrieve_batch(batch_id: str, tenant: Tenant) -> BatchObject:
+        return service.retrieve(batch_id, tenant)
 
     @router.post("/v1/batches/{batch_id}/cancel")
-    def cancel_batch(batch_id: str) -> BatchObject:
-        return service.cancel(batch_id)
+    def cancel_batch(batch_id: str, tenant: Tenant) -> BatchObject:
+        return service.cancel(batch_id, tenant)
 
     return router
 
 
-def _route_class(max_json_bytes: int) -> type[APIRoute]:
+def _route_class(limits: BatchLimits) -> type[APIRoute]:
     class BatchRoute(APIRoute):
         """A route whose errors are answered here, in OpenAI's shape, and not by the app."""
 
@@ -143,7 +163,7 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
             async def handle_with_our_errors(request: Request) -> Response:
                 try:
                     if not is_upload:
-                        receive = _bounded(request.receive, max_json_bytes)
+                        receive = _bounded(request.receive, limits)
                         request = Request(request.scope, receive)
                     return await handle(request)
                 except ApiError as error:
@@ -155,7 +175,7 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
                     if isinstance(cause, ApiError):
                         return _error_response(cause)
                     return _error_response(ApiError(error.status_code, str(error.detail)))
-                except (OSError, DBAPIError) as error:
+                except (OSError, OperationalError) as error:
                     logger.error("the batch store fails: %s", type(error).__name__)
                     return _error_response(_STORAGE_FAILURE)
 
@@ -164,16 +184,27 @@ def _route_class(max_json_bytes: int) -> type[APIRoute]:
     return BatchRoute
 
 
-def _bounded(receive: Receive, max_bytes: int) -> Receive:
+def _bounded(receive: Receive, limits: BatchLimits) -> Receive:
     seen = 0
+    whole = False
 
     async def bounded_receive() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > max_bytes:
+        nonlocal seen, whole
+        # What comes after the body is the client's going away, for which there is no hurry.
+        patience = None if whole else limits.upload_idle_seconds
+        try:
+            message = await asyncio.wait_for(receive(), patience)
+        except TimeoutError as error:
             raise ApiError(
-                413, f"The request body is larger than {max_bytes} bytes.", code="body_too_large"
+                408, f"No data came for {patience:g} s.", code="upload_timeout"
+            ) from error
+        whole = not message.get("more_body", False)
+        seen += len(message.get("body", b""))
+        if seen > limits.max_json_bytes:
+            raise ApiError(
+                413,
+                f"The request body is larger than {limits.max_json_bytes} bytes.",
+                code="body_too_large",
             )
         return message
 

@@ -28,6 +28,12 @@ def body_faults(endpoint: str, body: dict[str, Any], limits: BatchLimits) -> Ite
         yield LineFault(
             "invalid_value", "A batch cannot stream; leave `stream` out.", "body.stream"
         )
+    if endpoint == "/v1/responses" and body.get("background"):
+        yield LineFault(
+            "invalid_value",
+            "A batch waits for its answers; leave `background` out.",
+            "body.background",
+        )
     for name, least in _COUNTS.items():
         value = body.get(name)
         if value is None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
+
+from sqlalchemy.exc import DBAPIError
+
 
 class ApiError(Exception):
     """A request that cannot be served, with the HTTP status and the fields of its answer."""
@@ -34,3 +38,13 @@ def not_found(what: str, identifier: str, *, param: str = "id") -> ApiError:
 
 def conflict(message: str, *, code: str, param: str | None = None) -> ApiError:
     return ApiError(409, message, code=code, param=param)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's cause for the log, without its data: its text might quote a row or a prompt."""
+    if isinstance(error, DBAPIError):
+        return f"{type(error).__name__}: {error.orig}"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error.strerror}"
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"{type(error).__name__}\n{frames}"

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+ENDPOINTS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"}
+)
+"""Urls that a line may have; an engine serves some of them."""
 
 
 class EngineUnavailable(Exception):
-    """The engine died or hangs. The job keeps its finished lines and waits for an engine."""
+    """There is no engine: it loads, died or hangs. The job keeps its lines and waits for one.
+
+    `in_flight` holds the indexes of the lines that the engine had begun when it died.
+    """
+
+    def __init__(self, message: str, in_flight: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.in_flight = frozenset(in_flight)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,14 @@ class LineResult:
 class LineSource(Protocol):
     """The lines of one input file, read on demand: only their offsets are held in memory."""
 
+    @property
+    def path(self) -> Path:
+        """The file; another process of this machine may read it, too."""
+        ...
+
+    @property
+    def max_line_bytes(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> BatchLine:
@@ -67,7 +88,7 @@ class Executor(Protocol):
 
     `endpoints` are the urls a line may have, `models` the served names (empty: any name is
     taken), and `fingerprint` names model and settings: equal fingerprints promise answers that
-    may stand in one output file.
+    may stand in one output file. All three raise `EngineUnavailable` before an engine is known.
     """
 
     @property
@@ -88,14 +109,15 @@ class Executor(Protocol):
         job_id: str,
         lines: LineSource,
         pending: Sequence[int],
-        on_start: Callable[[int], None] = ...,
+        on_start: Callable[[int], None],
         deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         """An async generator with one result for each index in `pending`, in any order.
 
         Several may run at once. One that may miss its `deadline` (unix seconds) goes first.
-        `on_start` is called with an index when its line goes to the engine.
-        Cancelling or closing it must abort whatever is in flight before it returns. Raises
-        `EngineUnavailable` when the engine died; results already yielded stay valid.
+        `on_start` is called with an index when its line goes to the engine: if that dies, these
+        are the lines that may have killed it. Cancelling or closing the generator must abort
+        whatever is in flight before it returns. Raises `EngineUnavailable` when the engine died;
+        results already yielded stay valid.
         """
         ...

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from blendserve.batch.executor import EngineUnavailable, Executor, LineError, LineResult
 from blendserve.batch.ids import request_line_id
-from blendserve.batch.journal import Journal, Record, Tally
+from blendserve.batch.journal import Journal, Record, Suspect, Tally
 from blendserve.batch.lines import FileLineSource
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,12 @@ Result = TypeVar("Result")
 
 _MAX_UNSAVED_RESULTS = 512
 _MAX_BARREN_PASSES = 2
+# One by one would leave the engine nearly idle; all at once would tell nothing.
+_SUSPECTS_AT_ONCE = 16
+# The engine is busy or a part of it is away: another try may well succeed.
+_TRANSIENT_STATUSES = frozenset({429, 502, 503, 504})
+_MAX_ATTEMPTS = 5
+_MAX_RETRY_PAUSE_SECONDS = 30.0
 
 
 class Offload(Protocol):
@@ -31,7 +38,12 @@ class JournalUnwritable(Exception):
 
 
 class BatchRun:
-    """Runs what a journal does not have yet. The same for a fresh batch and for a resumed one."""
+    """Runs what a journal does not have yet. The same for a fresh batch and for a resumed one.
+
+    `on_progress` gets the tally and the number of retries after every saved group. `on_saved` gets
+    the group's records, on a worker thread, and raises JournalUnwritable if it cannot take them.
+    The executor is told the `deadline`, unix seconds.
+    """
 
     def __init__(
         self,
@@ -41,44 +53,62 @@ class BatchRun:
         tally: Tally,
         executor: Executor,
         offload: Offload,
-        on_progress: Callable[[Tally], None],
+        on_progress: Callable[[Tally, int], None],
+        on_saved: Callable[[Sequence[Record]], None] | None = None,
+        deadline: float | None = None,
     ) -> None:
         self._batch_id = batch_id
+        self._deadline = deadline
         self._source = source
         self._journal = journal
         self._tally = tally
         self._executor = executor
         self._offload = offload
         self._on_progress = on_progress
+        self._on_saved = on_saved
         self._unsaved: list[LineResult] = []
         self._arrival = asyncio.Event()
         self._room = asyncio.Event()
-        self._stop_requested = False
+        self._stopping = asyncio.Event()
         self._collector: asyncio.Task[None] | None = None
+        self._attempts: Counter[int] = Counter()
 
     def request_stop(self) -> None:
         """Aborts what is in flight; results that have arrived are still saved. Loop thread only."""
-        self._stop_requested = True
+        self._stopping.set()
         if self._collector is not None:
             self._collector.cancel()
 
     async def run(self) -> bool:
         """True once every line is done, False if it was stopped before.
 
-        A pass may leave lines unanswered (the executor failed in an unknown way): they are tried
-        again as long as passes get anything done, and then answered as errors, so that no line is
-        ever dropped. Raises EngineUnavailable and JournalUnwritable; what is counted stays.
+        Suspects, the lines that were with the engine when it died, run last and in ever smaller
+        groups; one with which the engine dies again, and which was alone with it, is answered as an
+        error. A pass may leave lines unanswered (the executor failed in an unknown way, or was
+        busy): they are tried again as long as passes get anything done, and then answered as
+        errors, so that no line is ever dropped. Raises EngineUnavailable and JournalUnwritable;
+        what is counted stays.
         """
         barren_passes = 0
-        while not self._stop_requested:
+        while not self._stopping.is_set():
             if self._tally.remaining == 0:
                 return True
-            pending = await self._offload(self._tally.pending)
+            pending = await self._offload(self._tally.next_lines, _SUSPECTS_AT_ONCE)
             if barren_passes == _MAX_BARREN_PASSES:
                 await self._give_up(pending)
+                barren_passes = 0
                 continue
-            await self._pass(pending)
-            barren_passes = barren_passes + 1 if self._tally.remaining == len(pending) else 0
+            before = (self._tally.remaining, self._attempts.total())
+            try:
+                await self._pass(pending)
+            except EngineUnavailable as error:
+                await self._blame(error.in_flight)
+                raise
+            retries = self._attempts.total() - before[1]
+            barren = (self._tally.remaining, self._attempts.total()) == before
+            barren_passes = barren_passes + 1 if barren else 0
+            if retries:
+                await self._pause_before_retry()
         return self._tally.remaining == 0
 
     async def _pass(self, pending: Sequence[int]) -> None:
@@ -100,14 +130,20 @@ class BatchRun:
             logger.error("%s: the executor failed with %s", self._batch_id, type(failure).__name__)
 
     async def _collect(self, pending: Sequence[int]) -> None:
-        results = self._executor.run(self._batch_id, self._source, pending)
+        in_flight: set[int] = set()
+        results = self._executor.run(
+            self._batch_id, self._source, pending, in_flight.add, self._deadline
+        )
         try:
             async for result in results:
+                in_flight.discard(result.index)
                 self._unsaved.append(result)
                 self._arrival.set()
                 if len(self._unsaved) >= _MAX_UNSAVED_RESULTS:
                     self._room.clear()
                     await self._room.wait()
+        except EngineUnavailable as error:
+            raise EngineUnavailable(str(error), error.in_flight or in_flight) from error
         finally:
             close = getattr(results, "aclose", None)
             if close is not None:
@@ -130,21 +166,57 @@ class BatchRun:
             block = pending[start : start + _MAX_UNSAVED_RESULTS]
             await self._commit([LineResult(index, "", error=error) for index in block])
 
+    async def _blame(self, in_flight: Collection[int]) -> None:
+        """Keeps who was with the engine when it died, even if this process dies next."""
+        lines = [index for index in sorted(in_flight) if not self._tally.is_done(index)]
+        if not lines:
+            return
+        if len(lines) == 1 and lines[0] in self._tally.suspects:
+            error = LineError(
+                "engine_crashed",
+                "The engine ended more than once while it ran this request, the last time while "
+                "it ran no other of this batch.",
+            )
+            await self._commit([LineResult(lines[0], "", error=error)])
+            return
+        await self._offload(self._append, [Suspect(index).encode() for index in lines])
+        for index in lines:
+            self._tally.suspect(index)
+        self._on_progress(self._tally, self._attempts.total())
+
+    async def _pause_before_retry(self) -> None:
+        most = max(self._attempts.values())
+        pause = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([pause], timeout=min(0.5 * 2**most, _MAX_RETRY_PAUSE_SECONDS))
+        pause.cancel()
+
     async def _commit(self, group: Sequence[LineResult]) -> None:
         fresh: dict[int, LineResult] = {}
+        strays = 0
         for result in group:
-            if 0 <= result.index < self._tally.total and not self._tally.is_done(result.index):
+            if not 0 <= result.index < self._tally.total or self._tally.is_done(result.index):
+                strays += 1
+            elif not self._is_to_be_retried(result):
                 fresh.setdefault(result.index, result)
-        if len(fresh) < len(group):
-            logger.warning(
-                "%s: %d results came twice or for no line", self._batch_id, len(group) - len(fresh)
-            )
-        records = await self._offload(self._save, list(fresh.values()))
-        for record in records:
-            self._tally.add(record)
-        self._on_progress(self._tally)
+        if strays:
+            logger.warning("%s: %d results came twice or for no line", self._batch_id, strays)
+        if fresh:
+            records = await self._offload(self._save, list(fresh.values()))
+            for record in records:
+                self._tally.add(record)
+            if self._on_saved is not None:
+                await self._offload(self._on_saved, records)
+        self._on_progress(self._tally, self._attempts.total())
 
-    def _save(self, results: Sequence[LineResult]) -> list[Record]:
+    def _is_to_be_retried(self, result: LineResult) -> bool:
+        if result.status_code not in _TRANSIENT_STATUSES:
+            return False
+        if self._attempts[result.index] + 1 >= _MAX_ATTEMPTS:
+            return False
+        self._attempts[result.index] += 1
+        return True
+
+    def _save(self, results: Iterable[LineResult]) -> list[Record]:
         records: list[Record] = []
         encoded: list[bytes] = []
         for result in results:
@@ -162,11 +234,14 @@ class BatchRun:
                 data = record.encode()
             records.append(record)
             encoded.append(data)
+        self._append(encoded)
+        return records
+
+    def _append(self, encoded: Sequence[bytes]) -> None:
         try:
             self._journal.append(encoded)
         except OSError as error:
             raise JournalUnwritable(error.strerror or str(error)) from error
-        return records
 
     def _record(self, result: LineResult) -> Record:
         custom_id = self._source.custom_id(result.index)

@@ -3,6 +3,8 @@
 One JSON record per finished line, appended and synced before the line is counted. A record is
 valid if it ends with a newline and parses; the first valid record of an index wins. A process
 that dies while it writes leaves at most one unterminated record, which `Journal` cuts off.
+
+A second kind of record marks suspects: lines that were with the engine when it died.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import os
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,14 +51,31 @@ class Record:
         return usage_of(response.get("body")) if isinstance(response, dict) else Usage()
 
 
+@dataclass(frozen=True)
+class Suspect:
+    """A line that was with the engine when it died; every death adds one more such record."""
+
+    index: int
+
+    def encode(self) -> bytes:
+        """The record as it stands in the journal."""
+        return orjson.dumps(
+            {"index": self.index, "kind": "suspect"}, option=orjson.OPT_APPEND_NEWLINE
+        )
+
+
 @dataclass
 class Tally:
-    """Which lines are done, and what they add up to: one byte of memory per line."""
+    """Which lines are done, and what they add up to: one byte of memory per line.
+
+    `suspects` are the lines not done that were with the engine when it died, with how often.
+    """
 
     total: int
     completed: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
+    suspects: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._done = bytearray(self.total)
@@ -65,12 +85,18 @@ class Tally:
         if self._done[record.index]:
             return False
         self._done[record.index] = 1
+        self.suspects.pop(record.index, None)
         if record.kind == "output":
             self.completed += 1
         else:
             self.failed += 1
         self.usage = self.usage.plus(record.usage)
         return True
+
+    def suspect(self, index: int) -> None:
+        """The engine died with this line, which is not done."""
+        if not self._done[index]:
+            self.suspects[index] += 1
 
     def is_done(self, index: int) -> bool:
         return self._done[index] == 1
@@ -81,7 +107,20 @@ class Tally:
         return self.total - self.completed - self.failed
 
     def pending(self) -> Sequence[int]:
+        """The indexes of all lines that are not done, suspects among them."""
         return array("Q", (index for index, done in enumerate(self._done) if not done))
+
+    def next_lines(self, suspects_at_once: int) -> Sequence[int]:
+        """What may run together next: all lines that are above suspicion; when they are done,
+        lines that saw the engine die once, in small groups; and those that saw more, one by one.
+        """
+        if not self.suspects:
+            return self.pending()
+        trusted = array("Q", (index for index in self.pending() if index not in self.suspects))
+        if trusted:
+            return trusted
+        once = sorted(index for index, deaths in self.suspects.items() if deaths == 1)
+        return once[:suspects_at_once] or [min(self.suspects)]
 
 
 class Journal:
@@ -125,33 +164,63 @@ class Journal:
 
 
 def read_records(path: Path, total: int) -> Iterator[Record]:
-    """The valid records of a journal in the order of their writing, one in memory at a time.
+    """The results in a journal in the order of their writing, one in memory at a time.
 
     `total` is the number of lines of the batch. A missing journal has no records.
     """
+    return (entry for entry in _entries(path, total) if isinstance(entry, Record))
+
+
+def read_records_in_order(path: Path, total: int) -> Iterator[Record]:
+    """The first result of each line, by its place in the input: 8 bytes of memory per line."""
+    places = array("Q", bytes(8 * total))
+    end = 0
+    for raw, entry in _raw_entries(path, total):
+        if isinstance(entry, Record) and not places[entry.index]:
+            places[entry.index] = end + 1
+        end += len(raw)
+    if not end:
+        return
+    with open(path, "rb") as file:
+        for place in places:
+            if place:
+                file.seek(place - 1)
+                entry = _decode(file.readline(), total)
+                assert isinstance(entry, Record)
+                yield entry
+
+
+def tally_journal(path: Path, total: int) -> Tally:
+    """What a journal says is done."""
+    tally = Tally(total)
+    for entry in _entries(path, total):
+        if isinstance(entry, Record):
+            tally.add(entry)
+        else:
+            tally.suspect(entry.index)
+    return tally
+
+
+def _entries(path: Path, total: int) -> Iterator[Record | Suspect]:
+    return (entry for _, entry in _raw_entries(path, total) if entry is not None)
+
+
+def _raw_entries(path: Path, total: int) -> Iterator[tuple[bytes, Record | Suspect | None]]:
+    """All whole lines of a journal; None stands for one that cannot be read."""
     if not path.exists():
         return
     with open(path, "rb") as file:
         for raw in file:
             if not raw.endswith(b"\n"):
                 return
-            record = _decode(raw, total)
-            if record is None:
+            entry = _decode(raw, total)
+            if entry is None:
                 # Damage from outside; the line counts as not done and is computed again.
                 logger.warning("journal %s has an unreadable record, which is ignored", path.name)
-                continue
-            yield record
+            yield raw, entry
 
 
-def tally_journal(path: Path, total: int) -> Tally:
-    """What a journal says is done."""
-    tally = Tally(total)
-    for record in read_records(path, total):
-        tally.add(record)
-    return tally
-
-
-def _decode(raw: bytes, total: int) -> Record | None:
+def _decode(raw: bytes, total: int) -> Record | Suspect | None:
     try:
         entry = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -159,7 +228,11 @@ def _decode(raw: bytes, total: int) -> Record | None:
     if not isinstance(entry, dict):
         return None
     index, kind, line = entry.get("index"), entry.get("kind"), entry.get("line")
-    if type(index) is not int or not 0 <= index < total or not isinstance(line, dict):
+    if type(index) is not int or not 0 <= index < total:
+        return None
+    if kind == "suspect":
+        return Suspect(index)
+    if not isinstance(line, dict):
         return None
     if kind != "output" and kind != "error":
         return None

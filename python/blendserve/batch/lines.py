@@ -62,6 +62,8 @@ class FileLineSource:
     """
 
     def __init__(self, path: Path, max_line_bytes: int) -> None:
+        self.path = path
+        self.max_line_bytes = max_line_bytes
         self._offsets = array("Q")
         self._sizes = array("Q")
         with open(path, "rb") as file:

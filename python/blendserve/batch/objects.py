@@ -8,6 +8,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from blendserve.batch.executor import ENDPOINTS
 from blendserve.batch.limits import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from blendserve.batch.progress import Progress, Usage
 from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, BatchStatus, FileRow
@@ -34,12 +35,14 @@ class CreateBatch(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: str
-    endpoint: str
-    completion_window: str
+    endpoint: str = Field(json_schema_extra={"enum": [*sorted(ENDPOINTS)]})
+    completion_window: str = Field(json_schema_extra={"pattern": "^[1-9][0-9]{0,2}[mhd]$"})
     metadata: dict[MetadataKey, MetadataValue] | None = Field(
         default=None, max_length=MAX_METADATA_PAIRS
     )
     output_expires_after: ExpiresAfter | None = None
+    reuse_results: bool = False
+    """Ours: take answers of earlier batches to the same custom_id and body, by the same engine."""
 
     @field_validator("completion_window")
     @classmethod
@@ -128,7 +131,7 @@ class BatchObject(BaseModel):
                 total=progress.total, completed=progress.completed, failed=progress.failed
             ),
             "usage": BatchUsage.of(progress.usage),
-            "metadata": row.metadata_json and orjson.loads(row.metadata_json),
+            "metadata": None if row.metadata_json is None else orjson.loads(row.metadata_json),
         }
         return cls.model_validate(columns)
 

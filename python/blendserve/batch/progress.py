@@ -33,7 +33,8 @@ class Progress:
 
     `recovered` of the done lines were found in the journal when this process took the batch up at
     `started_at` (unix seconds, None while it waits), so a rate is (done - recovered) / elapsed.
-    `note` says why a batch is paused.
+    `retried` counts answers that were not final (the engine was busy) and `suspects` the lines that
+    wait to run alone because the engine died with them. `note` says why a batch is paused.
     """
 
     total: int = 0
@@ -41,6 +42,8 @@ class Progress:
     failed: int = 0
     usage: Usage = Usage()
     recovered: int = 0
+    retried: int = 0
+    suspects: int = 0
     started_at: float | None = None
     phase: BatchPhase = "waiting"
     note: str | None = None

@@ -18,7 +18,13 @@ from blendserve.batch.directory import BatchDirectory, Draft
 from blendserve.batch.executor import LineError
 from blendserve.batch.ids import derived_file_id, request_line_id
 from blendserve.batch.job import unanswered
-from blendserve.batch.journal import Record, RecordKind, Tally, read_records
+from blendserve.batch.journal import (
+    Record,
+    RecordKind,
+    Tally,
+    read_records,
+    read_records_in_order,
+)
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.tables import BatchRow, FileRow
 
@@ -32,15 +38,24 @@ class Publication:
     tally: Tally
 
 
+class JournalIncomplete(Exception):
+    """A batch that was thought to be at its end has lines without a result."""
+
+
 def publish_results(
     directory: BatchDirectory,
     batch: BatchRow,
     *,
     max_line_bytes: int,
-    unfinished: LineError,
+    unfinished: LineError | None,
     now: Callable[[], int],
+    in_order: bool = False,
 ) -> Publication:
     """Writes the result files of a validated batch; lines without a result get `unfinished`.
+
+    Without `unfinished` every line must have one: JournalIncomplete, and nothing is published.
+
+    `in_order` sorts each file by the lines' places in the input; those without a result come last.
 
     Blocking: call it in a worker thread. OSError (a full disk) leaves nothing half-published.
     """
@@ -53,12 +68,16 @@ def publish_results(
             "output": _ResultWriter(batch, "output", outputs),
             "error": _ResultWriter(batch, "error", errors),
         }
-        for record in read_records(journal, total):
+        read = read_records_in_order if in_order else read_records
+        for record in read(journal, total):
             if tally.add(record):
                 writers[record.kind].write(record)
-        for record in _unfinished_records(batch, input_path, tally, max_line_bytes, unfinished):
-            tally.add(record)
-            writers[record.kind].write(record)
+        if unfinished is None and tally.remaining:
+            raise JournalIncomplete
+        if unfinished is not None:
+            for record in _unfinished_records(batch, input_path, tally, max_line_bytes, unfinished):
+                tally.add(record)
+                writers[record.kind].write(record)
         output = writers["output"].publish(directory, now())
         error = writers["error"].publish(directory, now())
     return Publication(output, error, tally)
@@ -103,6 +122,7 @@ class _ResultWriter:
         lifetime = self._batch.output_expires_after_seconds
         return FileRow(
             id=file_id,
+            tenant=self._batch.tenant,
             purpose="batch_output",
             filename=f"{self._batch.id}_{self._kind}.jsonl",
             size_bytes=self._size_bytes,

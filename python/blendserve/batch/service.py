@@ -12,7 +12,7 @@ import orjson
 
 from blendserve.batch.directory import Draft
 from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
-from blendserve.batch.executor import Executor
+from blendserve.batch.executor import ENDPOINTS, EngineUnavailable, Executor
 from blendserve.batch.ids import is_batch_id, is_file_id, new_batch_id, new_file_id
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import (
@@ -25,6 +25,7 @@ from blendserve.batch.objects import (
     progress_of,
 )
 from blendserve.batch.progress import Progress
+from blendserve.batch.stages import SavedRecords
 from blendserve.batch.store import BatchStore
 from blendserve.batch.tables import BatchRow, FileRow
 from blendserve.batch.upload import Upload
@@ -40,7 +41,9 @@ class BatchService:
 
     `start` and `stop` belong to the event loop of the server; all other methods block briefly
     (SQLite, small files) and are for worker threads. They raise ApiError for a client's fault.
-    `clock` gives unix seconds; `retry_seconds` is the pause after a full disk.
+    `clock` gives unix seconds; `retry_seconds` is the pause after a full disk; `on_saved` is called
+    on a worker thread with a batch's id and its results, once they are durable; `in_order` sorts
+    result files as the input is.
     """
 
     def __init__(
@@ -51,12 +54,16 @@ class BatchService:
         *,
         clock: Callable[[], float] = time.time,
         retry_seconds: float = 5.0,
+        on_saved: SavedRecords | None = None,
+        in_order: bool = False,
     ) -> None:
         self.store = store
         self.executor = executor
         self.limits = limits if limits is not None else BatchLimits()
         self._clock = clock
-        self._worker = BatchWorker(store, executor, self.limits, self.now, retry_seconds)
+        self._worker = BatchWorker(
+            store, executor, self.limits, self.now, retry_seconds, on_saved, in_order
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def now(self) -> int:
@@ -86,7 +93,7 @@ class BatchService:
 
     # -- files
 
-    def add_upload(self, upload: Upload, draft: Draft) -> FileObject:
+    def add_upload(self, upload: Upload, draft: Draft, tenant: str = "") -> FileObject:
         """Makes a received upload a file; its bytes are durable when this returns."""
         purpose = upload.fields.get("purpose")
         if purpose is None:
@@ -113,6 +120,7 @@ class BatchService:
         self.store.directory.publish(draft, file_id)
         row = FileRow(
             id=file_id,
+            tenant=tenant,
             purpose=purpose,
             filename=filename,
             size_bytes=upload.size_bytes,
@@ -122,12 +130,12 @@ class BatchService:
         )
         return FileObject.of(self.store.add_file(row))
 
-    def retrieve_file(self, file_id: str) -> FileObject:
-        return FileObject.of(self._file(file_id))
+    def retrieve_file(self, file_id: str, tenant: str = "") -> FileObject:
+        return FileObject.of(self._file(file_id, tenant))
 
-    def open_file(self, file_id: str) -> tuple[FileObject, BinaryIO]:
+    def open_file(self, file_id: str, tenant: str = "") -> tuple[FileObject, BinaryIO]:
         """A file and its bytes, which stay readable even if it is deleted meanwhile."""
-        row = self._file(file_id)
+        row = self._file(file_id, tenant)
         try:
             return FileObject.of(row), open(self.store.directory.file(row.id), "rb")
         except FileNotFoundError as error:
@@ -140,23 +148,27 @@ class BatchService:
         limit: int,
         order: Literal["asc", "desc"],
         purpose: str | None,
+        tenant: str = "",
     ) -> Page[FileObject]:
         rows, has_more = self.store.list_files(
-            now=self.now(), after=after, limit=limit, order=order, purpose=purpose
+            now=self.now(), tenant=tenant, after=after, limit=limit, order=order, purpose=purpose
         )
         return Page[FileObject].of([FileObject.of(row) for row in rows], has_more)
 
-    def delete_file(self, file_id: str) -> FileDeleted:
+    def delete_file(self, file_id: str, tenant: str = "") -> FileDeleted:
         """Deletes a file; ApiError 409 while a batch reads it."""
-        self.store.delete_file(self._file(file_id).id, self.now())
+        self.store.delete_file(self._file(file_id, tenant).id, self.now())
         return FileDeleted(id=file_id)
 
     # -- batches
 
-    def create(self, request: CreateBatch, idempotency_key: str | None = None) -> BatchObject:
+    def create(
+        self, request: CreateBatch, idempotency_key: str | None = None, tenant: str = ""
+    ) -> BatchObject:
         """Creates a batch, which is validated at once and run after those before it."""
-        if request.endpoint not in self.executor.endpoints:
-            known = ", ".join(sorted(self.executor.endpoints))
+        endpoints = self._endpoints()
+        if request.endpoint not in endpoints:
+            known = ", ".join(sorted(endpoints))
             raise bad_request(
                 f"There is no endpoint {request.endpoint[:80]!r} for batches; "
                 f"this server has {known}.",
@@ -169,12 +181,15 @@ class BatchService:
         lifetime = request.output_expires_after
         row = BatchRow(
             id=new_batch_id(),
+            tenant=tenant,
             endpoint=request.endpoint,
             input_file_id=request.input_file_id,
             completion_window=request.completion_window,
-            fingerprint=self.executor.fingerprint,
+            reuse_results=request.reuse_results,
             status="validating",
-            metadata_json=request.metadata and orjson.dumps(request.metadata).decode(),
+            metadata_json=(
+                None if request.metadata is None else orjson.dumps(request.metadata).decode()
+            ),
             output_expires_after_seconds=None if lifetime is None else lifetime.seconds,
             created_at=now,
             expires_at=now + window_seconds(request.completion_window),
@@ -185,24 +200,24 @@ class BatchService:
         self.nudge()
         return BatchObject.of(row, live.get(row.id))
 
-    def retrieve(self, batch_id: str) -> BatchObject:
+    def retrieve(self, batch_id: str, tenant: str = "") -> BatchObject:
         live = self._live()
-        return BatchObject.of(self._batch(batch_id), live.get(batch_id))
+        return BatchObject.of(self._batch(batch_id, tenant), live.get(batch_id))
 
-    def list(self, *, after: str | None, limit: int) -> Page[BatchObject]:
+    def list(self, *, after: str | None, limit: int, tenant: str = "") -> Page[BatchObject]:
         live = self._live()
-        rows, has_more = self.store.list_batches(after=after, limit=limit)
+        rows, has_more = self.store.list_batches(tenant=tenant, after=after, limit=limit)
         return Page[BatchObject].of(
             [BatchObject.of(row, live.get(row.id)) for row in rows], has_more
         )
 
-    def cancel(self, batch_id: str) -> BatchObject:
+    def cancel(self, batch_id: str, tenant: str = "") -> BatchObject:
         """Begins to cancel; finished lines are kept. Cancelling twice is no error.
 
         ApiError 409 once the batch is at its end or on the way to another one.
         """
         live = self._live()
-        self._batch(batch_id)
+        self._batch(batch_id, tenant)
         row = self.store.advance(
             batch_id,
             _CANCELLABLE,
@@ -211,7 +226,7 @@ class BatchService:
             cancelling_at=self.now(),
         )
         if row is None:
-            row = self._batch(batch_id)
+            row = self._batch(batch_id, tenant)
             if row.ending != "cancelled":
                 raise conflict(
                     f"A batch that is {row.status} cannot be cancelled.",
@@ -220,10 +235,14 @@ class BatchService:
         self._on_loop(self._worker.interrupt, [batch_id])
         return BatchObject.of(row, live.get(batch_id))
 
-    def progress(self, batch_id: str) -> Progress:
+    def progress(self, batch_id: str, tenant: str = "") -> Progress:
         """A snapshot of a batch's counts, tokens and phase, for a status page."""
         live = self._live()
-        return progress_of(self._batch(batch_id), live.get(batch_id))
+        return progress_of(self._batch(batch_id, tenant), live.get(batch_id))
+
+    def live_progress(self, batch_id: str) -> Progress:
+        """The counts of an open batch, whoever's it is; zeros for any other."""
+        return self._live().get(batch_id, Progress())
 
     # -- inside
 
@@ -235,15 +254,22 @@ class BatchService:
         """
         return self._worker.live.copy()
 
-    def _file(self, file_id: str) -> FileRow:
-        row = self.store.find_file(file_id, self.now()) if is_file_id(file_id) else None
+    def _endpoints(self) -> frozenset[str]:
+        try:
+            return self.executor.endpoints
+        except EngineUnavailable:
+            # It loads. Validation waits for it, and refuses what it turns out not to serve.
+            return ENDPOINTS
+
+    def _file(self, file_id: str, tenant: str) -> FileRow:
+        row = self.store.find_file(file_id, self.now(), tenant) if is_file_id(file_id) else None
         if row is None:
             raise not_found("file", file_id, param="file_id")
         return row
 
-    def _batch(self, batch_id: str) -> BatchRow:
+    def _batch(self, batch_id: str, tenant: str) -> BatchRow:
         row = self.store.find_batch(batch_id) if is_batch_id(batch_id) else None
-        if row is None:
+        if row is None or row.tenant != tenant:
             raise not_found("batch", batch_id, param="batch_id")
         return row
 

@@ -66,10 +66,12 @@ class BatchStore:
             session.add(row)
         return row
 
-    def find_file(self, file_id: str, now: int) -> FileRow | None:
-        """The file, unless it is unknown, deleted or expired."""
+    def find_file(self, file_id: str, now: int, tenant: str) -> FileRow | None:
+        """The tenant's file, unless it is unknown, deleted or expired."""
         with self._reading() as session:
-            row = session.scalar(select(FileRow).where(FileRow.id == file_id))
+            row = session.scalar(
+                select(FileRow).where(FileRow.id == file_id, FileRow.tenant == tenant)
+            )
             gone = row is None or row.deleted_at is not None
             if row is None or gone:
                 return None
@@ -82,6 +84,7 @@ class BatchStore:
         self,
         *,
         now: int,
+        tenant: str,
         after: str | None,
         limit: int,
         order: Literal["asc", "desc"],
@@ -89,12 +92,12 @@ class BatchStore:
     ) -> tuple[Sequence[FileRow], bool]:
         """One page of the files, and whether there are more. ApiError 400 on an unknown cursor."""
         self._bury_expired(now)
-        query = select(FileRow).where(FileRow.deleted_at.is_(None))
+        query = select(FileRow).where(FileRow.tenant == tenant, FileRow.deleted_at.is_(None))
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         with self._reading() as session:
             if after is not None:
-                seq = _cursor(session, FileRow, after)
+                seq = _cursor(session, FileRow, after, tenant)
                 query = query.where(FileRow.seq > seq if order == "asc" else FileRow.seq < seq)
             query = query.order_by(FileRow.seq if order == "asc" else FileRow.seq.desc())
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
@@ -128,7 +131,7 @@ class BatchStore:
         """
         with self._writing() as session:
             if idempotency is not None:
-                known = session.get(IdempotencyRow, idempotency[0])
+                known = session.get(IdempotencyRow, (row.tenant, idempotency[0]))
                 if known is not None:
                     if known.request_sha256 != idempotency[1]:
                         raise conflict(
@@ -140,7 +143,11 @@ class BatchStore:
                         select(BatchRow).where(BatchRow.id == known.batch_id)
                     ).one()
             file = session.scalar(
-                select(FileRow).where(FileRow.id == row.input_file_id, FileRow.deleted_at.is_(None))
+                select(FileRow).where(
+                    FileRow.id == row.input_file_id,
+                    FileRow.tenant == row.tenant,
+                    FileRow.deleted_at.is_(None),
+                )
             )
             if file is None or _is_expired(file, now):
                 raise not_found("file", row.input_file_id, param="input_file_id")
@@ -156,7 +163,13 @@ class BatchStore:
             if idempotency is not None:
                 key, digest = idempotency
                 session.add(
-                    IdempotencyRow(key=key, request_sha256=digest, batch_id=row.id, created_at=now)
+                    IdempotencyRow(
+                        tenant=row.tenant,
+                        key=key,
+                        request_sha256=digest,
+                        batch_id=row.id,
+                        created_at=now,
+                    )
                 )
         return row
 
@@ -164,12 +177,14 @@ class BatchStore:
         with self._reading() as session:
             return session.scalar(select(BatchRow).where(BatchRow.id == batch_id))
 
-    def list_batches(self, *, after: str | None, limit: int) -> tuple[Sequence[BatchRow], bool]:
+    def list_batches(
+        self, *, tenant: str, after: str | None, limit: int
+    ) -> tuple[Sequence[BatchRow], bool]:
         """One page of the batches, newest first. ApiError 400 on an unknown cursor."""
-        query = select(BatchRow).order_by(BatchRow.seq.desc())
+        query = select(BatchRow).where(BatchRow.tenant == tenant).order_by(BatchRow.seq.desc())
         with self._reading() as session:
             if after is not None:
-                query = query.where(BatchRow.seq < _cursor(session, BatchRow, after))
+                query = query.where(BatchRow.seq < _cursor(session, BatchRow, after, tenant))
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
 
     def open_batches(self, status: str) -> Sequence[BatchRow]:
@@ -185,6 +200,18 @@ class BatchStore:
         )
         with self._reading() as session:
             return session.scalars(query.order_by(BatchRow.seq)).all()
+
+    def answered_batches(self, like: BatchRow, fingerprint: str) -> Sequence[BatchRow]:
+        """Ended batches whose answers `like` could have got from this engine, newest first."""
+        query = select(BatchRow).where(
+            BatchRow.tenant == like.tenant,
+            BatchRow.endpoint == like.endpoint,
+            BatchRow.fingerprint == fingerprint,
+            BatchRow.output_file_id.is_not(None),
+            BatchRow.id != like.id,
+        )
+        with self._reading() as session:
+            return session.scalars(query.order_by(BatchRow.seq.desc())).all()
 
     def advance(self, batch_id: str, statuses: Sequence[str], **values: Any) -> BatchRow | None:
         """Sets columns of a batch that is in one of `statuses` and heads for no ending yet.
@@ -304,8 +331,8 @@ def _is_in_use(session: Session, file_id: str) -> str | None:
     )
 
 
-def _cursor(session: Session, table: type[Row], identifier: str) -> int:
-    seq = session.scalar(select(table.seq).where(table.id == identifier))
+def _cursor(session: Session, table: type[Row], identifier: str, tenant: str) -> int:
+    seq = session.scalar(select(table.seq).where(table.id == identifier, table.tenant == tenant))
     if seq is None:
         raise bad_request(
             f"after: no such object: {identifier[:80]}", code="invalid_cursor", param="after"

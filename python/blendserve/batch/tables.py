@@ -1,4 +1,7 @@
-"""The database schema. Times are unix seconds; `seq` orders objects by creation."""
+"""The database schema. Times are unix seconds; `seq` orders objects by creation.
+
+`tenant` is the name of the API key that made an object, "" where keys are not asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Literal
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 BatchStatus = Literal[
     "validating",
@@ -35,6 +38,7 @@ class FileRow(Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
+    tenant: Mapped[str] = mapped_column(default="")
     purpose: Mapped[str]
     filename: Mapped[str]
     size_bytes: Mapped[int]
@@ -59,10 +63,11 @@ class BatchRow(Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
+    tenant: Mapped[str] = mapped_column(default="")
     endpoint: Mapped[str]
     input_file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
     completion_window: Mapped[str]
-    fingerprint: Mapped[str]
+    reuse_results: Mapped[bool] = mapped_column(default=False)
     status: Mapped[str]
     ending: Mapped[str | None]
     model: Mapped[str | None]
@@ -80,8 +85,9 @@ class BatchRow(Base):
     cancelling_at: Mapped[int | None]
     cancelled_at: Mapped[int | None]
 
-    # Known once validation is through.
+    # Known once validation is through; the fingerprint is that of the engine it was made with.
     total: Mapped[int | None]
+    fingerprint: Mapped[str | None]
     # Final values: while a batch runs, its journal has the truth.
     completed: Mapped[int] = mapped_column(default=0)
     failed: Mapped[int] = mapped_column(default=0)
@@ -98,6 +104,7 @@ class IdempotencyRow(Base):
 
     __tablename__ = "idempotency_keys"
 
+    tenant: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     request_sha256: Mapped[str]
     batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"))

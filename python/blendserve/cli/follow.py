@@ -1,13 +1,13 @@
-"""Live progress of a batch on a terminal: lines, token rates, hit rate and time left."""
+"""Live progress of a batch on a terminal, or as JSON lines for machines."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import httpx
 from openai import OpenAI
@@ -15,16 +15,11 @@ from openai.types import Batch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from blendserve.cli.figures import FigureKeeper, Figures
+
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _POLL_SECONDS = 0.5
-_RATE_WINDOW_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class _Sample:
-    at: float
-    prefill_tokens: int
-    decode_tokens: int
+_PLAIN_LINE_SECONDS = 5.0
 
 
 class BatchDisplay:
@@ -35,21 +30,19 @@ class BatchDisplay:
     """
 
     def __init__(self, console: Console) -> None:
-        self._samples: deque[_Sample] = deque()
-        self._work: deque[tuple[float, float]] = deque()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} done, {task.fields[failed]} failed"),
+            TextColumn("{task.fields[counts]}"),
             TextColumn("{task.fields[rates]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[eta]}"),
             console=console,
         )
-        self._task = self._progress.add_task("validating", total=1, failed=0, rates="", eta="")
+        self._task = self._progress.add_task("starting", total=1, counts="", rates="", eta="")
         self._console = console
-        self._printed_at = 0.0
+        self._printed_at = -_PLAIN_LINE_SECONDS
 
     def __enter__(self) -> BatchDisplay:
         if self._console.is_terminal:
@@ -64,72 +57,73 @@ class BatchDisplay:
     ) -> None:
         self._progress.stop()
 
-    def update(self, batch: Batch, status: Mapping[str, Any]) -> None:
-        """Show one answer of ``GET /v1/batches/{id}`` and one of ``GET /blendserve/status``."""
+    def update(
+        self, state: str, counts: Mapping[str, int], figures: Figures, note: str | None = None
+    ) -> None:
+        """Show a look at the job. `counts` has total, completed, failed and perhaps retried."""
         now = time.monotonic()
-        counts = batch.request_counts
-        total = counts.total if counts else 0
-        failed = counts.failed if counts else 0
-        done = (counts.completed if counts else 0) + failed
-        rates = self._rates(now, status.get("schedulers", []))
-        eta = self._eta(now, next(iter(status.get("jobs", [])), None))
+        done = counts["completed"] + counts["failed"]
+        said = f"{done}/{counts['total']} done, {counts['failed']} failed"
+        if counts.get("retried"):
+            said += f", {counts['retried']} retried"
+        eta = f"ETA {figures.eta_seconds:.0f} s" if figures.eta_seconds is not None else ""
+        described = f"{state} ({note})" if note else state
         self._progress.update(
             self._task,
-            description=batch.status,
-            total=max(total, 1),
+            description=described,
+            total=max(counts["total"], 1),
             completed=done,
-            failed=failed,
-            rates=rates,
+            counts=said,
+            rates=figures.as_text(),
             eta=eta,
         )
-        if not self._console.is_terminal and now - self._printed_at >= 5:
+        if not self._console.is_terminal and now - self._printed_at >= _PLAIN_LINE_SECONDS:
             self._printed_at = now
             self._console.print(
-                f"{batch.status}: {done}/{total} done, {failed} failed  {rates}  {eta}".rstrip(),
+                f"{described}: {said}  {figures.as_text()}  {eta}".rstrip(),
                 soft_wrap=True,
+                markup=False,
+                highlight=False,
             )
 
-    def _rates(self, now: float, schedulers: list[dict[str, Any]]) -> str:
-        """Prefill and decode tokens/s over the last seconds, and the prefix hit rate so far."""
-        latest = _Sample(
-            now,
-            sum(scheduler["prefill_tokens"] for scheduler in schedulers),
-            sum(scheduler["decode_tokens"] for scheduler in schedulers),
-        )
-        self._samples.append(latest)
-        while latest.at - self._samples[0].at > _RATE_WINDOW_SECONDS:
-            self._samples.popleft()
-        first = self._samples[0]
-        seconds = latest.at - first.at
-        if not seconds:
-            return ""
-        prefill = (latest.prefill_tokens - first.prefill_tokens) / seconds
-        decode = (latest.decode_tokens - first.decode_tokens) / seconds
-        prompt = sum(scheduler["prompt_tokens"] for scheduler in schedulers)
-        cached = sum(scheduler["cached_tokens"] for scheduler in schedulers)
-        hits = f", {cached / prompt:.0%} prefix hits" if prompt else ""
-        return f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s{hits}"
 
-    def _eta(self, now: float, job: Mapping[str, Any] | None) -> str:
-        """Time left, from the token work that is left and the pace of the answers so far."""
-        if job is None:
-            return ""
-        self._work.append((now, job["done_work_tokens"]))
-        started, before = self._work[0]
-        pace = (job["done_work_tokens"] - before) / (now - started) if now > started else 0.0
-        if pace <= 0:
-            return "ETA --"
-        left = max(job["total_work_tokens"] - job["done_work_tokens"], 0.0) / pace
-        return f"ETA {left:.0f} s"
+class JsonStatus:
+    """The same as JSON lines, one a second and one for every change of state."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._printed_at = -1.0
+        self._state = ""
+
+    def __enter__(self) -> JsonStatus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(
+        self, state: str, counts: Mapping[str, int], figures: Figures, note: str | None = None
+    ) -> None:
+        """See `BatchDisplay.update`."""
+        now = time.monotonic()
+        if state == self._state and now - self._printed_at < 1.0:
+            return
+        self._state, self._printed_at = state, now
+        self.say({"state": state, **counts, **figures.__dict__, "note": note})
+
+    def say(self, event: Mapping[str, Any]) -> None:
+        """One line, at once."""
+        print(json.dumps(event), file=self._stream, flush=True)
 
 
 def follow(base_url: str, batch_id: str, console: Console, headers: Mapping[str, str]) -> Batch:
-    """Show a batch until it has ended, and return it as it then is.
+    """Show a batch of a server until it has ended, and return it as it then is.
 
     Raises:
         openai.APIError: the server does not answer any more.
     """
     client = openai_client(base_url, headers)
+    keeper = FigureKeeper()
     with BatchDisplay(console) as display, httpx.Client(base_url=base_url, headers=headers) as http:
         while True:
             batch = client.batches.retrieve(batch_id)
@@ -138,7 +132,9 @@ def follow(base_url: str, batch_id: str, console: Console, headers: Mapping[str,
             except httpx.TransportError:
                 # The next retrieve tells whether the server is gone, after its own retries.
                 status = {}
-            display.update(batch, status)
+            counts = batch.request_counts
+            assert counts is not None
+            display.update(batch.status, counts.model_dump(), keeper.update(status, batch_id))
             if batch.status in ENDED:
                 return batch
             time.sleep(_POLL_SECONDS)

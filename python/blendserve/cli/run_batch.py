@@ -1,32 +1,33 @@
 """``blendserve run-batch``: a file of requests in, a file of answers out, no server to manage.
 
-It starts the very server that ``blendserve serve`` starts, on a loopback port of its own, and
-drives it through the Batch API. All state lies in a folder beside the output file, so the same
-command started again goes on where the last one ended, however that ended.
+The batch service runs in this process, over a folder beside the output file; the engine is a child
+process. All state is durable at any instant, so the same command started again goes on where the
+last one ended, however that ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import asyncio
 import os
-import secrets
 import shutil
-import sys
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from openai import OpenAI
-from openai.types import Batch
 from rich.console import Console
 
-from blendserve.cli.follow import ENDED, follow, openai_client
-from blendserve.cli.server_process import ServerFailed, free_port, running_server
+from blendserve.batch import BatchDirectoryError, BatchLimits, BatchObject
+from blendserve.cli.batch_input import InputError, check, plain_file
+from blendserve.cli.engine_process import EngineFailed
+from blendserve.cli.follow import BatchDisplay, JsonStatus
+from blendserve.cli.front import settings_of, split_flags
+from blendserve.cli.offline_job import JobRefused, OfflineJob
+from blendserve.config import ConfigError
 
 # Limits protect a shared server; this one is the user's own.
-_NO_LIMITS = ("--max-batch-lines", str(10**9), "--max-file-bytes", str(10**13))
-_METADATA_KEY = "input_sha256"
+LIMITS = BatchLimits(max_lines=10**9, max_file_bytes=10**13)
 
 
 class RunBatchError(RuntimeError):
@@ -38,14 +39,22 @@ def main(argv: Sequence[str]) -> int:
     options, server_flags = _parse(argv)
     console = Console(stderr=True)
     try:
+        settings = settings_of(split_flags(server_flags)[0])
+        options.limits = replace(LIMITS, allow_remote_urls=settings.allow_remote_urls)
         _check_paths(options)
-        endpoint = _endpoint(options.input)
-        _clear(options)
-        return _run(options, server_flags, endpoint, console)
-    except (RunBatchError, ServerFailed) as error:
+        with plain_file(options.input, options.output.parent) as source:
+            endpoint = check(source, options.input, options.limits)
+            if options.dry_run:
+                return _dry_run(source, server_flags, options.json)
+            _clear(options)
+            return _run(options, server_flags, source, endpoint, console)
+    except (
+        *(RunBatchError, InputError, JobRefused),
+        *(EngineFailed, BatchDirectoryError, ConfigError),
+    ) as error:
         _say(console, f"blendserve run-batch: {error}")
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("Stopped. The same command goes on from here.")
         return 130
 
@@ -62,7 +71,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Every flag of `blendserve serve`, so every SGLang flag, may follow.",
         allow_abbrev=False,
     )
-    parser.add_argument("-i", "--input", type=Path, required=True, help="OpenAI batch file (JSONL)")
+    parser.add_argument(
+        "-i", "--input", required=True, help="OpenAI batch file (JSONL, .gz, .zst, - for stdin)"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="answers with status 200")
     parser.add_argument(
         "--errors", type=Path, help="lines without one (default: OUTPUT's name with .errors.jsonl)"
@@ -70,6 +81,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--overwrite", action="store_true", help="drop an earlier output and its state, begin anew"
     )
+    parser.add_argument("--ordered", action="store_true", help="sort the answers as the input is")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the file, print plan and time, run nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="status as JSON lines on stdout")
     options, rest = parser.parse_known_args(list(argv))
     if not options.output.name:
         parser.error(f"-o {options.output}: give the name of a file")
@@ -80,9 +96,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _check_paths(options: argparse.Namespace) -> None:
-    if not options.input.is_file():
-        raise RunBatchError(f"input {options.input} is not a file")
-    paths = [path.resolve() for path in (options.input, options.output, options.errors)]
+    paths = [path.resolve() for path in (options.output, options.errors)]
+    if options.input != "-":
+        if not Path(options.input).is_file():
+            raise RunBatchError(f"input {options.input} is not a file")
+        paths.append(Path(options.input).resolve())
     if len(set(paths)) < len(paths):
         raise RunBatchError("input, output and errors must be three different files")
     state = options.state.resolve()
@@ -90,12 +108,14 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise RunBatchError(f"{options.state} holds this command's state; keep files out of it")
     if options.state.exists() and not options.state.is_dir():
         raise RunBatchError(f"{options.state} is in the way; it must be a folder, or not exist")
+    # With its state still there, an output is half of what this very command was putting in place.
+    resumed = options.state.is_dir()
     for path in (options.output, options.errors):
         if path.is_dir():
             raise RunBatchError(f"{path} is a folder; give the name of a file in it")
         if not path.parent.is_dir():
             raise RunBatchError(f"the folder of {path} does not exist")
-        if path.exists() and not options.overwrite:
+        if path.exists() and not (options.overwrite or options.dry_run or resumed):
             raise RunBatchError(
                 f"{path} exists already. Give another name, or --overwrite to replace it."
             )
@@ -110,87 +130,83 @@ def _clear(options: argparse.Namespace) -> None:
     options.state.mkdir(exist_ok=True)
 
 
-def _endpoint(path: Path) -> str:
-    """The url of the first request; the server finds the lines that have another one."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                return str(json.loads(line)["url"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunBatchError(
-                    f"{path}, line {number} is not a batch request: it must be a JSON object with "
-                    "custom_id, method, url and body"
-                ) from error
-    raise RunBatchError(f"{path} has no requests")
-
-
 def _run(
-    options: argparse.Namespace, server_flags: list[str], endpoint: str, console: Console
+    options: argparse.Namespace,
+    server_flags: list[str],
+    source: Path,
+    endpoint: str,
+    console: Console,
 ) -> int:
-    port = free_port()
-    command = [sys.executable, "-m", "blendserve", "serve", *_NO_LIMITS, *server_flags]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--batch-dir", str(options.state / "batches")]
     log = options.state / "server.log"
-    _say(console, f"Starting the engine (its log: {log}) ...")
-    with running_server(command, port, log) as url:
-        client = openai_client(url, {})
-        batch = _find_or_create(client, options.input, endpoint)
-        batch = follow(url, batch.id, console, {})
-        if batch.status == "failed":
-            raise RunBatchError(_faults(batch, options.input))
-        for file_id, path in (
-            (batch.output_file_id, options.output),
-            (batch.error_file_id, options.errors),
-        ):
-            if file_id is not None:
-                _download(client, file_id, path)
+    job = OfflineJob(
+        options.state,
+        options.output,
+        options.errors,
+        options.limits,
+        server_flags,
+        log=log,
+        in_order=options.ordered,
+    )
+    try:
+        batch_id = job.prepare(source, endpoint)
+        _say(console, f"Starting the engine (its log: {log}) ...")
+        _say(console, f"Answers so far: {' and '.join(map(str, job.live_paths))}")
+        reporter = JsonStatus() if options.json else BatchDisplay(console)
+        with reporter:
+            batch = asyncio.run(_until_stopped(job, batch_id, reporter))
+        job.place(batch)
+    finally:
+        job.close()
     shutil.rmtree(options.state)
     counts = batch.request_counts
-    assert counts is not None
     failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
     _say(console, f"{batch.status}: {counts.completed} answered in {options.output}{failed}")
+    if isinstance(reporter, JsonStatus):
+        reporter.say({"state": "placed", **counts.model_dump(), "usage": batch.usage.model_dump()})
     return 1 if counts.failed or batch.status != "completed" else 0
 
 
-def _find_or_create(client: OpenAI, path: Path, endpoint: str) -> Batch:
-    """The batch of an earlier run over the same input, or a new one."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    for batch in client.batches.list(limit=100):
-        same = (batch.metadata or {}).get(_METADATA_KEY) == digest
-        if same and (batch.status not in ENDED or batch.status == "completed"):
-            return batch
-    uploaded = client.files.create(file=(path.stem + ".jsonl", path.open("rb")), purpose="batch")
-    return client.batches.create(
-        input_file_id=uploaded.id,
-        endpoint=endpoint,  # type: ignore[arg-type]
-        completion_window="365d",  # type: ignore[arg-type]
-        metadata={_METADATA_KEY: digest},
-    )
+async def _until_stopped(
+    job: OfflineJob, batch_id: str, reporter: BatchDisplay | JsonStatus
+) -> BatchObject:
+    """SIGTERM stops as Ctrl-C does: at once, with everything that has arrived saved."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await job.run(batch_id, reporter)
 
 
-def _download(client: OpenAI, file_id: str, path: Path) -> None:
-    """Write a result file so that its name never stands for a half of it."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def _dry_run(source: Path, server_flags: Sequence[str], as_json: bool) -> int:
+    """The plan of the file for the model and the device that the flags name."""
+    from blendserve.cli import plan
+    from blendserve.runtime.default_model import MODEL_NAME, ModelPathError, resolve_model_path
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-path", "--model", default=MODEL_NAME)
+    parser.add_argument("--hardware", default=os.environ.get("BLENDSERVE_HARDWARE", "auto"))
+    parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", default="1")
+    parser.add_argument("--dp-size", "--data-parallel-size", "--dp", default="1")
+    parser.add_argument("--max-total-tokens")
+    parser.add_argument("--sample-fraction")
+    known, _ = parser.parse_known_args(list(server_flags))
     try:
-        with client.files.with_streaming_response.content(file_id) as response:
-            response.stream_to_file(draft)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
+        model = resolve_model_path(known.model_path)
+    except ModelPathError as error:
+        raise RunBatchError(str(error)) from error
+    hardware = known.hardware if known.hardware != "auto" else _this_machine()
+    argv = ["-i", str(source), "--model-spec", model, "--tokenizer", model]
+    argv += ["--hardware", hardware, "--tp", known.tp_size, "--dp", known.dp_size]
+    if known.max_total_tokens:
+        argv += ["--kv-tokens", known.max_total_tokens]
+    if known.sample_fraction:
+        argv += ["--sample-fraction", known.sample_fraction]
+    return plan.main([*argv, "--json"] if as_json else argv)
 
 
-def _faults(batch: Batch, path: Path) -> str:
-    faults = batch.errors.data if batch.errors and batch.errors.data else []
-    listed = [
-        f"  line {fault.line}: {fault.message} ({fault.code})"
-        if fault.line
-        else f"  {fault.message}"
-        for fault in faults
-    ]
-    return "\n".join([f"{path} cannot be run:", *listed])
+def _this_machine() -> str:
+    from blendserve.runtime.executor import choose_hardware
+
+    try:
+        return choose_hardware("auto").name
+    except ValueError as error:
+        raise RunBatchError(str(error)) from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from blendserve.cli.server_process import PARENT_VARIABLE, TOKEN_VARIABLE, die_with_parent
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 # What a job wants of SGLang everywhere; a flag given by the user comes later and wins.
@@ -32,7 +34,10 @@ _CPU_FLAGS = (
 )  # fmt: skip
 
 # Settings that have a flag; the others are set through the environment or a config file.
-_SETTING_FLAGS = ("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes")
+_SETTING_FLAGS = (
+    *("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes"),
+    *("api_keys_file", "engine_hang_seconds", "allow_remote_urls"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,9 +100,25 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until stopped."""
+    """Serve until stopped: files and batches here, the model in a process of its own."""
+    from blendserve.cli.front import serve_front
+
+    nodes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    nodes.add_argument("--node-rank", type=int, default=0)
+    # Only the first of several nodes has an HTTP server to stand in front of.
+    has_front = nodes.parse_known_args(list(argv))[0].node_rank == 0
+    if not has_front or "-h" in argv or "--help" in argv:
+        return run_engine(argv)
+    return serve_front(argv)
+
+
+def run_engine(argv: Sequence[str]) -> int:
+    """SGLang's server, in this process; `serve` and `run-batch` start it as a child."""
     from blendserve.runtime.default_model import ModelPathError
 
+    token = os.environ.pop(TOKEN_VARIABLE, None)
+    if token is not None:
+        _follow_parent(int(os.environ[PARENT_VARIABLE]))
     try:
         _, flags = prepare(argv)
     except (ConfigError, ModelPathError) as error:
@@ -116,8 +137,33 @@ def main(argv: Sequence[str]) -> int:
     ServerArgs.add_cli_args(parser)
     if "--config" not in flags:
         parser.parse_args(flags)
+    if token is not None:
+        # Not on the command line, which every user of the machine may read.
+        flags += ["--api-key", token]
+        _keep_out_of_logs(token)
     try:
         run_server(prepare_server_args(flags))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
+
+
+def _follow_parent(parent: int) -> None:
+    """End when the front process ends, also if it has ended already."""
+    die_with_parent()
+    if os.getppid() != parent:
+        raise SystemExit("blendserve: the process that started this engine is gone")
+
+
+def _keep_out_of_logs(secret: str) -> None:
+    """SGLang logs all its settings at the start, and keys are among them."""
+
+    def hide(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(secret, "***"), None
+        return True
+
+    logging.getLogger("sglang.srt.entrypoints.engine").addFilter(hide)
+
+
+if __name__ == "__main__":
+    sys.exit(run_engine(sys.argv[1:]))

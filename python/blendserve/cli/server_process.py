@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,10 +15,20 @@ from pathlib import Path
 
 import httpx
 
+# How a front process tells its engine the key for its routes, and whom to follow into the end.
+TOKEN_VARIABLE = "BLENDSERVE_ENGINE_TOKEN"
+PARENT_VARIABLE = "BLENDSERVE_PARENT_PID"
+
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 15
 _PR_SET_PDEATHSIG = 1
+_FIRST_PORT = 20_000
+# Linux gives outgoing connections ports from here on, unless it is told otherwise.
+_FIRST_OUTGOING_PORT = 32_768
+# Loaded here, once: to load it in a child just forked could wait for ever for the loader's lock,
+# if another thread held that at the fork.
+_LIBC = ctypes.CDLL(None)
 
 
 class ServerFailed(RuntimeError):
@@ -25,10 +36,16 @@ class ServerFailed(RuntimeError):
 
 
 def free_port() -> int:
-    """A port on the loopback interface that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port on the loopback interface that nothing listens on now.
+
+    Not one of the ports that the system gives to outgoing connections: a server binds its port
+    only once its model is loaded, and by then some connection might have got it.
+    """
+    while True:
+        port = secrets.randbelow(_FIRST_OUTGOING_PORT - _FIRST_PORT) + _FIRST_PORT
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -55,7 +72,7 @@ def running_server(
             env={**os.environ, **(environment or {})},
             # A Ctrl-C on the terminal is for this process, which then stops the server itself.
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         try:
             _wait_until_serving(process, url, log)
@@ -64,28 +81,30 @@ def running_server(
             _stop(process)
 
 
-def _die_with_parent() -> None:
-    """In the child, on Linux: end with this process, even if it is killed without warning.
+def die_with_parent() -> None:
+    """In a child, on Linux: end with the parent process, even if that is killed without warning.
 
     All state of the server is durable at any instant, so a kill loses nothing; a server left
     behind would keep its directory locked.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(AttributeError):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_until_serving(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerFailed(f"the server ended with status {process.returncode}:\n{_tail(log)}")
+            raise ServerFailed(
+                f"the server ended with status {process.returncode}:\n{log_tail(log)}"
+            )
         try:
             if httpx.get(f"{url}/health", timeout=20).status_code == 200:
                 return
         except httpx.TransportError:
             pass  # not listening yet
         time.sleep(0.25)
-    raise ServerFailed(f"the server did not answer within {_START_SECONDS:.0f} s:\n{_tail(log)}")
+    raise ServerFailed(f"the server did not answer within {_START_SECONDS:.0f} s:\n{log_tail(log)}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -101,7 +120,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _tail(log: Path) -> str:
+def log_tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     said = [line for line in lines if line.startswith("blendserve")]
     return "\n".join(said[-3:] or lines[-_LOG_TAIL_LINES:])

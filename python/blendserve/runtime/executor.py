@@ -86,9 +86,13 @@ class BlendExecutor:
 
     @property
     def endpoints(self) -> frozenset[str]:
-        if self._tokenizer_manager.is_generation:
-            return frozenset({"/v1/chat/completions", "/v1/completions"})
-        return frozenset({"/v1/embeddings"})
+        if not self._tokenizer_manager.is_generation:
+            return frozenset({"/v1/embeddings"})
+        served = {"/v1/chat/completions", "/v1/completions"}
+        # SGLang serves these only where its handler could be made, which it is at the start.
+        if hasattr(self._app.state, "openai_serving_responses"):
+            served.add("/v1/responses")
+        return frozenset(served)
 
     @property
     def models(self) -> frozenset[str]:
@@ -119,7 +123,7 @@ class BlendExecutor:
         job_id: str,
         lines: LineSource,
         pending: Sequence[int],
-        on_start: Callable[[int], None] = lambda _: None,
+        on_start: Callable[[int], None],
         deadline: float | None = None,
     ) -> AsyncIterator[LineResult]:
         runner = JobRunner(

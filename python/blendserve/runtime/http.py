@@ -17,6 +17,8 @@ from blendserve.batch import (
     BatchLimits,
     BatchService,
     BatchStore,
+    build_engine_router,
+    build_page_router,
     build_router,
 )
 from blendserve.config import load_settings
@@ -53,22 +55,29 @@ def mount(
                 "BlendServe's Batch API needs --tokenizer-worker-num 1: further workers do not "
                 "load plugins. Leave the flag out."
             )
-        limits = BatchLimits(
-            max_lines=settings.max_batch_lines, max_file_bytes=settings.max_file_bytes
-        )
         executor = BlendExecutor(app, server_args, tokenizer_manager, settings)
+        if settings.behind_front:
+            app.include_router(build_engine_router(executor, lambda: _engine_view(executor)))
+            _extend_life(app, tokenizer_manager, executor, None)
+            return
+        limits = BatchLimits(
+            max_lines=settings.max_batch_lines,
+            max_file_bytes=settings.max_file_bytes,
+            allow_remote_urls=settings.allow_remote_urls,
+        )
         store = BatchStore(settings.batch_dir)
     except (UnsupportedSGLang, BatchDirectoryError, ValueError) as error:
         raise SystemExit(f"blendserve: {error}") from error
     service = BatchService(store, executor, limits)
     app.include_router(build_router(service))
+    app.include_router(build_page_router())
     app.include_router(_status_router(executor, service))
     _extend_life(app, tokenizer_manager, executor, service)
     logger.info("BlendServe: blended scheduling, Batch API in %s", settings.batch_dir.resolve())
 
 
 def _extend_life(
-    app: Any, tokenizer_manager: Any, executor: BlendExecutor, service: BatchService
+    app: Any, tokenizer_manager: Any, executor: BlendExecutor, service: BatchService | None
 ) -> None:
     """Start after SGLang's own start-up, which makes the handlers, and stop before its end."""
     sglang_lifespan = app.router.lifespan_context
@@ -77,17 +86,29 @@ def _extend_life(
     async def lifespan(application: Any) -> AsyncIterator[Any]:
         async with sglang_lifespan(application) as state:
             executor.start()
-            await service.start()
-            stopping = asyncio.create_task(_stop_on_sigterm(tokenizer_manager, service))
             try:
-                yield state
+                if service is None:
+                    # The front process has the batches, and stops its jobs before this engine.
+                    yield state
+                else:
+                    async with _serving(service, tokenizer_manager):
+                        yield state
             finally:
-                stopping.cancel()
-                await service.stop()
                 await executor.stop()
-                service.store.close()
 
     app.router.lifespan_context = lifespan
+
+
+@asynccontextmanager
+async def _serving(service: BatchService, tokenizer_manager: Any) -> AsyncIterator[None]:
+    await service.start()
+    stopping = asyncio.create_task(_stop_on_sigterm(tokenizer_manager, service))
+    try:
+        yield
+    finally:
+        stopping.cancel()
+        await service.stop()
+        service.store.close()
 
 
 async def _stop_on_sigterm(tokenizer_manager: Any, service: BatchService) -> None:
@@ -104,18 +125,22 @@ def _status_router(executor: BlendExecutor, service: BatchService) -> APIRouter:
     @router.get("/blendserve/status")
     async def status() -> dict[str, Any]:
         """What the scheduler and the running jobs are doing now."""
-        jobs = [dataclasses.asdict(view) for view in executor.jobs()]
-        progress = await asyncio.gather(
-            *(asyncio.to_thread(service.progress, job["job_id"]) for job in jobs)
-        )
-        for job, snapshot in zip(jobs, progress, strict=True):
-            job["progress"] = dataclasses.asdict(snapshot) if snapshot is not None else None
-        reports = [dataclasses.asdict(report) for report in executor.reports.values()]
-        dispatch = dataclasses.asdict(executor.dispatch())
-        answer = {"schedulers": reports, "jobs": jobs, "dispatch": dispatch}
-        return {key: _without_infinity(value) for key, value in answer.items()}
+        view = _engine_view(executor)
+        for job in view["jobs"]:
+            job["progress"] = dataclasses.asdict(service.live_progress(job["job_id"]))
+        return view
 
     return router
+
+
+def _engine_view(executor: BlendExecutor) -> dict[str, Any]:
+    """The counters of all schedulers, and the jobs that run."""
+    view = {
+        "schedulers": [dataclasses.asdict(report) for report in executor.reports.values()],
+        "jobs": [dataclasses.asdict(view) for view in executor.jobs()],
+        "dispatch": dataclasses.asdict(executor.dispatch()),
+    }
+    return {key: _without_infinity(value) for key, value in view.items()}
 
 
 def _without_infinity(value: Any) -> Any:

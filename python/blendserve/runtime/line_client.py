@@ -53,6 +53,9 @@ class LineClient:
         if sequences == 1:
             # SGLang makes ids of its own for several sequences, and could not be told to abort.
             body["rid"] = rid
+        if line.url == "/v1/responses":
+            # SGLang would keep every answer in memory, to be asked for again.
+            body.setdefault("store", False)
         if tag is not None:
             body["custom_params"] = {**(body.get("custom_params") or {}), **tag.to_params()}
         task = asyncio.create_task(self._call(line, rid, body), name=rid)

@@ -1,0 +1,339 @@
+"""What a batch goes through: it is validated, run and published, each by one class.
+
+A stage reads what to do from the batch's row and from its journal, never from memory, so it does
+after a crash exactly what it does otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from blendserve.batch.executor import Executor, LineError
+from blendserve.batch.job import BatchRun, JournalUnwritable, Offload
+from blendserve.batch.journal import Journal, Record, Tally, tally_journal
+from blendserve.batch.limits import BatchLimits
+from blendserve.batch.lines import FileLineSource
+from blendserve.batch.objects import BatchFault
+from blendserve.batch.progress import Progress
+from blendserve.batch.publication import JournalIncomplete, Publication, publish_results
+from blendserve.batch.reuse import reused_records
+from blendserve.batch.store import BatchStore
+from blendserve.batch.tables import BatchRow
+from blendserve.batch.validation import ValidationStopped, validate_file
+
+logger = logging.getLogger(__name__)
+
+SavedRecords = Callable[[str, Sequence[Record]], None]
+
+_UNFINISHED = {
+    "cancelled": LineError("batch_cancelled", "The batch was cancelled before this request ran."),
+    "expired": LineError("batch_expired", "The completion window closed before this request ran."),
+    "failed": LineError("batch_failed", "The batch failed before this request ran."),
+}
+
+
+@dataclass
+class Surroundings:
+    """What all stages work with. `live` has the progress of open batches by id: written on the
+    event loop, read from any thread. `is_stopped` tells whether to let go of a batch, `in_order`
+    whether result files are sorted."""
+
+    store: BatchStore
+    executor: Executor
+    limits: BatchLimits
+    now: Callable[[], int]
+    offload: Offload
+    is_stopped: Callable[[str], bool]
+    on_saved: SavedRecords | None = None
+    in_order: bool = False
+    live: dict[str, Progress] = field(default_factory=dict)
+
+    async def take_up(self, row: BatchRow) -> None:
+        """Reads what the journal of a batch of an earlier process holds."""
+        if row.total is not None:
+            path = self.store.directory.journal(row.id)
+            tally = await self.offload(tally_journal, path, row.total)
+            self.live[row.id] = progress_of_tally(tally, recovered=tally.completed + tally.failed)
+
+
+class Validation:
+    """Checks the input file, and binds the batch to the engine of the day."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+
+    async def carry_out(self, row: BatchRow) -> None:
+        """Raises EngineUnavailable as long as no engine is known to check against."""
+        around = self._around
+        fingerprint = around.executor.fingerprint
+        if row.endpoint not in around.executor.endpoints:
+            await self._fail(row, [_not_served(row, around.executor)])
+            return
+        try:
+            verdict = await around.offload(
+                validate_file,
+                around.store.directory.file(row.input_file_id),
+                row.endpoint,
+                around.executor,
+                around.limits,
+                lambda: around.is_stopped(row.id),
+            )
+        except ValidationStopped:
+            return
+        except FileNotFoundError:
+            await self._fail(row, [_input_missing(row)])
+            return
+        if verdict.faults:
+            await self._fail(row, verdict.faults)
+            return
+        if row.reuse_results:
+            await around.offload(self._reuse, row, fingerprint)
+        around.live[row.id] = Progress(total=verdict.total)
+        await around.offload(
+            lambda: around.store.advance(
+                row.id,
+                ["validating"],
+                status="in_progress",
+                in_progress_at=around.now(),
+                total=verdict.total,
+                model=verdict.model,
+                fingerprint=fingerprint,
+            )
+        )
+
+    def _reuse(self, row: BatchRow, fingerprint: str) -> None:
+        around = self._around
+        journal = Journal(around.store.directory.journal(row.id))
+        count = 0
+        try:
+            for group in reused_records(
+                around.store.directory,
+                row,
+                around.store.answered_batches(row, fingerprint),
+                around.limits.max_line_bytes,
+            ):
+                journal.append(group)
+                count += len(group)
+        finally:
+            journal.close()
+        logger.info("%s: %d answers of earlier batches are used again", row.id, count)
+
+    async def _fail(self, row: BatchRow, faults: Sequence[BatchFault]) -> None:
+        around = self._around
+        await around.offload(
+            lambda: around.store.advance(
+                row.id,
+                ["validating"],
+                status="failed",
+                ending="failed",
+                failed_at=around.now(),
+                errors_json=_faults_json(faults),
+            )
+        )
+
+
+class Running:
+    """Gives the engine what the journal does not have yet."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._run: tuple[str, BatchRun] | None = None
+
+    def request_stop(self, should_stop: Callable[[str], bool]) -> None:
+        """Lets go of the batch that runs, if `should_stop` says so of its id. Loop thread only."""
+        if self._run is not None and should_stop(self._run[0]):
+            self._run[1].request_stop()
+
+    def pause(self, row: BatchRow, note: str) -> None:
+        """Shows that a batch waits, and for what."""
+        live = self._around.live
+        live[row.id] = replace(
+            live.get(row.id, Progress(total=row.total or 0)), phase="paused", note=note
+        )
+
+    async def carry_out(self, row: BatchRow) -> None:
+        """Raises EngineUnavailable and JournalUnwritable: to be tried again; results are kept."""
+        around = self._around
+        path = around.store.directory.journal(row.id)
+        # Opening comes first: it cuts off a torn record, after which the rest may be read.
+        journal = await around.offload(Journal, path)
+        try:
+            tally = await around.offload(tally_journal, path, row.total or 0)
+            if tally.remaining == 0:
+                await self._end(row, "completed", status="finalizing", finalizing_at=around.now())
+                return
+            if row.fingerprint != around.executor.fingerprint:
+                fault = _foreign_engine(row, around.executor)
+                await self._end(row, "failed", errors_json=_faults_json([fault]))
+                return
+            try:
+                source = await around.offload(
+                    FileLineSource,
+                    around.store.directory.file(row.input_file_id),
+                    around.limits.max_line_bytes,
+                )
+            except FileNotFoundError:
+                await self._end(row, "failed", errors_json=_faults_json([_input_missing(row)]))
+                return
+            try:
+                await self._drive(row, source, journal, tally)
+            finally:
+                source.close()
+        finally:
+            journal.close()
+
+    async def _drive(
+        self, row: BatchRow, source: FileLineSource, journal: Journal, tally: Tally
+    ) -> None:
+        around = self._around
+        start = progress_of_tally(tally, recovered=tally.completed + tally.failed)
+        start = replace(start, started_at=float(around.now()), phase="running")
+
+        def report(current: Tally, retried: int) -> None:
+            around.live[row.id] = replace(
+                start,
+                completed=current.completed,
+                failed=current.failed,
+                usage=current.usage,
+                suspects=len(current.suspects),
+                retried=retried,
+            )
+
+        def saved(records: Sequence[Record]) -> None:
+            if around.on_saved is not None:
+                try:
+                    around.on_saved(row.id, records)
+                except OSError as error:
+                    raise JournalUnwritable(error.strerror or str(error)) from error
+
+        report(tally, 0)
+        run = BatchRun(
+            row.id,
+            source,
+            journal,
+            tally,
+            around.executor,
+            around.offload,
+            report,
+            saved,
+            deadline=float(row.expires_at),
+        )
+        self._run = (row.id, run)
+        try:
+            if not around.is_stopped(row.id) and await run.run():
+                await self._end(row, "completed", status="finalizing", finalizing_at=around.now())
+        finally:
+            self._run = None
+
+    async def _end(self, row: BatchRow, ending: str, **values: Any) -> None:
+        store = self._around.store
+        await self._around.offload(
+            lambda: store.advance(row.id, ["in_progress"], ending=ending, **values)
+        )
+
+
+class Publishing:
+    """Turns a journal into the batch's files, and ends it."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+
+    async def carry_out(self, row: BatchRow) -> None:
+        around = self._around
+        ending = row.ending or "completed"
+        publication: Publication | None = None
+        if row.total is not None:
+            try:
+                publication = await around.offload(
+                    lambda: publish_results(
+                        around.store.directory,
+                        row,
+                        max_line_bytes=around.limits.max_line_bytes,
+                        unfinished=_UNFINISHED.get(ending),
+                        now=around.now,
+                        in_order=around.in_order,
+                    )
+                )
+            except JournalIncomplete:
+                # The journal lost records since: the batch is not at its end after all.
+                await self._conclude(row, status="in_progress", ending=None, finalizing_at=None)
+                return
+        if publication is None:
+            await self._conclude(row, status=ending, **{f"{ending}_at": around.now()})
+        else:
+            await self._conclude_with(row, ending, publication)
+        around.live.pop(row.id, None)
+        around.store.directory.journal(row.id).unlink(missing_ok=True)
+
+    async def _conclude_with(self, row: BatchRow, ending: str, publication: Publication) -> None:
+        tally, usage = publication.tally, publication.tally.usage
+        files = [file for file in (publication.output, publication.error) if file is not None]
+        await self._conclude(
+            row,
+            *files,
+            status=ending,
+            completed=tally.completed,
+            failed=tally.total - tally.completed,
+            input_tokens=usage.input_tokens,
+            cached_tokens=usage.cached_tokens,
+            output_tokens=usage.output_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            output_file_id=publication.output and publication.output.id,
+            error_file_id=publication.error and publication.error.id,
+            **{f"{ending}_at": self._around.now()},
+        )
+
+    async def _conclude(self, row: BatchRow, *files: Any, **values: Any) -> None:
+        store = self._around.store
+        await self._around.offload(lambda: store.conclude(row.id, files, **values))
+
+
+def progress_of_tally(tally: Tally, *, recovered: int) -> Progress:
+    """What a journal's tally says of a batch that waits to run."""
+    return Progress(
+        total=tally.total,
+        completed=tally.completed,
+        failed=tally.failed,
+        usage=tally.usage,
+        recovered=recovered,
+        suspects=len(tally.suspects),
+    )
+
+
+def _foreign_engine(row: BatchRow, executor: Executor) -> BatchFault:
+    return BatchFault(
+        code="engine_changed",
+        message=(
+            f"The batch was begun with the engine {row.fingerprint}, and this server runs "
+            f"{executor.fingerprint}; their answers must not stand in one file. Create "
+            "the batch again from the same input file for the engine of today; finished "
+            "requests of this one are in its output file."
+        ),
+    )
+
+
+def _not_served(row: BatchRow, executor: Executor) -> BatchFault:
+    return BatchFault(
+        code="invalid_endpoint",
+        message=(
+            f"The engine does not serve {row.endpoint}; it has "
+            f"{', '.join(sorted(executor.endpoints))}."
+        ),
+        param="endpoint",
+    )
+
+
+def _input_missing(row: BatchRow) -> BatchFault:
+    return BatchFault(
+        code="input_file_missing",
+        message=f"The bytes of {row.input_file_id} are gone from the batch directory.",
+    )
+
+
+def _faults_json(faults: Sequence[BatchFault]) -> str:
+    return orjson.dumps([fault.model_dump() for fault in faults]).decode()

@@ -1,0 +1,195 @@
+"""The front process of ``blendserve serve``: files, batches, page and status.
+
+It loads no model. The engine, SGLang's server with our scheduler, is a child process on a loopback
+port; what is not a file or a batch is passed on to it. When the engine dies or hangs, it is
+started again, and everything durable stays readable meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from blendserve.batch import (
+    ApiKeys,
+    BatchDirectoryError,
+    BatchLimits,
+    BatchService,
+    BatchStore,
+    EngineAddress,
+    EngineInfo,
+    Holder,
+    KeyFileError,
+    KeyGuard,
+    RemoteExecutor,
+    build_page_router,
+    build_router,
+)
+from blendserve.cli.engine_process import EngineFailed, EngineProcess, WatchSettings
+from blendserve.cli.proxy import EngineProxy
+from blendserve.cli.status import StatusBoard
+from blendserve.config import ConfigError, Settings, load_settings, to_environment
+
+ENGINE_COMMAND = (sys.executable, "-m", "blendserve.cli.serve")
+# SGLang's defaults.
+_HOST, _PORT = "127.0.0.1", 30_000
+_GRACE_SECONDS = 10
+
+
+class Front:
+    """The service, the engine that works for it, and the application in front of both.
+
+    Args:
+        store: open batch directory; whoever opened it closes it.
+        engine_command: see `EngineProcess`.
+        keys: empty for a server that asks for none.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        engine_command: Sequence[str],
+        settings: Settings,
+        keys: ApiKeys,
+        watch: WatchSettings | None = None,
+    ) -> None:
+        self.executor = RemoteExecutor(on_lost=lambda: self.engine.look_again())
+        self.service = BatchService(store, self.executor, limits_of(settings))
+        self.engine = EngineProcess(
+            engine_command,
+            self._engine_up,
+            self.executor.engine_down,
+            environment=engine_environment(settings),
+            watch=watch or WatchSettings(hang_seconds=settings.engine_hang_seconds),
+        )
+        self._proxy = EngineProxy(self.executor)
+        self._board = StatusBoard(self.service, self.executor, self.engine.view)
+        self._keys = keys
+        self.app = self._build_app()
+        self.failure: EngineFailed | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called when the engine is given up, which `failure` then tells."""
+
+    def _engine_up(self, address: EngineAddress, info: EngineInfo) -> None:
+        self.executor.engine_up(address, info)
+        self.service.engine_recovered()
+
+    def _build_app(self) -> FastAPI:
+        # The engine's own descriptions of its routes are passed on like everything else of it.
+        app = FastAPI(lifespan=self._life, openapi_url=None, docs_url=None, redoc_url=None)
+        app.include_router(build_router(self.service))
+        app.include_router(build_page_router())
+        app.include_router(self._board.router())
+        app.include_router(self._proxy.router())
+        app.add_middleware(KeyGuard, keys=self._keys)
+        return app
+
+    @asynccontextmanager
+    async def _life(self, _: FastAPI) -> AsyncIterator[None]:
+        await self.service.start()
+        engine = asyncio.create_task(self._keep_engine())
+        try:
+            yield
+        finally:
+            await self.service.stop()
+            await self._proxy.close()
+            await self._board.close()
+            engine.cancel()
+            await asyncio.wait([engine])
+
+    async def _keep_engine(self) -> None:
+        try:
+            await self.engine.run()
+        except EngineFailed as error:
+            self.failure = error
+            self.on_failure()
+
+
+def serve_front(argv: Sequence[str]) -> int:
+    """Serve until stopped. Exit status: that of an engine that never came up, 2 for a setting."""
+    options, engine_flags = split_flags(argv)
+    try:
+        settings = settings_of(options)
+        keys = _keys(settings, options.api_key)
+        store = BatchStore(settings.batch_dir)
+    except (ConfigError, KeyFileError, BatchDirectoryError) as error:
+        print(f"blendserve serve: {error}", file=sys.stderr)
+        return 2
+    command = [*ENGINE_COMMAND, *engine_flags, "--host", "127.0.0.1"]
+    try:
+        front = Front(store, command, settings, keys)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                front.app,
+                host=options.host,
+                port=options.port,
+                ssl_keyfile=options.ssl_keyfile,
+                ssl_certfile=options.ssl_certfile,
+                ssl_keyfile_password=options.ssl_keyfile_password,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+                access_log=False,
+            )
+        )
+
+        def stop() -> None:
+            server.should_exit = True
+
+        front.on_failure = stop
+        server.run()
+    finally:
+        store.close()
+    if front.failure is not None:
+        print(f"blendserve serve: {front.failure}", file=sys.stderr)
+        return front.failure.status or 1
+    return 0
+
+
+def limits_of(settings: Settings) -> BatchLimits:
+    """The batch room's limits, as the settings have them."""
+    return BatchLimits(
+        max_lines=settings.max_batch_lines,
+        max_file_bytes=settings.max_file_bytes,
+        allow_remote_urls=settings.allow_remote_urls,
+    )
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Variables that make a server the engine of this process."""
+    engine = settings.model_copy(update={"enabled": True, "behind_front": True})
+    return to_environment(engine)
+
+
+def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What is the front's; the rest is for the engine, which names what it does not know."""
+    from blendserve.cli.serve import add_setting_flags
+
+    parser = argparse.ArgumentParser(prog="blendserve serve", add_help=False, allow_abbrev=False)
+    add_setting_flags(parser)
+    parser.add_argument("--host", default=_HOST)
+    parser.add_argument("--port", type=int, default=_PORT)
+    parser.add_argument("--api-key")
+    for name in ("--ssl-keyfile", "--ssl-certfile", "--ssl-keyfile-password"):
+        parser.add_argument(name)
+    return parser.parse_known_args(list(argv))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings under the flags of ours. ConfigError if one cannot be used."""
+    given = {name: getattr(options, name, None) for name in Settings.model_fields}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    return load_settings(**{**overrides, "enabled": True})
+
+
+def _keys(settings: Settings, api_key: str | None) -> ApiKeys:
+    if settings.api_keys_file:
+        if api_key is not None:
+            raise ConfigError("give either --api-key or --api-keys-file, not both")
+        return ApiKeys.read(Path(settings.api_keys_file))
+    return ApiKeys({api_key: Holder("", admin=True)} if api_key else {})

@@ -1,0 +1,68 @@
+"""Answers readable while a job runs: files that grow beside the final ones' places.
+
+The final files appear whole, at the end; these are for looking on. They are made again from the
+journal at every start, so they never hold a line that is not durable.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+
+from blendserve.batch.journal import Record, read_records
+
+
+class LiveResults:
+    """`OUTPUT.partial` and `ERRORS.partial`. Methods may be called from any thread."""
+
+    def __init__(self, output: Path, errors: Path) -> None:
+        self._paths = {
+            "output": output.with_name(output.name + ".partial"),
+            "error": errors.with_name(errors.name + ".partial"),
+        }
+        self._files: dict[str, BinaryIO] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def paths(self) -> list[Path]:
+        return list(self._paths.values())
+
+    def restore(self, journal: Path, total: int) -> None:
+        """Begin with what an earlier run has finished."""
+        for record in read_records(journal, total):
+            self._write(record)
+        self._flush()
+
+    def add(self, _batch_id: str, records: Sequence[Record]) -> None:
+        """Append a group of results. OSError if the disk is full."""
+        with self._lock:
+            for record in records:
+                self._write(record)
+            self._flush()
+
+    def close(self) -> None:
+        """No more comes; the files stay for whoever wants to look."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def remove(self) -> None:
+        """The final files have taken their place."""
+        self.close()
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)
+
+    def _write(self, record: Record) -> None:
+        file = self._files.get(record.kind)
+        if file is None:
+            file = self._files[record.kind] = self._paths[record.kind].open("wb")
+        file.write(orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def _flush(self) -> None:
+        for file in self._files.values():
+            file.flush()

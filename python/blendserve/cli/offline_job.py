@@ -1,0 +1,232 @@
+"""One job of ``run-batch``: the batch service in this process, and an engine that works for it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from blendserve.batch import (
+    BatchLimits,
+    BatchObject,
+    BatchService,
+    BatchStore,
+    EngineAddress,
+    EngineInfo,
+    RemoteExecutor,
+)
+from blendserve.batch.objects import CreateBatch
+from blendserve.batch.upload import Upload
+from blendserve.cli.batch_input import fault_lines
+from blendserve.cli.engine_process import EngineProcess, WatchSettings
+from blendserve.cli.figures import FigureKeeper, Figures
+from blendserve.cli.front import ENGINE_COMMAND, engine_environment, settings_of, split_flags
+from blendserve.cli.live_results import LiveResults
+from blendserve.cli.status import StatusBoard
+
+_ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+_METADATA_KEY = "input_sha256"
+_POLL_SECONDS = 0.25
+_MAX_FAILED_STARTS = 3
+_COPY_BYTES = 1 << 20
+
+
+class JobRefused(RuntimeError):
+    """The state of an earlier run does not fit, or the job failed; says what to do."""
+
+
+class Reporter(Protocol):
+    """Shows how the job is getting on."""
+
+    def update(
+        self, state: str, counts: Mapping[str, int], figures: Figures, note: str | None = None
+    ) -> None: ...
+
+
+class OfflineJob:
+    """Prepare, run, place, close: in this order.
+
+    Args:
+        state: folder of this job; it may hold the state of an earlier run.
+        output, errors: where the results are to appear.
+        engine_flags: flags of `blendserve serve`.
+        log: receives what the engine prints.
+        in_order: sort the results as the input is.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        output: Path,
+        errors: Path,
+        limits: BatchLimits,
+        engine_flags: Sequence[str],
+        *,
+        log: Path,
+        in_order: bool = False,
+    ) -> None:
+        self._store = BatchStore(state / "batches")
+        self._places = {"output": output, "error": errors}
+        self._live = LiveResults(output, errors)
+        self._executor = RemoteExecutor(on_lost=lambda: self.engine.look_again())
+        self._service = BatchService(
+            self._store, self._executor, limits, on_saved=self._live.add, in_order=in_order
+        )
+        options, flags = split_flags(engine_flags)
+        settings = settings_of(options)
+        self.engine = EngineProcess(
+            [*ENGINE_COMMAND, *flags, "--host", "127.0.0.1"],
+            self._engine_up,
+            self._executor.engine_down,
+            log=log,
+            environment=engine_environment(settings),
+            watch=WatchSettings(
+                hang_seconds=settings.engine_hang_seconds, max_failed_starts=_MAX_FAILED_STARTS
+            ),
+        )
+        self._batch_id = ""
+        self._refusal: JobRefused | None = None
+
+    @property
+    def live_paths(self) -> list[Path]:
+        """Where answers can be read while the job runs."""
+        return self._live.paths
+
+    def prepare(self, source: Path, endpoint: str) -> str:
+        """Take up the batch of an earlier run over the same input, or make one; its id.
+
+        Raises:
+            JobRefused: the earlier run had another input, or failed.
+        """
+        known = self._service.list(after=None, limit=1).data
+        if known:
+            batch = known[0]
+            if (batch.metadata or {}).get(_METADATA_KEY) != _digest(source):
+                raise JobRefused(
+                    f"{self._store.directory.root.parent} holds the state of a run over another "
+                    "input. Give that input, another -o, or --overwrite to begin anew."
+                )
+            _raise_if_failed(batch)
+        else:
+            batch = self._create(source, endpoint)
+        self._batch_id = batch.id
+        row = self._store.find_batch(batch.id)
+        if row is not None and row.total is not None:
+            self._live.restore(self._store.directory.journal(batch.id), row.total)
+        return batch.id
+
+    async def run(self, batch_id: str, reporter: Reporter) -> BatchObject:
+        """Run what is left, and return the batch once it has ended.
+
+        Raises:
+            JobRefused, EngineFailed: it cannot go on; nothing that was finished is lost.
+        """
+        board = StatusBoard(self._service, self._executor, self.engine.view)
+        keeper = FigureKeeper()
+        await self._service.start()
+        engine = asyncio.create_task(self.engine.run())
+        try:
+            while True:
+                batch = self._service.retrieve(batch_id)
+                progress = self._service.live_progress(batch_id)
+                figures = keeper.update(await board.counters(), batch_id)
+                counts = {**batch.request_counts.model_dump(), "retried": progress.retried}
+                state = batch.status
+                if self.engine.view.state != "up" and state not in _ENDED:
+                    state_said = f"engine {self.engine.view.state}"
+                else:
+                    state_said = str(state)
+                reporter.update(state_said, counts, figures, progress.note)
+                if batch.status in _ENDED:
+                    _raise_if_failed(batch)
+                    return batch
+                if engine.done():
+                    engine.result()
+                if self._refusal is not None:
+                    raise self._refusal
+                await asyncio.sleep(_POLL_SECONDS)
+        finally:
+            await self._service.stop()
+            engine.cancel()
+            await asyncio.wait([engine])
+            await board.close()
+
+    def place(self, batch: BatchObject) -> None:
+        """Put the result files where they were asked for: each appears whole."""
+        for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
+            target = self._places[kind]
+            if file_id is None:
+                target.unlink(missing_ok=True)
+            else:
+                _place(self._store.directory.file(file_id), target)
+        self._live.remove()
+
+    def close(self) -> None:
+        self._live.close()
+        self._store.close()
+
+    def _create(self, source: Path, endpoint: str) -> BatchObject:
+        """Copies the input: it may be changed or removed while the job runs."""
+        digest = hashlib.sha256()
+        size = 0
+        with self._store.directory.draft() as draft:
+            with source.open("rb") as stream:
+                while block := stream.read(_COPY_BYTES):
+                    digest.update(block)
+                    size += len(block)
+                    draft.file.write(block)
+            upload = Upload({"purpose": "batch"}, "input.jsonl", size, digest.hexdigest())
+            file = self._service.add_upload(upload, draft)
+        request = CreateBatch(
+            input_file_id=file.id,
+            endpoint=endpoint,
+            completion_window="365d",
+            metadata={_METADATA_KEY: digest.hexdigest()},
+        )
+        return self._service.create(request)
+
+    def _engine_up(self, address: EngineAddress, info: EngineInfo) -> None:
+        row = self._store.find_batch(self._batch_id)
+        begun = row.fingerprint if row is not None else None
+        if begun is not None and begun != info.fingerprint:
+            self._refusal = JobRefused(
+                f"this job was begun with the engine {begun}, and these flags start "
+                f"{info.fingerprint}; their answers must not stand in one file. Give the flags of "
+                "the first run, another -o, or --overwrite to begin anew."
+            )
+            return
+        self._executor.engine_up(address, info)
+        self._service.engine_recovered()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _raise_if_failed(batch: BatchObject) -> None:
+    if batch.status == "completed" or batch.status not in _ENDED:
+        return
+    faults = batch.errors.data if batch.errors is not None else []
+    said = "\n".join([f"the job has {batch.status}:", *fault_lines(faults)])
+    raise JobRefused(f"{said}\nBegin anew with --overwrite once that is put right.")
+
+
+def _place(source: Path, target: Path) -> None:
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            os.link(source, draft)
+        except OSError:
+            # Another file system, or one without hard links.
+            shutil.copyfile(source, draft)
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""An engine process without a model: `python fake_engine.py [options] --port N`.
+
+It speaks the engine's end of the link over a `FakeExecutor`. Orders in prompts beside that one's:
+`die` kills this process, `hang` blocks it, each once the front has been told that it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from batch_fakes import FakeExecutor, prompt_of
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from blendserve.batch.engine_routes import build_engine_router
+from blendserve.batch.executor import LineResult, LineSource
+from blendserve.cli.server_process import die_with_parent
+
+TELL_SECONDS = 0.05
+
+
+class DeadlyExecutor(FakeExecutor):
+    """Obeys `die` and `hang`."""
+
+    async def run(
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        on_start: Callable[[int], None],
+        deadline: float | None = None,
+    ) -> AsyncIterator[LineResult]:
+        orders = {index: prompt_of(lines.read(index)).split(" ", 1)[0] for index in pending}
+        deadly = {index for index, order in orders.items() if order in ("die", "hang")}
+
+        def start(index: int) -> None:
+            on_start(index)
+            if index in deadly:
+                asyncio.get_running_loop().call_later(TELL_SECONDS, self._obey, orders[index])
+
+        async for result in super().run(job_id, lines, pending, start):
+            yield result
+        if deadly:
+            # The order is obeyed while its line is still in flight.
+            await asyncio.sleep(3_600)
+
+    def _obey(self, order: str) -> None:
+        if order == "hang":
+            time.sleep(3_600)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_app(executor: FakeExecutor) -> FastAPI:
+    token = os.environ["BLENDSERVE_ENGINE_TOKEN"]
+    app = FastAPI()
+    counters = {"prefill_tokens": 0, "decode_tokens": 0, "prompt_tokens": 0, "cached_tokens": 0}
+
+    @app.middleware("http")
+    async def ask_for_the_key(request: Request, call_next: Any) -> Any:
+        key = request.headers.get("authorization")
+        if request.url.path != "/health" and key != f"Bearer {token}":
+            return JSONResponse({"error": "no key"}, 401)
+        return await call_next(request)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> dict[str, Any]:
+        return {"pid": os.getpid(), "body": await request.json()}
+
+    @app.post("/flush_cache")
+    async def flush_cache() -> dict[str, str]:
+        return {"flushed": "yes"}
+
+    app.include_router(
+        build_engine_router(executor, lambda: {"schedulers": [counters], "jobs": []})
+    )
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--fingerprint", default="fake-model/float32")
+    options = parser.parse_args()
+    die_with_parent()
+    executor = DeadlyExecutor(
+        fingerprint=options.fingerprint,
+        delay_seconds=options.delay,
+        parallel=options.parallel,
+        log=options.log,
+    )
+    uvicorn.run(build_app(executor), host=options.host, port=options.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Prompts, answers and keys stay out of the log, whatever goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+from batch_fakes import FakeExecutor, finish, job, submit
+from batch_server import BatchServer
+
+from blendserve.batch import BatchLimits
+
+SECRET = "the-password-is-swordfish"
+
+
+def test_no_prompt_reaches_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "blendserve")
+    prompts = {
+        number: f"{order} {SECRET}"
+        for number, order in enumerate(("bug", "fail", "unwritable", "silent", "say", "timeout"))
+    }
+    with BatchServer(tmp_path, FakeExecutor()) as server:
+        assert finish(server.client, submit(server.client, job(6, prompts)).id).status
+        broken = {0: f"break-the-check {SECRET}"}
+        assert finish(server.client, submit(server.client, job(1, broken)).id).status == "failed"
+    assert caplog.records
+    assert SECRET not in caplog.text
+
+
+def test_a_request_that_falls_silent_is_given_up(tmp_path: Path) -> None:
+    limits = BatchLimits(upload_idle_seconds=0.2)
+    with BatchServer(tmp_path, FakeExecutor(), limits) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        for path, kind in (("batches", "application/json"), ("files", "multipart/form-data")):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+                connection.sendall(f"{head}Content-Type: {kind}; boundary=b\r\n\r\n{{".encode())
+                assert b" 408 " in connection.recv(200)

@@ -1,0 +1,68 @@
+"""Packed input: read whole or refused; one that was cut off is never taken for a shorter one."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from pathlib import Path
+
+import pytest
+
+from blendserve.cli.batch_input import InputError, plain_file
+
+TEXT = b"".join(b'{"line": %d}\n' % number for number in range(1_000))
+
+
+def packed(kind: str, text: bytes) -> bytes:
+    if kind == "gz":
+        return gzip.compress(text)
+    zstandard = pytest.importorskip("zstandard", reason="the package zstandard is not installed")
+    return bytes(zstandard.ZstdCompressor().compress(text))
+
+
+@pytest.fixture(params=["gz", "zst"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_packed_input_is_unpacked_and_the_copy_goes_away(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"in.jsonl.{kind}"
+    source.write_bytes(packed(kind, TEXT))
+    with plain_file(str(source), tmp_path) as plain:
+        assert plain.read_bytes() == TEXT
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_several_packed_parts_in_one_file_are_one_input(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"in.{kind}"
+    source.write_bytes(packed(kind, TEXT) + packed(kind, b"more"))
+    with plain_file(str(source), tmp_path) as plain:
+        assert plain.read_bytes() == TEXT + b"more"
+
+
+def test_a_file_that_was_cut_off_or_is_not_packed_is_refused(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"in.{kind}"
+    whole = packed(kind, TEXT)
+    for data in (whole[:-3], whole[: len(whole) // 2], b"plain text", whole + b"rest"):
+        source.write_bytes(data)
+        with pytest.raises(InputError, match="cannot be unpacked"):  # noqa: SIM117
+            with plain_file(str(source), tmp_path):
+                pass
+        assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_plain_file_is_used_where_it_lies(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(TEXT)
+    with plain_file(str(source), tmp_path) as plain:
+        assert plain == source
+
+
+def test_without_the_library_zst_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.zst").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InputError, match="install it, or unpack"):  # noqa: SIM117
+        with plain_file(str(tmp_path / "in.zst"), tmp_path):
+            pass

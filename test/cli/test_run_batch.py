@@ -1,0 +1,296 @@
+"""``blendserve run-batch``: what it refuses, and that a refusal costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+from unittest import mock
+
+import pytest
+
+from blendserve.cli import main
+from blendserve.cli.engine_process import EngineFailed
+from blendserve.cli.offline_job import OfflineJob
+
+LINE = {
+    "custom_id": "a",
+    "method": "POST",
+    "url": "/v1/completions",
+    "body": {"model": "m", "prompt": "x"},
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment() -> Iterator[None]:
+    """No settings of the caller's, none left behind, and no message broken into lines."""
+    with mock.patch.dict(os.environ, {"COLUMNS": "1000"}):
+        for name in [name for name in os.environ if name.startswith("BLENDSERVE_")]:
+            del os.environ[name]
+        yield
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that would have started an engine; none of them does."""
+    started: list[list[str]] = []
+
+    async def refuse(job: OfflineJob, batch_id: str, reporter: object) -> NoReturn:
+        started.append(job.engine.command)
+        raise EngineFailed("the engine ended with status 9:\nout of memory", 9)
+
+    monkeypatch.setattr(OfflineJob, "run", refuse)
+    return started
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "in.jsonl").write_text(json.dumps(LINE) + "\n")
+    return tmp_path
+
+
+def run(folder: Path, *more: str, source: str = "in.jsonl", output: str = "out.jsonl") -> int:
+    return main(["run-batch", "-i", str(folder / source), "-o", str(folder / output), *more])
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"), [([], "-i/--input, -o/--output"), (["-i", "in.jsonl"], "-o/--output")]
+)
+def test_input_and_output_are_required(capsys, engine, argv, missing):
+    with pytest.raises(SystemExit) as end:
+        main(["run-batch", *argv])
+    assert end.value.code == 2
+    assert f"the following arguments are required: {missing}" in capsys.readouterr().err
+    assert engine == []
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "."])
+def test_an_input_that_is_no_file_is_refused(capsys, engine, files, source):
+    assert run(files, source=source) == 1
+    assert f"blendserve run-batch: input {files / source} is not a file" in capsys.readouterr().err
+    assert engine == []
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    """All that lies in a folder, and what the files among it say."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("flag", ["-o", "--errors"])
+def test_a_folder_that_does_not_exist_is_refused(capsys, engine, files, flag):
+    before = contents(files)
+    path = files / "results" / "out.jsonl"
+    assert run(files, flag, str(path)) == 1
+    assert f"the folder of {path} does not exist" in capsys.readouterr().err
+    assert engine == []
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("flag", ["-o", "--errors"])
+def test_a_folder_is_refused_as_an_output(capsys, engine, files, flag, overwrite):
+    (files / "results").mkdir()
+    (files / "results" / "kept.txt").write_text("kept\n")
+    before = contents(files)
+    assert run(files, flag, str(files / "results"), *overwrite) == 1
+    said = capsys.readouterr().err
+    assert f"{files / 'results'} is a folder; give the name of a file in it" in said
+    assert engine == []
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("output", [".", "/", "./"])
+def test_an_output_without_a_name_is_wrong_usage(capsys, engine, files, monkeypatch, output):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit) as end:
+        main(["run-batch", "-i", "in.jsonl", "-o", output, "--overwrite"])
+    assert end.value.code == 2
+    assert f"-o {Path(output)}: give the name of a file" in capsys.readouterr().err
+    assert engine == []
+    assert contents(files) == {"in.jsonl": json.dumps(LINE) + "\n"}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("output", "errors"),
+    [
+        ("in.jsonl", "errors.jsonl"),
+        ("out.jsonl", "in.jsonl"),
+        ("out.jsonl", "out.jsonl"),
+        ("sub/../in.jsonl", "errors.jsonl"),
+        ("out.jsonl", "link.jsonl"),  # to the input
+        ("loop/in.jsonl", "errors.jsonl"),  # through a link to the folder
+        ("sub/out.jsonl", "sub/../sub/out.jsonl"),
+    ],
+)
+def test_input_output_and_errors_must_be_three_files(
+    capsys, engine, files, output, errors, overwrite
+):
+    (files / "sub").mkdir()
+    (files / "link.jsonl").symlink_to("in.jsonl")
+    (files / "loop").symlink_to(".")
+    before = contents(files)
+    assert run(files, "--errors", str(files / errors), *overwrite, output=output) == 1
+    said = capsys.readouterr().err
+    assert "input, output and errors must be three different files" in said
+    assert engine == []
+    assert contents(files) == before
+
+
+REFUSED = pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("nonsense\n", []),
+        ("\n", []),
+        (json.dumps(LINE), ["-i", "missing.jsonl"]),
+        (json.dumps(LINE), ["-o", "missing/out.jsonl"]),
+        (json.dumps(LINE), ["--errors", "missing/out.errors.jsonl"]),
+        (json.dumps(LINE), ["--errors", "out.jsonl"]),
+    ],
+)
+
+
+@REFUSED
+def test_a_refusal_leaves_nothing_behind(engine, files, monkeypatch, text, more):
+    monkeypatch.chdir(files)
+    (files / "in.jsonl").write_text(text)
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", *more]) == 1
+    assert engine == []
+    assert contents(files) == {"in.jsonl": text}
+
+
+@REFUSED
+def test_a_refusal_drops_nothing_of_an_earlier_run(engine, files, monkeypatch, text, more):
+    monkeypatch.chdir(files)
+    (files / "in.jsonl").write_text(text)
+    (files / "out.jsonl.blendserve").mkdir()
+    for name in ("out.jsonl", "out.errors.jsonl", "out.jsonl.blendserve/batches.db"):
+        (files / name).write_text("earlier\n")
+    before = contents(files)
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--overwrite", *more]) == 1
+    assert engine == []
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("columns", ["20", None])
+def test_a_message_is_not_broken_into_lines(capsys, engine, files, columns):
+    del os.environ["COLUMNS"]
+    if columns is not None:
+        os.environ["COLUMNS"] = columns
+    source = "input of many words " * 5 + "[bold]" + "x" * 100
+    assert run(files, source=source) == 1
+    said = capsys.readouterr().err
+    assert said == f"blendserve run-batch: input {files / source} is not a file\n"
+
+
+def test_the_path_of_the_engines_log_is_not_broken_into_lines(capsys, engine, files):
+    os.environ["COLUMNS"] = "20"
+    run(files)
+    log = files / "out.jsonl.blendserve" / "server.log"
+    assert f"Starting the engine (its log: {log}) ...\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl"])
+def test_an_earlier_result_is_not_overwritten_unasked(capsys, engine, files, name):
+    (files / name).write_text("earlier\n")
+    assert run(files) == 1
+    said = capsys.readouterr().err
+    assert f"{files / name} exists already. Give another name, or --overwrite" in said
+    assert engine == []
+    assert (files / name).read_text() == "earlier\n"
+
+
+def test_an_earlier_file_of_errors_is_looked_for_where_it_was_asked_for(capsys, engine, files):
+    (files / "bad.jsonl").write_text("earlier\n")
+    assert run(files, "--errors", str(files / "bad.jsonl")) == 1
+    assert f"{files / 'bad.jsonl'} exists already" in capsys.readouterr().err
+    assert engine == []
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("not json\n", 1),
+        ('\n  \n{"custom_id": "a"\n', 3),
+        ("[1, 2]\n", 1),
+        ('"url"\n', 1),
+        ("7\n", 1),
+        ("null\n", 1),
+        ('{"custom_id": "a", "body": {}}\n', 1),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}\n", 1),
+    ],
+)
+def test_a_first_line_that_is_no_request_is_refused_with_its_number(
+    capsys, engine, files, text, number
+):
+    (files / "in.jsonl").write_text(text, encoding="latin-1")
+    assert run(files) == 1
+    said = capsys.readouterr().err
+    assert f"{files / 'in.jsonl'}, line {number} is not a batch request: it must be" in said
+    assert engine == []
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \n\t\n\n"])
+def test_a_file_without_requests_is_refused(capsys, engine, files, text):
+    (files / "in.jsonl").write_text(text)
+    assert run(files) == 1
+    assert f"{files / 'in.jsonl'} has no requests" in capsys.readouterr().err
+    assert engine == []
+
+
+def test_good_input_starts_our_server_with_the_users_flags(capsys, engine, files):
+    assert run(files, "--tp-size", "2", "--sample-fraction", "0.1") == 1
+    (command,) = engine
+    assert command[:3] == [sys.executable, "-m", "blendserve.cli.serve"]
+    assert "--tp-size 2" in " ".join(command)
+    # The state of the run stands beside its output.
+    assert (files / "out.jsonl.blendserve" / "batches" / "blendserve.db").is_file()
+
+
+def test_the_users_host_and_port_do_not_lead_the_run_to_another_server(engine, files):
+    run(files, "--host", "0.0.0.0", "--port", "80")
+    assert engine[0][-2:] == ["--host", "127.0.0.1"]
+    assert not {"0.0.0.0", "--port"} & set(engine[0])
+
+
+def test_a_server_that_does_not_start_ends_the_run_with_the_end_of_its_log(capsys, engine, files):
+    assert run(files) == 1
+    said = capsys.readouterr().err
+    assert "blendserve run-batch: the engine ended with status 9:\nout of memory" in said
+    assert not (files / "out.jsonl").exists()
+
+
+def test_a_second_run_goes_on_from_the_state_of_the_first(engine, files):
+    run(files)
+    kept = files / "out.jsonl.blendserve" / "batches.db"
+    kept.write_text("state")
+    run(files)
+    assert kept.read_text() == "state"
+    assert len(engine) == 2
+
+
+def test_overwrite_begins_anew(engine, files):
+    state = files / "out.jsonl.blendserve"
+    state.mkdir()
+    stale = [files / "out.jsonl", files / "out.errors.jsonl", state / "batches.db"]
+    for path in stale:
+        path.write_text("earlier\n")
+    run(files, "--overwrite")
+    assert [path.exists() for path in stale] == [False, False, False]
+    assert len(engine) == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(capsys, engine, files, monkeypatch):
+    async def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OfflineJob, "run", interrupt)
+    assert run(files) == 130
+    assert "The same command goes on from here" in capsys.readouterr().err
+    assert (files / "out.jsonl.blendserve").is_dir()

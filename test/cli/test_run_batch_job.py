@@ -1,0 +1,152 @@
+"""``blendserve run-batch`` over a fake engine: whole jobs, resumed ones, all kinds of input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FAKES = Path(__file__).parents[1] / "batch"
+COMMAND = """
+import sys
+from blendserve.cli import main, offline_job
+offline_job.ENGINE_COMMAND = (sys.executable, {engine!r}, *{options!r})
+sys.exit(main(["run-batch", *sys.argv[1:]]))
+"""
+
+
+def lines(count: int, orders: dict[int, str] | None = None) -> list[dict[str, Any]]:
+    return [
+        {
+            "custom_id": f"r{number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "fake-model",
+                "messages": [
+                    {"role": "user", "content": (orders or {}).get(number, f"say {number}")}
+                ],
+            },
+        }
+        for number in range(count)
+    ]
+
+
+def jsonl(entries: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+
+
+class Run:
+    """run-batch as a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> None:
+        code = COMMAND.format(engine=str(FAKES / "fake_engine.py"), options=options)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "-o", str(folder / "out.jsonl"), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+
+    def end(self, stdin: bytes = b"") -> int:
+        out, said = self.process.communicate(stdin, timeout=60)
+        self.out, self.said = out.decode(), said.decode()
+        return self.process.returncode
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
+
+
+def test_stdin_comes_out_in_order_with_status_for_machines(tmp_path: Path) -> None:
+    run = Run(tmp_path, "-i", "-", "--ordered", "--json")
+    assert run.end(jsonl(lines(40, {3: "fail", 9: "timeout", 20: "busy"}))) == 1
+    assert ids(tmp_path / "out.jsonl") == [f"r{i}" for i in range(40) if i not in (3, 9)]
+    assert ids(tmp_path / "out.errors.jsonl") == ["r3", "r9"]
+    events = [json.loads(line) for line in run.out.splitlines()]
+    assert {"state", "total", "completed", "failed", "eta_seconds"} <= events[0].keys()
+    assert events[-1]["state"] == "placed"
+    assert (events[-1]["completed"], events[-1]["failed"]) == (38, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.errors.jsonl", "out.jsonl"]
+
+
+def test_a_stopped_run_goes_on_and_computes_nothing_twice(tmp_path: Path) -> None:
+    source, log = tmp_path / "in.jsonl", tmp_path / "computed"
+    source.write_bytes(jsonl(lines(120)))
+    live = tmp_path / "out.jsonl.partial"
+    options = ("--delay", "0.03", "--log", str(log))
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        run = Run(tmp_path, "-i", str(source), options=options)
+        before = len(ids(live)) if live.exists() else 0
+        deadline = time.monotonic() + 60
+        while not live.exists() or len(live.read_bytes().splitlines()) < before + 12:
+            assert time.monotonic() < deadline
+            assert run.process.poll() is None, run.end()
+            time.sleep(0.01)
+        run.process.send_signal(stop)
+        assert run.end() == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+        if stop == signal.SIGINT:
+            assert "The same command goes on from here" in run.said
+    finished = set(ids_of_whole_lines(live))
+    computed = len(log.read_text().split())
+    run = Run(tmp_path, "-i", str(source), options=("--log", str(log)))
+    assert run.end() == 0, run.said
+    again = log.read_text().split()[computed:]
+    assert finished
+    assert finished.isdisjoint(again)
+    assert sorted(ids(tmp_path / "out.jsonl")) == sorted(f"r{i}" for i in range(120))
+    assert not live.exists()
+
+
+def ids_of_whole_lines(path: Path) -> list[str]:
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line)["custom_id"] for line in whole.splitlines()]
+
+
+def test_another_model_or_another_input_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(lines(8, {2: "crash"})))
+    state = tmp_path / "out.jsonl.blendserve"
+    run = Run(tmp_path, "-i", str(source), "--json", options=("--delay", "30"))
+    assert run.process.stdout is not None
+    while json.loads(run.process.stdout.readline())["state"] != "in_progress":
+        pass
+    run.process.terminate()
+    assert run.end() == 130
+    run = Run(tmp_path, "-i", str(source), options=("--fingerprint", "other-model"))
+    assert run.end() == 1
+    assert "begun with the engine fake-model/float32" in run.said
+    assert "--overwrite" in run.said
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(jsonl(lines(3)))
+    run = Run(tmp_path, "-i", str(other))
+    assert run.end() == 1
+    assert "holds the state of a run over another input" in run.said
+    assert state.is_dir()
+
+
+def test_all_bad_lines_are_told_before_an_engine_starts(tmp_path: Path) -> None:
+    bad = [*lines(3), {"custom_id": "r1"}]
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(bad) + b"{nope\n")
+    run = Run(tmp_path, "-i", str(source))
+    assert run.end() == 1
+    assert "line 4: The custom_id of line 2 is used again" in run.said
+    assert "line 5: The line is not valid JSON" in run.said
+    assert "Starting the engine" not in run.said
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(lines(5)))
+    run = Run(tmp_path, "-i", str(source), "--dry-run", "--hardware", "h100-80g-sxm", "--json")
+    assert run.end() == 0, run.said
+    assert json.loads(run.out)["predicted_seconds"]["blend"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
