@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -65,7 +66,11 @@ def main() -> None:
         address = server.front.executor.address
         assert address is not None
         ways = {"engine": (address.url, address.headers), "front": (server.url, {})}
-        result: dict[str, Any] = {"requests": options.requests, "at_once": options.at_once}
+        result: dict[str, Any] = {
+            "requests": options.requests,
+            "at_once": options.at_once,
+            "load_average": os.getloadavg(),
+        }
         for way, (url, headers) in ways.items():
             result[way] = asyncio.run(measure(url, headers, options.requests, options.at_once))
     text = json.dumps(result, indent=2)

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 
 from blendserve.batch.engine_routes import build_engine_router
 from blendserve.batch.executor import LineResult, LineSource
-from blendserve.cli.server_process import die_with_parent
+from blendserve.cli.server_process import follow_parent
 
 TELL_SECONDS = 0.05
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     parser.add_argument("--fingerprint", default="fake-model/float32")
     options = parser.parse_args()
-    die_with_parent()
+    follow_parent()
     executor = DeadlyExecutor(
         fingerprint=options.fingerprint,
         delay_seconds=options.delay,

@@ -23,6 +23,7 @@ from front_server import FrontServer
 
 from blendserve.batch import ApiKeys
 from blendserve.batch.keys import Holder, KeyFileError
+from blendserve.cli.engine_process import WatchSettings
 
 CHAT_BODY = {"model": "fake-model", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -132,6 +133,18 @@ def test_an_engine_that_never_starts_ends_the_front_with_its_status(tmp_path: Pa
     assert failure is not None
     assert failure.status == 3
     assert "ended with status 3 before it served" in str(failure)
+
+
+def test_an_engine_that_never_serves_is_given_up_and_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    watch = WatchSettings(start_seconds=0.5)
+    with FrontServer(tmp_path, command=command, watch=watch) as server:
+        failure = until(lambda: server.front.failure, bool)
+        pid = server.engine_pid
+    assert "did not serve within" in str(failure)
+    assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_no_engine_is_left_behind(tmp_path: Path) -> None:

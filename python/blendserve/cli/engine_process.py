@@ -48,12 +48,14 @@ class EngineFailed(RuntimeError):
 class WatchSettings:
     """When to give an engine up.
 
-    hang_seconds: not healthy for so long; 0 never. probe_seconds: between two looks at it.
+    start_seconds: not serving so long after its start. hang_seconds: not healthy for so long; 0
+    never. probe_seconds: between two looks at it.
     max_failed_starts: in a row, without having served between; None goes on for ever once the
     engine has served. pause_seconds: before the first restart; each further one waits twice as
     long, up to a minute, until an engine has lasted.
     """
 
+    start_seconds: float = 1_800.0
     hang_seconds: float = 120.0
     probe_seconds: float = 15.0
     max_failed_starts: int | None = None
@@ -128,8 +130,7 @@ class EngineProcess:
                 await self._ended()
                 failed_starts = 0 if served else failed_starts + 1
                 if not self._has_served or failed_starts == self._watch.max_failed_starts:
-                    assert self._process is not None
-                    raise EngineFailed(f"{reason}{self._tail()}", self._process.returncode)
+                    raise EngineFailed(f"{reason}{self._tail()}", self._status())
                 if time.monotonic() - began > _STEADY_SECONDS:
                     pause = self._watch.pause_seconds
                 self._show("restarting", reason)
@@ -148,6 +149,8 @@ class EngineProcess:
         ended = asyncio.create_task(process.wait())
         try:
             info = await self._until_serving(address, ended)
+            if info is None and not ended.done():
+                return False, f"the engine did not serve within {self._watch.start_seconds:.0f} s"
             if info is None:
                 return False, f"the engine ended with status {ended.result()} before it served"
             self._has_served = True
@@ -182,7 +185,8 @@ class EngineProcess:
     async def _until_serving(
         self, address: EngineAddress, ended: asyncio.Task[int]
     ) -> EngineInfo | None:
-        while not ended.done():
+        deadline = time.monotonic() + self._watch.start_seconds
+        while not ended.done() and time.monotonic() < deadline:
             if await self._is_healthy(address):
                 info = await self._info(address)
                 if info is not None:
@@ -249,6 +253,9 @@ class EngineProcess:
             await asyncio.wait_for(process.wait(), _STOP_SECONDS)
         self._kill_group()
         await self._ended()
+
+    def _status(self) -> int | None:
+        return self._process.returncode if self._process is not None else None
 
     async def _ended(self) -> None:
         if self._process is not None:

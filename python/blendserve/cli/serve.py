@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blendserve.cli.server_process import PARENT_VARIABLE, TOKEN_VARIABLE, die_with_parent
+from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 # What a job wants of SGLang everywhere; a flag given by the user comes later and wins.
@@ -118,7 +118,7 @@ def run_engine(argv: Sequence[str]) -> int:
 
     token = os.environ.pop(TOKEN_VARIABLE, None)
     if token is not None:
-        _follow_parent(int(os.environ[PARENT_VARIABLE]))
+        follow_parent()
     try:
         _, flags = prepare(argv)
     except (ConfigError, ModelPathError) as error:
@@ -146,13 +146,6 @@ def run_engine(argv: Sequence[str]) -> int:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
-
-
-def _follow_parent(parent: int) -> None:
-    """End when the front process ends, also if it has ended already."""
-    die_with_parent()
-    if os.getppid() != parent:
-        raise SystemExit("blendserve: the process that started this engine is gone")
 
 
 def _keep_out_of_logs(secret: str) -> None:

@@ -91,6 +91,17 @@ def die_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def follow_parent() -> None:
+    """In an engine process: end when its front process ends, also if that has ended already.
+
+    Raises:
+        SystemExit: it has.
+    """
+    die_with_parent()
+    if os.getppid() != int(os.environ[PARENT_VARIABLE]):
+        raise SystemExit("blendserve: the process that started this engine is gone")
+
+
 def _wait_until_serving(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
