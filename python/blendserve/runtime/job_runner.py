@@ -161,6 +161,7 @@ class JobRunner:
         self._sample = {side: deque(plan.sample[side].tolist()) for side in Side}
         self._unseen = {position for queue in self._sample.values() for position in queue}
         self.view.sampled = len(self._unseen)
+        self._learning = bool(self._unseen)
         self._replan_at = 2 * self.view.sampled
         self.view.prompt_tokens = plan.prompt_tokens
         self.view.unique_tokens = plan.unique_tokens
@@ -183,24 +184,22 @@ class JobRunner:
 
     def _replan_if_due(self) -> None:
         """Plan again when the sample is in, and whenever there are twice as many answers."""
-        answers = self.view.observed
-        sample_is_in = self.view.plans == 1 and self.view.sampled and not self._unseen
-        doubled = self.view.sampled and answers >= self._replan_at
-        if self._replanning is not None or not (sample_is_in or doubled):
+        sample_is_in = self.view.plans == 1 and not self._unseen
+        doubled = self.view.observed >= self._replan_at
+        if not self._learning or not (sample_is_in or doubled):
             return
-        if self._scanner.exhausted:
-            return
-        self._replan_at = max(self._replan_at, 2 * answers) if doubled else self._replan_at
-        self._replanning = asyncio.create_task(self._replan())
+        if self._replanning is None and not self._scanner.exhausted:
+            self._replanning = asyncio.create_task(self._replan())
 
     async def _replan(self) -> None:
+        self._replan_at = 2 * max(self.view.observed, self.view.sampled)
         try:
             self._adopt(await self._plan(self._news()))
         except Exception:
-            # The job goes on with the plan that it has, and asks for no other.
+            # The job goes on with the plan that it has.
+            self._learning = False
             logger.exception("%s is not planned again", self.job_id)
-        else:
-            self._replanning = None
+        self._replanning = None
         self._dispatcher.wake()
 
     def _news(self) -> News:
