@@ -3,10 +3,10 @@
     python benchmark/runtime/eviction.py [--json benchmark/results/eviction.json]
 
 A synthetic job whose shared prefixes are three times the KV pool runs in several orders through
-each cache. The engine is a fake one: a request holds prompt and output from its admission until as
-many steps have passed as it has output tokens; the next one is admitted as soon as it fits. With
-two queues (the two scanners' fronts) the side that holds less of the pool goes first, so the fronts
-do not advance as the timetable predicts.
+SGLang's default cache (LRU, in Rust) and ours. The engine is a fake one: a request holds prompt and
+output from its admission until as many steps have passed as it has output tokens; the next one is
+admitted as soon as it fits and fewer than --running run. With two queues (the scanners' fronts) the
+side that holds less of the pool goes first, so the fronts do not advance as the timetable predicts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import platform
 import sys
 from collections import deque
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,7 @@ from blendserve.planner import (
 from blendserve.runtime.next_use import UseTag
 
 POOL_TOKENS = 65_536
-RUNNING = 8
-CACHES = {
-    "LRU, SGLang's default (Rust)": "rust",
-    "LRU, RadixCache": "python",
-    "Belady": "blendserve",
-}
+CACHES = {"LRU": "rust", "Belady": "blendserve"}
 
 
 def prefix_job(seed: int = 0, subjects: int = 100, requests: int = 40) -> Job:
@@ -79,18 +75,22 @@ def shared_prefix_tokens(plan: Plan) -> int:
 
 
 def replay(
-    kind: str, plan: Plan, job: Job, queues: dict[Side, list[int]], timetable: Timetable
+    kind: str,
+    job: Job,
+    queues: dict[Side, list[int]],
+    timetable: Timetable,
+    running: int,
 ) -> tuple[int, CacheEngine]:
     """Prompt tokens found in the cache, and the engine when all requests have ended."""
     context = max(map(len, job.token_ids)) + int(job.max_output_tokens.max())
-    engine = CacheEngine(kind, POOL_TOKENS, context, slots=RUNNING)
+    engine = CacheEngine(kind, POOL_TOKENS, context, slots=running)
     waiting = {side: deque(requests) for side, requests in queues.items()}
     held = dict.fromkeys(Side, 0)
     ends: list[tuple[int, int, Side]] = []
     step = found = 0
     while ends or any(waiting.values()):
         sides = sorted((side for side in Side if waiting[side]), key=lambda side: held[side])
-        started = len(ends) < RUNNING and any(
+        started = len(ends) < running and any(
             _start(engine, job, timetable, waiting[side], side) for side in sides
         )
         if started:
@@ -135,7 +135,8 @@ def _start(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--running", type=int, nargs="*", default=[8, 32])
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
@@ -154,11 +155,12 @@ def main() -> None:
         }
         best = plan.prompt_tokens - plan.unique_tokens
         for order, (queues, timetable) in orders.items():
-            for name, kind in CACHES.items():
+            for running, (name, kind) in product(options.running, CACHES.items()):
                 lists = {side: queues.get(side, np.empty(0, int)).tolist() for side in Side}
-                found, engine = replay(kind, plan, job, lists, timetable)
+                found, engine = replay(kind, job, lists, timetable, running)
                 row = {
                     "seed": seed,
+                    "running": running,
                     "order": order,
                     "cache": name,
                     "cached_tokens": found,
@@ -170,13 +172,12 @@ def main() -> None:
                 if kind == "blendserve":
                     row["evicted_tokens"] = dict(engine.cache.evicted_tokens)
                 rows.append(row)
-                print(f"{seed} {order:20} {name:30} {found / best:7.2%}", flush=True)
+                print(f"{seed} {order:20} {running:3} {name:7} {found / best:7.2%}", flush=True)
     if options.json:
         report = {
             "python": platform.python_version(),
             "machine": platform.machine(),
             "pool_tokens": POOL_TOKENS,
-            "running": RUNNING,
             "rows": rows,
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -72,7 +72,7 @@ def test_a_timetable_numbers_the_sample_first_and_then_both_fronts(job, sampled,
     rest = [(int(r), bool(side)) for r, side in zip(order, left, strict=True) if r not in sample]
     assert timetable.order.tolist() == [*sample.tolist(), *(request for request, _ in rest)]
     assert timetable.left.tolist()[len(sample) :] == [side for _, side in rest]
-    assert timetable.end_due == first_due + len(job)
+    assert timetable.due_after(np.arange(len(job))) == first_due + len(job)
     sequence = [job.token_ids[request] for request in timetable.order]
     for index, (request, corners) in enumerate(
         zip(timetable.order.tolist(), searched(sequence), strict=True)
@@ -88,6 +88,14 @@ def test_a_sampled_request_keeps_the_side_of_its_density():
     plan = make_plan(mixed_job(400), LLAMA_ON_A100)
     ends = plan.order[[0, -1]]
     assert make_timetable(plan, ends).left[:2].tolist() == [True, False]
+
+
+def test_the_next_timetable_goes_on_behind_the_latest_request_that_was_sent():
+    plan = make_plan(mixed_job(20), LLAMA_ON_A100)
+    timetable = make_timetable(plan, first_due=100)
+    sent = timetable.order[[7, 2]]
+    assert timetable.due_after(sent) == 108
+    assert timetable.due_after(sent[:0]) == 100
 
 
 def test_a_request_that_is_not_planned_has_no_due():

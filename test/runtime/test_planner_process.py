@@ -110,14 +110,14 @@ def test_a_large_sample_comes_in_two_parts_the_second_with_the_answers_of_the_fi
     assert not third
 
 
-def test_numbers_in_the_timetable_go_on_from_plan_to_plan():
+def test_numbers_in_the_timetable_go_on_behind_what_was_sent():
     worker = PlanWorker(COST_MODEL, CONFIG)
     worker.append("job", batch(prompts(50)))
     first = worker.plan("job", News()).timetable
     started = first.order[:20]
     second = worker.plan("job", News(started=started)).timetable
     assert sorted(map(first.due, range(50))) == list(range(50))
-    assert second.first_due == 50
+    assert second.first_due == 20
     assert sorted(second.order.tolist()) == sorted(set(range(50)) - set(started.tolist()))
 
 

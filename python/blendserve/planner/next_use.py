@@ -110,29 +110,25 @@ class NextUse(NamedTuple):
 class Timetable:
     """The predicted order in time of what two scanners will take, and the next uses along it.
 
-    order: (k,) request indices. left: (k,) taken by the left scanner. first_due: number of the
-    first request; one is added from each request to the next.
+    order: (k,) request indices. left: (k,) taken by the left scanner. index: (n,) place of each
+    request of the job in the order, -1 where it is not planned. first_due: number of the first
+    request; one is added from each request to the next.
     """
 
     order: Ints
     left: NDArray[np.bool_]
+    index: Ints
     uses: NextUses
     first_due: int
-    index: Ints
-
-    @property
-    def end_due(self) -> int:
-        """What the timetable of the next plan should start from, if all of this one was sent."""
-        return self.first_due + len(self.order)
 
     def due(self, request: int) -> int:
         """Number of a request. Raises KeyError when it is not in the timetable."""
         return self.first_due + self._place(request)
 
     def next_uses(self, request: int) -> list[NextUse]:
-        """Corners of a request, shortest prefix and soonest use first."""
-        index = self._place(request)
-        corners = slice(*self.uses.offsets[index : index + 2].tolist())
+        """Corners of a request, shortest prefix and soonest use first. Raises KeyError as `due`."""
+        place = self._place(request)
+        corners = slice(*self.uses.offsets[place : place + 2].tolist())
         return [
             NextUse(prefix, self.first_due + user, Side.LEFT if self.left[user] else Side.RIGHT)
             for prefix, user in zip(
@@ -142,11 +138,16 @@ class Timetable:
             )
         ]
 
+    def due_after(self, sent: Ints) -> int:
+        """Where the numbers of the job's next timetable should start, when these requests (some
+        of them perhaps not in this one) have been sent."""
+        return self.first_due + int(self.index[sent].max(initial=-1)) + 1
+
     def _place(self, request: int) -> int:
-        index = int(self.index[request])
-        if index < 0:
+        place = int(self.index[request])
+        if place < 0:
             raise KeyError(request)
-        return index
+        return place
 
 
 def make_timetable(plan: Plan, first: Sequence[int] | Ints = (), first_due: int = 0) -> Timetable:
@@ -154,7 +155,7 @@ def make_timetable(plan: Plan, first: Sequence[int] | Ints = (), first_due: int 
     order, then the rest as `dual_scan_sequence` takes them.
 
     first: request indices, each of the plan. first_due: number of the first request; of several
-    plans on one server each goes on where the one before stopped.
+    plans of a job each goes on where the one before stopped (`Timetable.due_after`).
     """
     scanned, from_left = dual_scan_sequence(plan)
     ahead = np.asarray(first, dtype=np.int64)
@@ -163,12 +164,12 @@ def make_timetable(plan: Plan, first: Sequence[int] | Ints = (), first_due: int 
     dense = plan.request_density[ahead] >= plan.target_density
     leaf = np.empty(plan.tree.num_leaves, dtype=np.int64)
     leaf[plan.tree.requests] = np.arange(plan.tree.num_leaves)
-    index = np.full(plan.tree.num_leaves, -1, dtype=np.int64)
+    index = np.full(len(leaf), -1, dtype=np.int64)
     index[order] = np.arange(len(order))
     return Timetable(
         order=order,
         left=np.concatenate((dense, from_left[later])),
+        index=index,
         uses=next_uses(plan.tree, leaf[order]),
         first_due=first_due,
-        index=index,
     )

@@ -150,7 +150,7 @@ class _PlannedJob:
         self._started: set[int] = set()
         self._observed: dict[int, int] = {}
         self._sampled: set[int] = set()
-        self._next_due = 0
+        self._timetable: Timetable | None = None
 
     def append(self, batch: PromptBatch) -> None:
         self._tokens.frombytes(batch.tokens.astype(np.int32, copy=False).tobytes())
@@ -208,8 +208,12 @@ class _PlannedJob:
         self._prefill[plan.order] = lengths[plan.order] - plan.shared_with_previous
         self._work[plan.order] = plan.compute_seconds + plan.memory_seconds
         dense = plan.request_density[plan.sample] >= plan.target_density
-        timetable = make_timetable(plan, plan.sample, self._next_due)
-        self._next_due = timetable.end_due
+        # Numbers go on behind what was sent, and not behind what was only planned.
+        first_due = 0
+        if self._timetable is not None:
+            started = np.fromiter(self._started, dtype=np.int64, count=len(self._started))
+            first_due = self._timetable.due_after(started)
+        self._timetable = timetable = make_timetable(plan, plan.sample, first_due)
         return JobPlan(
             scanner=DualScanner(plan),
             timetable=timetable,
