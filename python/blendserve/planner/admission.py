@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .dual_scanner import Side, partition_memory
 from .prefix_tree import Floats
+
+# Part of the memory that the compute side's requests in flight may keep from the memory side.
+MAX_LEFT_RESERVE = 0.5
+
+
+class Demand(Protocol):
+    """What the running requests will yet take from the KV pool."""
+
+    def fits(self, candidate: Candidate, free_tokens: float) -> bool:
+        """Whether the free tokens last until all have ended, if this one starts now too."""
+
+    def plus(self, remaining_tokens: float, private_tokens: float) -> Demand:
+        """The same with one more request."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,11 @@ class Growth:
         returned = np.cumsum(self.private_tokens[order]) - self.private_tokens[order]
         alive = np.arange(len(remaining), 0, -1)
         return max(float(np.max(alive * remaining - returned)), 0.0)
+
+    def fits(self, candidate: Candidate, free_tokens: float) -> bool:
+        """Whether the free tokens last until all have ended, if this one starts now too."""
+        after = self.plus(candidate.estimated_output_tokens, candidate.private_tokens)
+        return after.peak_tokens() <= free_tokens - candidate.private_tokens
 
     def plus(self, remaining_tokens: float, private_tokens: float) -> Growth:
         """The same with one more request."""
@@ -97,12 +116,11 @@ class KVState:
     free_tokens: float
     left_tokens: float
     right_tokens: float
-    growth: Growth = field(default_factory=Growth)
+    growth: Demand = field(default_factory=Growth)
 
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether the pool lasts until all have ended, if this one starts now too."""
-        after = self.with_started(candidate)
-        return after.growth.peak_tokens() <= after.free_tokens
+    def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
+        """Whether the pool, less a reserve, lasts until all have ended, if this one starts too."""
+        return self.growth.fits(candidate, self.free_tokens - reserve_tokens)
 
     def with_started(self, candidate: Candidate) -> KVState:
         """The pool as it is once a candidate has started."""
@@ -166,6 +184,43 @@ class Admission:
                 startable, key=lambda head: head.private_tokens + head.estimated_output_tokens
             ).side
         return None
+
+
+class PacedAdmission:
+    """Decides whose head starts next where every step's prefill is paced (`planner.pacing`).
+
+    With a pace, the compute side cannot run ahead: it starts no more than a step can carry. So
+    memory need not be kept from it by a partition, and the memory side may start whenever its
+    growth fits beside what the compute side needs in flight.
+    """
+
+    def choose(
+        self,
+        left: Candidate | None,
+        right: Candidate | None,
+        kv: KVState,
+        target_density: float,
+    ) -> Side | None:
+        """The side whose head should start now, None when none can; asked only while the step has
+        prefill budget left.
+
+        A right head of less than the target density goes first, if memory lasts with the left
+        partition kept free. A denser one has no part in filling the memory, and waits until the
+        left side is exhausted. When nothing runs, a head starts even if its estimate does not fit.
+        """
+        if right is not None and (left is None or right.density < target_density):
+            reserve = 0.0
+            if left is not None and left.density > right.density:
+                share = partition_memory(
+                    kv.total_tokens, target_density, left.density, right.density
+                )[0]
+                reserve = min(share, MAX_LEFT_RESERVE * kv.total_tokens)
+            if not right.blocked and kv.fits(right, reserve):
+                return Side.RIGHT
+        if left is not None and not left.blocked and kv.fits(left):
+            return Side.LEFT
+        startable = [head for head in (left, right) if head is not None and not head.blocked]
+        return startable[0].side if kv.idle and startable else None
 
 
 def unused_fraction(share: float, used: float) -> float:

@@ -91,14 +91,20 @@ class DualScanner:
         return None if self.exhausted else float(self._plan.density[self._cursor(side)])
 
     @property
+    def rest(self) -> tuple[float, float]:
+        """(compute after sharing, memory) seconds of what is left."""
+        if self.exhausted:
+            return 0.0, 0.0
+        memory = self._memory[self._high + 1] - self._memory[self._low] - self._removed_memory
+        compute = self._compute[self._high + 1] - self._compute[self._low] - self._removed_compute
+        return max(float(compute), 0.0), max(float(memory), 0.0)
+
+    @property
     def target_density(self) -> float:
         """Density of what is left: compute seconds (after sharing) over memory seconds. inf when
         nothing that is left decodes, or nothing is left."""
-        memory = self._memory[self._high + 1] - self._memory[self._low] - self._removed_memory
-        if self.exhausted or memory <= 0.0:
-            return math.inf
-        compute = self._compute[self._high + 1] - self._compute[self._low] - self._removed_compute
-        return float(max(compute, 0.0) / memory)
+        compute, memory = self.rest
+        return compute / memory if memory > 0.0 else math.inf
 
     def _cursor(self, side: Side) -> int:
         return self._low if side is Side.LEFT else self._high

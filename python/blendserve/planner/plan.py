@@ -20,6 +20,8 @@ from .transform import transform
 # Up to this limit an output is taken as known for the choice of the sample: next to any prompt, it
 # does not change which side a request belongs to.
 PINNED_OUTPUT_TOKENS = 16
+# A subtree right below the root with this many requests has one in the sample.
+COVERED_REQUESTS = 10
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,28 @@ class Plan:
     tree: PrefixTree = field(repr=False)
 
 
+def _with_small_subtrees(tree: PrefixTree, sample: Ints, candidates: NDArray[np.bool_]) -> Ints:
+    """The sample, and one request each of subtrees right below the root that have none in it.
+
+    A few requests of their own kind, such as videos among chats, can hold most of a job's work, and
+    be too few for a share of the sample. The largest such subtrees come first, of at least
+    COVERED_REQUESTS, and add no more than half of the sample.
+    """
+    tops = np.flatnonzero(tree.parent == 0)
+    sampled = np.zeros(tree.num_leaves, dtype=np.int64)
+    sampled[np.isin(tree.requests, sample)] = 1
+    open_ended = candidates[tree.requests].astype(np.int64)
+    before = np.concatenate(([0], np.cumsum(sampled)))
+    waiting = np.concatenate(([0], np.cumsum(open_ended)))
+    size = waiting[tree.end[tops]] - waiting[tree.first[tops]]
+    missed = (before[tree.end[tops]] == before[tree.first[tops]]) & (size >= COVERED_REQUESTS)
+    tops = tops[missed][np.argsort(-size[missed], kind="stable")][: len(sample) // 2]
+    # The middle one of each, by place in the tree.
+    middle = waiting[tree.first[tops]] + (waiting[tree.end[tops]] - waiting[tree.first[tops]]) // 2
+    leaves = np.searchsorted(waiting, middle, side="right") - 1
+    return np.concatenate((sample, tree.requests[leaves]))
+
+
 def make_plan(
     job: Job,
     cost_model: CostModel,
@@ -182,6 +206,7 @@ def make_plan(
             config.min_sample,
             waiting & ~known & open_ended,
         )
+        sample = _with_small_subtrees(tree, sample, waiting & ~known & open_ended)
 
     rest = tree.subset(waiting[tree.requests])
     leaf_output = output[rest.requests]

@@ -1,0 +1,127 @@
+"""How much KV memory the running requests will hold, step by step, as far as one can tell."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .prefix_tree import Floats
+
+# Steps that share one figure: the expected demand at their end.
+BIN_STEPS = 64
+# A request beyond all lengths that were expected of it goes on for this part of what it has done.
+OVERDUE_PART = 0.5
+
+
+@dataclass
+class _Running:
+    started: int
+    private_tokens: float
+    lengths: tuple[float, ...]
+    ends: tuple[float, ...]
+    since: int
+
+
+class MemoryForecast:
+    """Expected KV tokens of the running requests in each bin of BIN_STEPS steps from now on.
+
+    A request that may end after any of k equally likely lengths counts in each bin with the part of
+    them that it has not ended by then. So a few long requests that start together are not taken to
+    reach full length together, and memory is lent on what is likely to be there. When one outlives
+    a length, the others become likelier; `advance` sees to it.
+
+    Mutable, no clock: all times are step numbers, which must not decrease from call to call.
+    """
+
+    def __init__(self) -> None:
+        self._demand: Floats = np.zeros(4_096)
+        self._times: Floats = (np.arange(4_096) + 1.0) * BIN_STEPS
+        self._running: dict[int, _Running] = {}
+        self._outlived: list[tuple[int, int, int]] = []  # step, request, started
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def add(
+        self, request: int, now: int, private_tokens: float, lengths: Sequence[float]
+    ) -> None:
+        """A request starts that holds private_tokens now and one more after every step, and ends
+        after one of these numbers of steps, ascending, each as likely as the others."""
+        running = _Running(now, private_tokens, tuple(lengths), (), now)
+        self._running[request] = running
+        self._expect(request, running, now)
+
+    def remove(self, request: int, now: int) -> None:
+        """A request ended, or lost its memory."""
+        running = self._running.pop(request)
+        if not self._running:
+            self._demand[:] = 0.0
+            return
+        self._count(running, now, -1.0)
+
+    def advance(self, now: int) -> None:
+        """Look again at the requests that have outlived a length by now."""
+        outlived = self._outlived
+        while outlived and outlived[0][0] <= now:
+            _, request, started = heapq.heappop(outlived)
+            running = self._running.get(request)
+            if running is not None and running.started == started:
+                self._count(running, now, -1.0)
+                self._expect(request, running, now)
+
+    def fits(
+        self, now: int, private_tokens: float, lengths: Sequence[float], limit: float
+    ) -> bool:
+        """Whether the demand stays within the limit for as long as one more request may run."""
+        first = now // BIN_STEPS
+        ends = [now + length for length in lengths]
+        last = int(ends[-1]) // BIN_STEPS
+        if last >= len(self._demand):
+            self._extend(last)
+        base = private_tokens - now
+        part = 1.0 / len(ends)
+        if last == first:
+            more = base + sum(ends) * part
+            return bool(self._demand[first] + more <= limit)
+        total = self._demand[first : last + 1].copy()
+        times = self._times
+        for end in ends:
+            at = int(end) // BIN_STEPS
+            if at > first:
+                total[: at - first] += part * (base + times[first:at])
+            total[at - first] += part * (base + end)
+        return bool(total.max() <= limit)
+
+    def _expect(self, request: int, running: _Running, now: int) -> None:
+        done = now - running.started
+        lengths = [length for length in running.lengths if length > done]
+        if not lengths:
+            lengths = [done * (1.0 + OVERDUE_PART) + 1.0]
+        running.ends = tuple(running.started + length for length in lengths)
+        running.since = now
+        last = int(running.ends[-1]) // BIN_STEPS
+        if last >= len(self._demand):
+            self._extend(last)
+        self._count(running, now, 1.0)
+        heapq.heappush(self._outlived, (int(running.ends[0]) + 1, request, running.started))
+
+    def _count(self, running: _Running, now: int, sign: float) -> None:
+        first = now // BIN_STEPS
+        base = running.private_tokens - running.started
+        part = sign / len(running.ends)
+        demand, times = self._demand, self._times
+        for end in running.ends:
+            at = int(end) // BIN_STEPS
+            if at < first:
+                continue
+            if at > first:
+                demand[first:at] += part * (base + times[first:at])
+            demand[at] += part * (base + end)
+
+    def _extend(self, last: int) -> None:
+        size = max(2 * len(self._demand), last + 1)
+        self._demand = np.concatenate((self._demand, np.zeros(size - len(self._demand))))
+        self._times = (np.arange(size) + 1.0) * BIN_STEPS

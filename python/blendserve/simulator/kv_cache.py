@@ -1,0 +1,168 @@
+"""The engine's KV memory with its radix cache, on the static prefix tree of a job.
+
+Pages of one token, SGLang's default. A cache entry is a whole edge of the tree, as in SGLang,
+which evicts whole radix nodes: the shared segment of an inner node, or what a finished request
+leaves beyond the prefixes it shares (its tail). Entries on the path of a running request are
+locked. A node is only ever evicted after all that continues it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from blendserve.planner import PrefixTree
+
+# Of inner nodes, how soon a plan will use each next; inf: never.
+NextUse = Callable[[list[int]], list[float]]
+
+
+class KVCache:
+    """Tokens of KV memory: locked ones of running requests, and cached ones that may be evicted.
+
+    capacity: tokens. next_use: None for LRU, which keeps tails and evicts what was not used for
+    longest. With a plan's foresight, what is never used again is dropped at once, and what is used
+    farthest in the future goes first (Belady).
+    Counts in `evicted_tokens` what was evicted for want of memory, and in `evicted_live_tokens`
+    the part of it that is in inner nodes and may be needed again.
+    """
+
+    def __init__(self, tree: PrefixTree, capacity: int, next_use: NextUse | None = None) -> None:
+        self.capacity = capacity
+        self.locked = 0
+        self.evictable = 0
+        self.locked_shared = 0  # The part of `locked` that is in inner nodes.
+        self.evicted_tokens = 0
+        self.evicted_live_tokens = 0
+        self._next_use = next_use
+        self._parent: list[int] = tree.parent.tolist()
+        self._depth: list[int] = tree.depth.tolist()
+        self._edge: list[int] = (
+            tree.depth - np.where(tree.parent >= 0, tree.depth[np.maximum(tree.parent, 0)], 0)
+        ).tolist()
+        self._locks = [0] * tree.num_nodes
+        self._resident = bytearray(tree.num_nodes)
+        self._resident[0] = 1
+        self._filling = bytearray(tree.num_nodes)
+        # Unlocked entries, least recently used first: node, or -1 - request for a tail.
+        self._unlocked: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def free(self) -> int:
+        """Tokens that hold nothing; evictable ones are not among them."""
+        return self.capacity - self.locked - self.evictable
+
+    def find(self, node: int) -> tuple[int, int, int]:
+        """(cached, held, filling) prefix tokens of a request that hangs from this node: in the
+        cache; locked by running requests; and not yet computed by those that are at it."""
+        resident, locks, parent = self._resident, self._locks, self._parent
+        filling = 0
+        at = node
+        while not resident[at]:
+            at = parent[at]
+        cached = self._depth[at]
+        while self._filling[at]:
+            filling += self._edge[at]
+            at = parent[at]
+        while at and not locks[at]:
+            at = parent[at]
+        return cached, self._depth[at], filling
+
+    def start(self, node: int, own_tokens: int) -> int:
+        """A request starts: its path is locked, what of it is missing is taken from memory, and so
+        are its own tokens. Returns the inner node that it found cached, `filled` needs it.
+
+        The caller has made room: see `make_room`.
+        """
+        resident, locks, parent, edge = self._resident, self._locks, self._parent, self._edge
+        at = node
+        while not resident[at]:
+            resident[at] = 1
+            self._filling[at] = 1
+            self.locked += edge[at]
+            self.locked_shared += edge[at]
+            locks[at] += 1
+            at = parent[at]
+        found = at
+        while at:
+            locks[at] += 1
+            if locks[at] > 1:
+                break
+            del self._unlocked[at]
+            self.evictable -= edge[at]
+            self.locked += edge[at]
+            self.locked_shared += edge[at]
+            at = parent[at]
+        self.locked += own_tokens
+        return found
+
+    def filled(self, node: int, found: int) -> None:
+        """The prefix of a request that hangs from `node` is computed and can be shared."""
+        while node != found:
+            self._filling[node] = 0
+            node = self._parent[node]
+
+    def grow(self, tokens: int) -> None:
+        """Running requests produced tokens; the caller has made room."""
+        self.locked += tokens
+
+    def end(self, node: int, request: int, own_tokens: int, keep: bool = True) -> None:
+        """A request ends. What it alone holds becomes a tail in the cache, or is free at once
+        where the plan says that nobody will use it (or keep is false: it was retracted)."""
+        self.locked -= own_tokens
+        if keep and self._next_use is None and own_tokens:
+            self._unlocked[-1 - request] = own_tokens
+            self.evictable += own_tokens
+        locks, parent, edge = self._locks, self._parent, self._edge
+        while node:
+            locks[node] -= 1
+            if locks[node]:
+                return
+            self._unlocked[node] = edge[node]
+            self.locked -= edge[node]
+            self.locked_shared -= edge[node]
+            self.evictable += edge[node]
+            node = parent[node]
+
+    def make_room(self, tokens: int) -> bool:
+        """Evict until this many tokens are free; false when even an empty cache is not enough."""
+        missing = tokens - self.free
+        if missing <= 0:
+            return True
+        if missing > self.evictable:
+            return False
+        if self._next_use is None:
+            while missing > 0:
+                missing -= self._evict(next(iter(self._unlocked)))
+            return True
+        nodes = list(self._unlocked)
+        uses = self._next_use(nodes)
+        # A node is used no later than what continues it: of equals, the deepest goes first.
+        for _, _, node in sorted(zip(uses, map(self._depth.__getitem__, nodes), nodes), reverse=True):
+            if missing <= 0:
+                break
+            missing -= self._evict(node)
+        return True
+
+    def drop_dead(self, node: int) -> None:
+        """Free a node, and those above it, that no planned request will use again."""
+        assert self._next_use is not None
+        while node and node in self._unlocked and self._next_use([node])[0] == np.inf:
+            self._forget(node)
+            node = self._parent[node]
+
+    def _evict(self, entry: int) -> int:
+        tokens = self._forget(entry)
+        self.evicted_tokens += tokens
+        if entry > 0:
+            self.evicted_live_tokens += tokens
+        return tokens
+
+    def _forget(self, entry: int) -> int:
+        tokens = self._unlocked.pop(entry)
+        self.evictable -= tokens
+        if entry > 0:
+            self._resident[entry] = 0
+        return tokens
