@@ -54,6 +54,11 @@ class DualScanner:
     def exhausted(self) -> bool:
         return self.remaining == 0
 
+    @property
+    def cursors(self) -> tuple[int, int]:
+        """Positions in the plan of the two heads; crossed when nothing is left."""
+        return self._low, self._high
+
     def head(self, side: Side) -> int | None:
         """The request that `take(side)` would return; None when nothing is left. With one request
         left it is the head of both sides."""

@@ -16,6 +16,7 @@ from blendserve.planner import (
     make_plan,
 )
 
+from .foresight import Foresight
 from .lengths import LengthBook
 
 # Replicas take runs of so many requests, so that those that share a prefix stay together.
@@ -40,9 +41,11 @@ class CentralPlan:
         replicas: int = 1,
         online: bool = True,
         lengths: Mapping[int, int] | None = None,
+        foresight: Foresight | None = None,
     ) -> None:
         self._job, self._tree, self._cost_model, self._config = job, tree, cost_model, config
         self.book = book
+        self._foresight = foresight
         self._lease = LEASE_REQUESTS if replicas > 1 else 1
         self._leases: list[dict[Side, deque[int]]] = [
             {side: deque() for side in Side} for _ in range(replicas)
@@ -50,7 +53,7 @@ class CentralPlan:
         self._started: set[int] = set()
         self._finished: dict[int, int] = {}
         self.longest_finished = 0
-        self.plans = 0
+        self.online = online
         self.sample: deque[int] = deque()
         if lengths is not None:
             self._finished.update(lengths)
@@ -91,6 +94,8 @@ class CentralPlan:
     def take(self, request: int, side: Side, replica: int) -> None:
         """A replica starts this request, its head."""
         self._started.add(request)
+        if self._foresight is not None:
+            self._foresight.started(request)
         if not self.scanner.remove(request):
             lease = self._leases[replica][side]
             if lease and lease[0] == request:
@@ -118,7 +123,8 @@ class CentralPlan:
             running=running,
         )
         self.scanner = DualScanner(self.plan)
+        if self._foresight is not None:
+            self._foresight.follow(self.plan, self.scanner)
         for leases in self._leases:
             for lease in leases.values():
                 lease.clear()
-        self.plans += 1

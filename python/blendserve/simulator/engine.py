@@ -77,17 +77,18 @@ class Totals:
 
 class Engine:
     """One replica. output: (n,) tokens by request index, at least 1 each. members: how many of the
-    requests will be started here, for `run` to know its end."""
+    requests will be started here, for `run` to know its end. received: prompts come with their
+    KV, computed elsewhere; they take memory, but no time here."""
 
     def __init__(
         self,
         tree: PrefixTree,
         output: Ints,
         members: int,
-        capacity: int,
         costs: StepCosts,
         overlap: OverlapModel,
         cache: KVCache,
+        received: bool = False,
         trace_every: int = 0,
     ) -> None:
         node = np.empty(tree.num_leaves, dtype=np.int64)
@@ -98,7 +99,8 @@ class Engine:
         self.node: list[int] = node.tolist()
         self._prefix: list[int] = tree.depth[node].tolist()
         self._output: list[int] = output.tolist()
-        self.capacity = capacity
+        self.capacity = cache.capacity
+        self._received = received
         self.costs = costs
         self.overlap = overlap
         self.cache = cache
@@ -202,6 +204,8 @@ class Engine:
             tokens += take
             room -= take
         self.prefill_backlog -= tokens
+        if self._received:
+            tokens = pairs = 0
         gemm = (self.decoding + tokens) * costs.token_seconds
         if gemm < costs.weight_seconds:
             totals.floor_seconds += costs.weight_seconds - gemm

@@ -9,34 +9,37 @@ locked. A node is only ever evicted after all that continues it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import numpy as np
 
 from blendserve.planner import PrefixTree
 
-# Of inner nodes, how soon a plan will use each next; inf: never.
-NextUse = Callable[[list[int]], list[float]]
+from .foresight import Foresight
+
+# With foresight, this part of the memory is freed at a time: looking ahead is not for nothing.
+_EVICTED_AT_ONCE = 0.01
 
 
 class KVCache:
     """Tokens of KV memory: locked ones of running requests, and cached ones that may be evicted.
 
-    capacity: tokens. next_use: None for LRU, which keeps tails and evicts what was not used for
+    capacity: tokens. foresight: None for LRU, which keeps tails and evicts what was not used for
     longest. With a plan's foresight, what is never used again is dropped at once, and what is used
     farthest in the future goes first (Belady).
-    Counts in `evicted_tokens` what was evicted for want of memory, and in `evicted_live_tokens`
-    the part of it that is in inner nodes and may be needed again.
+    Counts in `evicted_tokens` what was evicted for want of memory, and in `evicted_shared_tokens`
+    the part of it that is in inner nodes.
     """
 
-    def __init__(self, tree: PrefixTree, capacity: int, next_use: NextUse | None = None) -> None:
+    def __init__(
+        self, tree: PrefixTree, capacity: int, foresight: Foresight | None = None
+    ) -> None:
         self.capacity = capacity
         self.locked = 0
         self.evictable = 0
         self.locked_shared = 0  # The part of `locked` that is in inner nodes.
         self.evicted_tokens = 0
-        self.evicted_live_tokens = 0
-        self._next_use = next_use
+        self.evicted_shared_tokens = 0
+        self._foresight = foresight
         self._parent: list[int] = tree.parent.tolist()
         self._depth: list[int] = tree.depth.tolist()
         self._edge: list[int] = (
@@ -112,7 +115,8 @@ class KVCache:
         """A request ends. What it alone holds becomes a tail in the cache, or is free at once
         where the plan says that nobody will use it (or keep is false: it was retracted)."""
         self.locked -= own_tokens
-        if keep and self._next_use is None and own_tokens:
+        foresight = self._foresight
+        if keep and foresight is None and own_tokens:
             self._unlocked[-1 - request] = own_tokens
             self.evictable += own_tokens
         locks, parent, edge = self._locks, self._parent, self._edge
@@ -120,10 +124,13 @@ class KVCache:
             locks[node] -= 1
             if locks[node]:
                 return
-            self._unlocked[node] = edge[node]
             self.locked -= edge[node]
             self.locked_shared -= edge[node]
-            self.evictable += edge[node]
+            if foresight is not None and not foresight.waiting(node):
+                self._resident[node] = 0
+            else:
+                self._unlocked[node] = edge[node]
+                self.evictable += edge[node]
             node = parent[node]
 
     def make_room(self, tokens: int) -> bool:
@@ -133,36 +140,27 @@ class KVCache:
             return True
         if missing > self.evictable:
             return False
-        if self._next_use is None:
+        if self._foresight is None:
             while missing > 0:
                 missing -= self._evict(next(iter(self._unlocked)))
             return True
-        nodes = list(self._unlocked)
-        uses = self._next_use(nodes)
+        missing = max(missing, min(int(_EVICTED_AT_ONCE * self.capacity), self.evictable))
         # A node is used no later than what continues it: of equals, the deepest goes first.
-        for _, _, node in sorted(zip(uses, map(self._depth.__getitem__, nodes), nodes), reverse=True):
+        ranked = sorted(
+            ((self._foresight.distance(node), self._depth[node], node) for node in self._unlocked),
+            reverse=True,
+        )
+        for _, _, node in ranked:
             if missing <= 0:
                 break
             missing -= self._evict(node)
         return True
 
-    def drop_dead(self, node: int) -> None:
-        """Free a node, and those above it, that no planned request will use again."""
-        assert self._next_use is not None
-        while node and node in self._unlocked and self._next_use([node])[0] == np.inf:
-            self._forget(node)
-            node = self._parent[node]
-
     def _evict(self, entry: int) -> int:
-        tokens = self._forget(entry)
-        self.evicted_tokens += tokens
-        if entry > 0:
-            self.evicted_live_tokens += tokens
-        return tokens
-
-    def _forget(self, entry: int) -> int:
         tokens = self._unlocked.pop(entry)
         self.evictable -= tokens
+        self.evicted_tokens += tokens
         if entry > 0:
             self._resident[entry] = 0
+            self.evicted_shared_tokens += tokens
         return tokens
