@@ -20,13 +20,10 @@ MAX_LEFT_RESERVE = 0.5
 
 
 class Demand(Protocol):
-    """What the running requests will yet take from the KV pool."""
+    """Another way than `Growth` to tell what the running requests will take from the KV pool."""
 
     def fits(self, candidate: Candidate, free_tokens: float) -> bool:
         """Whether the free tokens last until all have ended, if this one starts now too."""
-
-    def plus(self, remaining_tokens: float, private_tokens: float) -> Demand:
-        """The same with one more request."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +106,21 @@ class KVState:
 
     free_tokens: free and evictable ones.
     left_tokens, right_tokens: `account_tokens` summed over the running requests of each side.
-    growth: what the running requests will take of the free ones.
+    growth: what the running requests will take of the free ones; demand: judges in its place, for
+        a caller that keeps account of it from step to step.
     """
 
     total_tokens: int
     free_tokens: float
     left_tokens: float
     right_tokens: float
-    growth: Demand = field(default_factory=Growth)
+    growth: Growth = field(default_factory=Growth)
+    demand: Demand | None = None
 
     def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
         """Whether the pool, less a reserve, lasts until all have ended, if this one starts too."""
-        return self.growth.fits(candidate, self.free_tokens - reserve_tokens)
+        demand = self.growth if self.demand is None else self.demand
+        return demand.fits(candidate, self.free_tokens - reserve_tokens)
 
     def with_started(self, candidate: Candidate) -> KVState:
         """The pool as it is once a candidate has started."""

@@ -38,16 +38,14 @@ class MemoryForecast:
 
     def __init__(self) -> None:
         self._demand: Floats = np.zeros(4_096)
-        self._times: Floats = (np.arange(4_096) + 1.0) * BIN_STEPS
+        self._times: Floats = _bin_ends(4_096)
         self._running: dict[int, _Running] = {}
         self._outlived: list[tuple[int, int, int]] = []  # step, request, started
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def add(
-        self, request: int, now: int, private_tokens: float, lengths: Sequence[float]
-    ) -> None:
+    def add(self, request: int, now: int, private_tokens: float, lengths: Sequence[float]) -> None:
         """A request starts that holds private_tokens now and one more after every step, and ends
         after one of these numbers of steps, ascending, each as likely as the others."""
         running = _Running(now, private_tokens, tuple(lengths), (), now)
@@ -72,9 +70,7 @@ class MemoryForecast:
                 self._count(running, now, -1.0)
                 self._expect(request, running, now)
 
-    def fits(
-        self, now: int, private_tokens: float, lengths: Sequence[float], limit: float
-    ) -> bool:
+    def fits(self, now: int, private_tokens: float, lengths: Sequence[float], limit: float) -> bool:
         """Whether the demand stays within the limit for as long as one more request may run."""
         first = now // BIN_STEPS
         ends = [now + length for length in lengths]
@@ -124,4 +120,8 @@ class MemoryForecast:
     def _extend(self, last: int) -> None:
         size = max(2 * len(self._demand), last + 1)
         self._demand = np.concatenate((self._demand, np.zeros(size - len(self._demand))))
-        self._times = (np.arange(size) + 1.0) * BIN_STEPS
+        self._times = _bin_ends(size)
+
+
+def _bin_ends(bins: int) -> Floats:
+    return (np.arange(bins, dtype=np.float64) + 1.0) * BIN_STEPS

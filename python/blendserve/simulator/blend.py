@@ -60,7 +60,7 @@ class _Retracted:
 
 
 class _Pool:
-    """`KVState.growth` for the heads of one moment: the memory test that all policies share."""
+    """`KVState.demand` for the heads of one moment: the memory test that all policies share."""
 
     def __init__(self, engine: Engine, test: MemoryTest, heads: dict[Side, int]) -> None:
         self._engine, self._test, self._heads = engine, test, heads
@@ -70,9 +70,6 @@ class _Pool:
         reserve = cache.capacity - cache.locked - free_tokens
         request = self._heads[candidate.side]
         return self._test.fits(self._engine, request, candidate.private_tokens, reserve)
-
-    def plus(self, remaining_tokens: float, private_tokens: float) -> _Pool:
-        raise NotImplementedError("the engine's state is read anew after every start")
 
 
 class BlendScheduler:
@@ -129,7 +126,7 @@ class BlendScheduler:
             free_tokens=engine.capacity - engine.cache.locked,
             left_tokens=self._account[Side.LEFT],
             right_tokens=self._account[Side.RIGHT],
-            growth=_Pool(engine, self._memory, heads),
+            demand=_Pool(engine, self._memory, heads),
         )
         side = self._admission.choose(left, right, kv, self._density)
         if side is None:

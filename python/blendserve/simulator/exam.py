@@ -78,6 +78,7 @@ def _real(folder: Path) -> Exam | None:
     tokenizer_path = folder / "smollm2_tokenizer" / "tokenizer.json"
     if not archive_path.is_file():
         return None
+    encode: Callable[[list[str]], list[Tokens]]
     if not tokenizer_path.is_file() or importlib.util.find_spec("tokenizers") is None:
         encode, how = _encode_bytes, "four bytes a token"
     else:

@@ -30,9 +30,7 @@ class KVCache:
     the part of it that is in inner nodes.
     """
 
-    def __init__(
-        self, tree: PrefixTree, capacity: int, foresight: Foresight | None = None
-    ) -> None:
+    def __init__(self, tree: PrefixTree, capacity: int, foresight: Foresight | None = None) -> None:
         self.capacity = capacity
         self.locked = 0
         self.evictable = 0

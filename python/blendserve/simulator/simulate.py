@@ -68,7 +68,7 @@ class Setting:
     sampling: float = 0.01
     replicas: int = 1
     capacity: int | None = None
-    options: BlendOptions = BlendOptions()
+    options: BlendOptions = field(default_factory=BlendOptions)
     curve: tuple[tuple[float, float], ...] | None = None
     seed: int = 0
     trace_every: int = 0
@@ -188,7 +188,9 @@ class Simulation:
         return tree.requests[ranked]
 
     def _blend(self, setting: Setting) -> list[Totals]:
-        setting = replace(setting, options=PAPER) if setting.policy is Policy.BLEND_PAPER else setting
+        setting = (
+            replace(setting, options=PAPER) if setting.policy is Policy.BLEND_PAPER else setting
+        )
         options, known = setting.options, setting.sampling == 1.0
         outcomes = OUTCOMES if options.distribution else 1
         lengths = None
@@ -208,7 +210,9 @@ class Simulation:
             job,
             self.tree,
             setting.cost_model,
-            PlannerConfig(sample_fraction=setting.sampling if not known else 0.0, seed=setting.seed),
+            PlannerConfig(
+                sample_fraction=setting.sampling if not known else 0.0, seed=setting.seed
+            ),
             book,
             setting.replicas,
             options.online and not known,
@@ -326,4 +330,4 @@ def _capacity(setting: Setting) -> int:
     return kv_capacity_tokens(setting.cost_model) if setting.capacity is None else setting.capacity
 
 
-__all__ = ["Policy", "Result", "Setting", "Simulation", "Scheduler"]
+__all__ = ["Policy", "Result", "Scheduler", "Setting", "Simulation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -51,9 +52,7 @@ class OverlapModel:
     planes: tuple[tuple[float, float], ...]
 
     @staticmethod
-    def of(
-        overlap: Overlap, curve: tuple[tuple[float, float], ...] = INTERFERENCE
-    ) -> OverlapModel:
+    def of(overlap: Overlap, curve: tuple[tuple[float, float], ...] = INTERFERENCE) -> OverlapModel:
         """curve: (R, P(R)) pairs for `interference`, R and P within 0 and 1, in any order.
 
         Raises ValueError for a curve outside that, or whose speeds are below taking turns.
@@ -71,7 +70,7 @@ class OverlapModel:
                 hull.pop()
             hull.append(point)
         planes = []
-        for (x0, y0), (x1, y1) in zip(hull, hull[1:], strict=False):
+        for (x0, y0), (x1, y1) in itertools.pairwise(hull):
             slope = (y0 - y1) / (x1 - x0)
             height = y0 + slope * x0
             planes.append((slope / height, 1.0 / height))

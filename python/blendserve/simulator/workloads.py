@@ -184,7 +184,9 @@ def _counts(
     def equations(counts: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Rows: requests, shared tokens, compute seconds; columns: the three pools."""
         at = np.clip(counts, 1, n) - 1
-        mean = np.array([[column[k] / (k + 1) for column in pool] for pool, k in zip(sums, at, strict=True)])
+        mean = np.array(
+            [[column[k] / (k + 1) for column in pool] for pool, k in zip(sums, at, strict=True)]
+        )
         share = np.array([row[k] / (k + 1) for row, k in zip(shared, at, strict=True)])
         saved = share * saved_token
         saved[2] = saved_exam[at[2]] / (at[2] + 1)
