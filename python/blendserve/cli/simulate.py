@@ -168,14 +168,14 @@ def _simulate(options: argparse.Namespace) -> list[Result]:
         setting = Setting(
             cost_model=cost_model,
             policy=policy,
-            overlap=options.overlap,
+            overlaps=(options.overlap,),
             sampling=options.sampling,
             replicas=options.dp,
             capacity=capacity,
             seed=options.seed,
             trace_every=max(steps, 1) if options.plot else 0,
         )
-        results.append(simulation.run(setting))
+        results += simulation.run(setting)
     return results
 
 

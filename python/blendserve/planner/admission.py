@@ -15,8 +15,11 @@ from numpy.typing import ArrayLike
 from .dual_scanner import Side, partition_memory
 from .prefix_tree import Floats
 
-# Part of the memory that the compute side's requests in flight may keep from the memory side.
-MAX_LEFT_RESERVE = 0.5
+# Least and largest part of the memory that is kept from the memory side while the compute side has
+# requests. The least is for the spread of lengths around what is expected: where long decodes take
+# more than their part, no prefill starts beside them, and memory a fifth empty costs nothing as
+# long as steps carry more than the weight read.
+LEFT_RESERVE = (0.2, 0.5)
 
 
 class Demand(Protocol):
@@ -214,7 +217,8 @@ class PacedAdmission:
                 share = partition_memory(
                     kv.total_tokens, target_density, left.density, right.density
                 )[0]
-                reserve = min(share, MAX_LEFT_RESERVE * kv.total_tokens)
+                low, high = (part * kv.total_tokens for part in LEFT_RESERVE)
+                reserve = min(max(share, low), high)
             if not right.blocked and kv.fits(right, reserve):
                 return Side.RIGHT
         if left is not None and not left.blocked and kv.fits(left):

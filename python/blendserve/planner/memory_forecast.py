@@ -11,7 +11,7 @@ import numpy as np
 from .prefix_tree import Floats
 
 # Steps that share one figure: the expected demand at their end.
-BIN_STEPS = 64
+BIN_STEPS = 256
 # A request beyond all lengths that were expected of it goes on for this part of what it has done.
 OVERDUE_PART = 0.5
 
@@ -21,8 +21,9 @@ class _Running:
     started: int
     private_tokens: float
     lengths: tuple[float, ...]
-    ends: tuple[float, ...]
-    since: int
+    ends: tuple[float, ...] = ()
+    # Of a short request: its tokens, counted in the bin it started in and the next one.
+    short_tokens: float = 0.0
 
 
 class MemoryForecast:
@@ -48,9 +49,15 @@ class MemoryForecast:
     def add(self, request: int, now: int, private_tokens: float, lengths: Sequence[float]) -> None:
         """A request starts that holds private_tokens now and one more after every step, and ends
         after one of these numbers of steps, ascending, each as likely as the others."""
-        running = _Running(now, private_tokens, tuple(lengths), (), now)
+        running = _Running(now, private_tokens, tuple(lengths))
         self._running[request] = running
-        self._expect(request, running, now)
+        if lengths[-1] >= BIN_STEPS:
+            self._expect(request, running, now)
+            return
+        # Nearly all of these end before their bin or the next one does; no look at each outcome.
+        running.short_tokens = private_tokens + sum(lengths) / len(lengths)
+        self._count_short(running, running.short_tokens)
+        heapq.heappush(self._outlived, (now + BIN_STEPS, request, now))
 
     def remove(self, request: int, now: int) -> None:
         """A request ended, or lost its memory."""
@@ -58,7 +65,7 @@ class MemoryForecast:
         if not self._running:
             self._demand[:] = 0.0
             return
-        self._count(running, now, -1.0)
+        self._discount(running, now)
 
     def advance(self, now: int) -> None:
         """Look again at the requests that have outlived a length by now."""
@@ -67,7 +74,7 @@ class MemoryForecast:
             _, request, started = heapq.heappop(outlived)
             running = self._running.get(request)
             if running is not None and running.started == started:
-                self._count(running, now, -1.0)
+                self._discount(running, now)
                 self._expect(request, running, now)
 
     def fits(self, now: int, private_tokens: float, lengths: Sequence[float], limit: float) -> bool:
@@ -97,12 +104,25 @@ class MemoryForecast:
         if not lengths:
             lengths = [done * (1.0 + OVERDUE_PART) + 1.0]
         running.ends = tuple(running.started + length for length in lengths)
-        running.since = now
         last = int(running.ends[-1]) // BIN_STEPS
         if last >= len(self._demand):
             self._extend(last)
         self._count(running, now, 1.0)
         heapq.heappush(self._outlived, (int(running.ends[0]) + 1, request, running.started))
+
+    def _discount(self, running: _Running, now: int) -> None:
+        if running.short_tokens:
+            self._count_short(running, -running.short_tokens)
+            running.short_tokens = 0.0
+        else:
+            self._count(running, now, -1.0)
+
+    def _count_short(self, running: _Running, tokens: float) -> None:
+        at = running.started // BIN_STEPS
+        if at + 1 >= len(self._demand):
+            self._extend(at + 1)
+        self._demand[at] += tokens
+        self._demand[at + 1] += tokens
 
     def _count(self, running: _Running, now: int, sign: float) -> None:
         first = now // BIN_STEPS

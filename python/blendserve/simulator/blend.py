@@ -23,7 +23,7 @@ from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
 from .step_time import StepCosts
 
 # Steps after which the density of what is left is looked at again.
-PACE_STEPS = 32
+PACE_STEPS = 64
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blendserve.planner import (
     CostModel,
     DualScanner,
@@ -19,6 +22,8 @@ from blendserve.planner import (
 from .foresight import Foresight
 from .lengths import LengthBook
 
+Ints = NDArray[np.int64]
+
 # Replicas take runs of so many requests, so that those that share a prefix stay together.
 LEASE_REQUESTS = 16
 
@@ -26,9 +31,9 @@ LEASE_REQUESTS = 16
 class CentralPlan:
     """One plan for all replicas of a job, which draw on both its ends.
 
-    online: the sample runs first, its answers and all later ones are used when the job is planned
-    again. Else the sample's lengths are known from the start and used for the one plan there is,
-    which favours a policy. lengths: what to plan with, in place of all that.
+    book: what is known of lengths. online: its knowledge comes from the job as it runs, sample
+    first, and the job is planned again whenever `replan` is called; else there is one plan, with
+    what the book knows. lengths: (n,) to plan with in place of the book's.
     """
 
     def __init__(
@@ -38,13 +43,14 @@ class CentralPlan:
         cost_model: CostModel,
         config: PlannerConfig,
         book: LengthBook,
+        online: bool,
         replicas: int = 1,
-        online: bool = True,
-        lengths: Mapping[int, int] | None = None,
+        lengths: Ints | None = None,
         foresight: Foresight | None = None,
     ) -> None:
         self._job, self._tree, self._cost_model, self._config = job, tree, cost_model, config
         self.book = book
+        self.online = online
         self._foresight = foresight
         self._lease = LEASE_REQUESTS if replicas > 1 else 1
         self._leases: list[dict[Side, deque[int]]] = [
@@ -53,15 +59,10 @@ class CentralPlan:
         self._started: set[int] = set()
         self._finished: dict[int, int] = {}
         self.longest_finished = 0
-        self.online = online
-        self.sample: deque[int] = deque()
-        if lengths is not None:
-            self._finished.update(lengths)
-        self._plan_again({})
-        if lengths is not None:
-            self._finished.clear()
-        elif online:
-            self.sample.extend(self.plan.sample.tolist())
+        if not online:
+            job = self._with_lengths(book.means() if lengths is None else lengths)
+        self._adopt(make_plan(job, cost_model, config, tree=tree))
+        self.sample: deque[int] = deque(self.plan.sample.tolist() if online else ())
 
     @property
     def waiting(self) -> int:
@@ -78,12 +79,10 @@ class CentralPlan:
             self.sample.popleft()
         if self.sample:
             return self.sample[0] if side is Side.LEFT else None
-        lease = self._leases[replica][side]
-        while lease and lease[0] in self._started:
-            lease.popleft()
-        if not lease and self._lease == 1:
+        if self._lease == 1:
             return self.scanner.head(side)
-        while not lease and self.scanner.remaining:
+        lease = self._leases[replica][side]
+        if not lease:
             for _ in range(min(self._lease, self.scanner.remaining)):
                 lease.append(self.scanner.take(side))
         return lease[0] if lease else None
@@ -97,9 +96,7 @@ class CentralPlan:
         if self._foresight is not None:
             self._foresight.started(request)
         if not self.scanner.remove(request):
-            lease = self._leases[replica][side]
-            if lease and lease[0] == request:
-                lease.popleft()
+            self._leases[replica][side].popleft()
 
     def finished(self, request: int) -> None:
         length = self.book.true_length(request)
@@ -108,23 +105,25 @@ class CentralPlan:
 
     def replan(self, running: Mapping[int, int]) -> None:
         """Plan what is left with what is known now; running: tokens so far."""
-        if self.scanner.remaining:
-            self.book.learn(self._finished, running)
-            self._plan_again(running)
-
-    def _plan_again(self, running: Mapping[int, int]) -> None:
-        self.plan: Plan = make_plan(
-            self._job,
-            self._cost_model,
-            self._config,
-            observed=self._finished,
-            exclude=self._started,
-            tree=self._tree,
-            running=running,
+        if not self.scanner.remaining:
+            return
+        self.book.learn(self._finished, running)
+        job = self._with_lengths(self.book.means())
+        plan = make_plan(
+            job, self._cost_model, self._config, exclude=self._started, tree=self._tree
         )
-        self.scanner = DualScanner(self.plan)
-        if self._foresight is not None:
-            self._foresight.follow(self.plan, self.scanner)
+        self._adopt(plan)
+
+    def _with_lengths(self, lengths: NDArray[np.float64] | Ints) -> Job:
+        """The job with these lengths as known ones: the book has learnt all there is."""
+        known = np.rint(lengths).astype(np.int64)
+        return Job(self._job.token_ids, self._job.max_output_tokens, known)
+
+    def _adopt(self, plan: Plan) -> None:
+        self.plan = plan
+        self.scanner = DualScanner(plan)
         for leases in self._leases:
             for lease in leases.values():
                 lease.clear()
+        if self._foresight is not None:
+            self._foresight.follow(plan, self.scanner)

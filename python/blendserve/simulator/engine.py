@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,6 +56,7 @@ class EngineStuck(RuntimeError):
 class Totals:
     """What a run did, in steps, seconds and tokens.
 
+    seconds: under each overlap model of the engine.
     compute_seconds, memory_seconds: of the operators alone, not overlapped. floor_seconds: the
     part of compute_seconds in which GEMMs only waited for weights. cached_tokens: of prompts, at
     their first start. prefill_tokens: computed at first starts; recomputed_tokens: computed again
@@ -62,7 +64,7 @@ class Totals:
     """
 
     steps: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
     floor_seconds: float = 0.0
@@ -78,7 +80,8 @@ class Totals:
 class Engine:
     """One replica. output: (n,) tokens by request index, at least 1 each. members: how many of the
     requests will be started here, for `run` to know its end. received: prompts come with their
-    KV, computed elsewhere; they take memory, but no time here."""
+    KV, computed elsewhere; they take memory, but no time here. overlaps: how its time is
+    counted; nothing that an engine does depends on its clock, so one run serves several models."""
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class Engine:
         output: Ints,
         members: int,
         costs: StepCosts,
-        overlap: OverlapModel,
+        overlaps: Sequence[OverlapModel],
         cache: KVCache,
         received: bool = False,
         trace_every: int = 0,
@@ -102,7 +105,7 @@ class Engine:
         self.capacity = cache.capacity
         self._received = received
         self.costs = costs
-        self.overlap = overlap
+        self._overlaps = overlaps
         self.cache = cache
         self.totals = Totals()
         self.now = 0  # The step that comes next.
@@ -117,7 +120,13 @@ class Engine:
         self._ends: dict[int, list[tuple[int, int]]] = {}
         self._end_steps: list[int] = []
         self._trace_every = trace_every
-        self._planes = overlap.planes
+        self._planes = [model.planes for model in overlaps]
+        self.totals.seconds = [0.0] * len(overlaps)
+
+    @property
+    def clock(self) -> float:
+        """Seconds so far, under the first overlap model."""
+        return self.totals.seconds[0]
 
     @property
     def idle(self) -> bool:
@@ -212,18 +221,14 @@ class Engine:
             gemm = costs.weight_seconds
         compute = gemm + pairs * costs.pair_seconds
         memory = self.context * costs.context_seconds
-        seconds = 0.0
-        for u, v in self._planes:
-            value = u * compute + v * memory
-            if value > seconds:
-                seconds = value
         totals.steps += 1
-        totals.seconds += seconds
+        for k, planes in enumerate(self._planes):
+            totals.seconds[k] += _longest(planes, compute, memory)
         totals.compute_seconds += compute
         totals.memory_seconds += memory
         totals.decode_tokens += self.decoding
         if self._trace_every and totals.steps % self._trace_every == 0:
-            totals.trace.append((totals.seconds, compute, memory, self.cache.locked))
+            totals.trace.append((totals.seconds[0], compute, memory, self.cache.locked))
         if self.decoding:
             self.cache.grow(self.decoding)
             self.context += self.decoding
@@ -314,15 +319,25 @@ class Engine:
         totals.floor_seconds += steps * (gemm - n * costs.token_seconds)
         contexts = self.context + n * np.arange(steps)
         memory = contexts * costs.context_seconds
-        totals.seconds += float(self.overlap.seconds_each(gemm, memory).sum())
+        for k, overlap in enumerate(self._overlaps):
+            totals.seconds[k] += float(overlap.seconds_each(gemm, memory).sum())
         totals.compute_seconds += gemm * steps
         totals.memory_seconds += float(memory.sum())
         totals.steps += steps
         totals.decode_tokens += n * steps
         if self._trace_every and totals.steps % self._trace_every < steps:
-            totals.trace.append((totals.seconds, gemm, float(memory[-1]), cache.locked))
+            totals.trace.append((totals.seconds[0], gemm, float(memory[-1]), cache.locked))
         cache.grow(n * steps)
         self.context += n * steps
         self.now += steps
         if self._end_steps[0] == self.now:
             self._finish_due(scheduler)
+
+
+def _longest(planes: tuple[tuple[float, float], ...], compute: float, memory: float) -> float:
+    seconds = 0.0
+    for u, v in planes:
+        value = u * compute + v * memory
+        if value > seconds:
+            seconds = value
+    return seconds

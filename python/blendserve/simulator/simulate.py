@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from blendserve.planner import (
 from .blend import PAPER, BlendOptions, BlendScheduler
 from .bounds import Bound, lower_bound
 from .central_plan import CentralPlan
-from .engine import Engine, EngineStuck, Scheduler, Totals
+from .engine import Engine, EngineStuck, Totals
 from .foresight import Foresight
 from .kv_cache import KVCache
 from .lengths import OUTCOMES, LengthBook
@@ -51,7 +51,9 @@ class Policy(StrEnum):
     BLEND = "blend"
 
 
-# Prefill and decode devices that `disaggregated` tries, the best counts.
+# Steps of the first replica after which the job is planned again.
+REPLAN_STEPS = (128, 512, 2_048, *(4_096 * 2**k for k in range(12)))
+# Prefill and decode devices that `disaggregated` tries; the best counts.
 SPLITS = tuple((x, y) for x in range(1, 5) for y in range(1, 5))
 
 
@@ -64,7 +66,7 @@ class Setting:
 
     cost_model: CostModel
     policy: Policy = Policy.BLEND
-    overlap: Overlap = Overlap.INTERFERENCE
+    overlaps: tuple[Overlap, ...] = (Overlap.INTERFERENCE,)
     sampling: float = 0.01
     replicas: int = 1
     capacity: int | None = None
@@ -80,6 +82,13 @@ class Setting:
             raise ValueError(f"there must be at least one replica, not {self.replicas}")
         if self.replicas > 1 and self.policy is not Policy.BLEND:
             raise ValueError("several replicas are simulated for the policy blend only")
+        if not self.overlaps or (self.replicas > 1 and len(self.overlaps) > 1):
+            raise ValueError("give one overlap model; with a single replica, one or more")
+
+    def overlap_model(self, overlap: Overlap) -> OverlapModel:
+        return (
+            OverlapModel.of(overlap) if self.curve is None else OverlapModel.of(overlap, self.curve)
+        )
 
 
 @dataclass(frozen=True)
@@ -118,43 +127,51 @@ class Simulation:
         self.tree: PrefixTree = self.job.build_tree()
         self._books: dict[tuple[float, int], LengthBook] = {}
 
-    @cached_property
-    def prompt_tokens(self) -> int:
-        return self.tree.prompt_tokens
+    def bound(self, setting: Setting, overlap: Overlap) -> Bound:
+        """Of the time of any run under this setting, whatever the policy."""
+        costs = StepCosts.of(setting.cost_model)
+        model = setting.overlap_model(overlap)
+        return lower_bound(self.tree, self.output, costs, model, setting.replicas)
 
-    def bound(self, setting: Setting) -> Bound:
-        costs, overlap = _engine_terms(setting)
-        return lower_bound(self.tree, self.output, costs, overlap, setting.replicas)
+    def run(self, setting: Setting) -> list[Result]:
+        """One result per overlap model, all from one run.
 
-    def run(self, setting: Setting) -> Result:
-        """Raises EngineStuck when a request does not fit the KV memory."""
+        Raises EngineStuck when a request does not fit the KV memory.
+        """
+        detail = [""] * len(setting.overlaps)
         if setting.policy is Policy.DISAGGREGATED:
             totals, seconds, detail = self._disaggregated(setting)
         else:
-            totals, detail = self._run(setting), ""
-            seconds = max(part.seconds for part in totals)
-        bound = self.bound(setting)
-        tokens = self.prompt_tokens + int(self.output.sum())
-        return Result(
-            policy=setting.policy.value,
-            overlap=setting.overlap.value,
-            requests=len(self.workload),
-            tokens=tokens,
-            seconds=seconds,
-            throughput=tokens / seconds,
-            bound_seconds=bound.seconds,
-            share_of_bound=bound.seconds / seconds,
-            sharing=sum(part.cached_tokens for part in totals) / max(self.prompt_tokens, 1),
-            sharing_best=self.tree.sharing_ratio,
-            retractions=sum(part.retractions for part in totals),
-            steps=max(part.steps for part in totals),
-            recomputed_tokens=sum(part.recomputed_tokens for part in totals),
-            compute_seconds=sum(part.compute_seconds for part in totals),
-            memory_seconds=sum(part.memory_seconds for part in totals),
-            floor_seconds=sum(part.floor_seconds for part in totals),
-            detail=detail,
-            trace=totals[0].trace,
-        )
+            totals = self._run(setting)
+            seconds = [max(times) for times in zip(*(t.seconds for t in totals), strict=True)]
+        tokens = self.tree.prompt_tokens + int(self.output.sum())
+        cached = sum(part.cached_tokens for part in totals)
+        results = []
+        for at, overlap in enumerate(setting.overlaps):
+            bound = self.bound(setting, overlap).seconds
+            results.append(
+                Result(
+                    policy=setting.policy.value,
+                    overlap=overlap.value,
+                    requests=len(self.workload),
+                    tokens=tokens,
+                    seconds=seconds[at],
+                    throughput=tokens / seconds[at],
+                    bound_seconds=bound,
+                    share_of_bound=bound / seconds[at],
+                    sharing=cached / max(self.tree.prompt_tokens, 1),
+                    sharing_best=self.tree.sharing_ratio,
+                    retractions=sum(part.retractions for part in totals),
+                    steps=max(part.steps for part in totals),
+                    recomputed_tokens=sum(part.recomputed_tokens for part in totals),
+                    compute_seconds=sum(part.compute_seconds for part in totals),
+                    memory_seconds=sum(part.memory_seconds for part in totals),
+                    floor_seconds=sum(part.floor_seconds for part in totals),
+                    detail=detail[at],
+                    trace=totals[0].trace,
+                )
+            )
+        return results
 
     # -- policies ---------------------------------------------------------------------------------
 
@@ -162,7 +179,7 @@ class Simulation:
         if setting.policy in (Policy.BLEND, Policy.BLEND_PAPER):
             return self._blend(setting)
         book = self._sampled_book(setting)
-        engine = self._engine(setting, KVCache(self.tree, _capacity(setting)), len(self.output))
+        engine = self._engine(setting, KVCache(self.tree, _capacity(setting)))
         return [engine.run(OrderScheduler(self.order(setting, book).tolist(), book))]
 
     def order(self, setting: Setting, book: LengthBook) -> Ints:
@@ -192,30 +209,28 @@ class Simulation:
             replace(setting, options=PAPER) if setting.policy is Policy.BLEND_PAPER else setting
         )
         options, known = setting.options, setting.sampling == 1.0
+        online = options.online and not known
         outcomes = OUTCOMES if options.distribution else 1
+        book = (
+            self._book(known, outcomes)
+            if known or online
+            else self._sampled_book(setting, outcomes)
+        )
         lengths = None
-        if known or options.online:
-            book = self._book(known, outcomes)
-            job = self.workload.job(lengths_known=known)
-        else:
-            book = self._sampled_book(setting, outcomes)
-            job, lengths = self.job, book.observed(self._sample(setting))
-            if setting.policy is Policy.BLEND_PAPER:
-                limits = self.workload.max_output_tokens
-                none = np.zeros(len(limits), dtype=bool)
-                guessed = np.rint(estimate(self.tree, lengths, limits, none)).astype(np.int64)
-                job, lengths = Job(self.job.token_ids, limits, guessed), None
+        if setting.policy is Policy.BLEND_PAPER and not known:
+            limits = self.workload.max_output_tokens
+            observed = book.observed(self._sample(setting))
+            found = estimate(self.tree, observed, limits, np.zeros(len(limits), dtype=bool))
+            lengths = np.rint(found).astype(np.int64)
         foresight = Foresight(self.tree) if options.foresight else None
         central = CentralPlan(
-            job,
+            self.job,
             self.tree,
             setting.cost_model,
-            PlannerConfig(
-                sample_fraction=setting.sampling if not known else 0.0, seed=setting.seed
-            ),
+            PlannerConfig(sample_fraction=setting.sampling, seed=setting.seed),
             book,
+            online,
             setting.replicas,
-            options.online and not known,
             lengths,
             foresight,
         )
@@ -223,12 +238,12 @@ class Simulation:
         engines, schedulers = [], []
         for replica in range(setting.replicas):
             cache = KVCache(self.tree, _capacity(setting), foresight)
-            engines.append(self._engine(setting, cache, len(self.output)))
+            engines.append(self._engine(setting, cache))
             schedulers.append(BlendScheduler(central, costs, options, replica))
         run_together(engines, schedulers, central, len(self.output))
         return [engine.totals for engine in engines]
 
-    def _disaggregated(self, setting: Setting) -> tuple[list[Totals], float, str]:
+    def _disaggregated(self, setting: Setting) -> tuple[list[Totals], list[float], list[str]]:
         """Prefill devices run all prompts, decode devices get their KV for nothing and all in
         time: the time is that of the slower kind, and more than a real system could reach."""
         book = self._sampled_book(setting)
@@ -236,15 +251,16 @@ class Simulation:
         ones = np.ones(len(self.output), dtype=np.int64)
         found = []
         for output, received in ((ones, False), (self.output, True)):
-            cache = KVCache(self.tree, _capacity(setting))
-            engine = self._engine(setting, cache, len(output), output, received)
+            engine = self._engine(setting, KVCache(self.tree, _capacity(setting)), output, received)
             found.append(engine.run(OrderScheduler(order, book)))
         prefill, decode = found
-        seconds, x, y = min(
-            (max(prefill.seconds / x, decode.seconds / y) * (x + y), x, y) for x, y in SPLITS
-        )
         decode.cached_tokens = 0  # What it received was found, or computed, by the others.
-        return [prefill, decode], seconds, f"{x}P{y}D"
+        seconds, detail = [], []
+        for first, second in zip(prefill.seconds, decode.seconds, strict=True):
+            least, x, y = min((max(first / x, second / y) * (x + y), x, y) for x, y in SPLITS)
+            seconds.append(least)
+            detail.append(f"{x}P{y}D")
+        return found, seconds, detail
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -252,17 +268,15 @@ class Simulation:
         self,
         setting: Setting,
         cache: KVCache,
-        members: int,
         output: Ints | None = None,
         received: bool = False,
     ) -> Engine:
-        costs, overlap = _engine_terms(setting)
         return Engine(
             self.tree,
             self.output if output is None else output,
-            members,
-            costs,
-            overlap,
+            len(self.output),
+            StepCosts.of(setting.cost_model),
+            [setting.overlap_model(overlap) for overlap in setting.overlaps],
             cache,
             received=received,
             trace_every=setting.trace_every,
@@ -291,24 +305,24 @@ def run_together(
     engines: list[Engine], schedulers: list[BlendScheduler], central: CentralPlan, requests: int
 ) -> None:
     """Replicas side by side, always the one whose clock is behind; the job is planned again after
-    128, 256, 512, ... steps of the first."""
+    REPLAN_STEPS."""
     clocks = [(0.0, replica) for replica in range(len(engines))]
-    next_plan = FIRST_REPLAN_STEP
+    due = deque(REPLAN_STEPS if central.online else ())
     ended = 0
     while clocks:
         _, replica = heapq.heappop(clocks)
         engine = engines[replica]
-        if central.online and engine.now >= next_plan:
+        if due and engine.now >= due[0]:
+            due.popleft()
             running: dict[int, int] = {}
             for other, scheduler in zip(engines, schedulers, strict=True):
                 running |= scheduler.running(other)
             central.replan(running)
-            next_plan = 2 * max(next_plan, engine.now)
         before = engine.ended
         moved = engine.advance(schedulers[replica])
         ended += engine.ended - before
         if moved:
-            heapq.heappush(clocks, (engine.totals.seconds, replica))
+            heapq.heappush(clocks, (engine.clock, replica))
         elif len(engines) == 1 and ended < requests:
             raise EngineStuck(
                 f"{requests - ended} requests wait, none may start in {engine.capacity} tokens of "
@@ -316,18 +330,5 @@ def run_together(
             )
 
 
-FIRST_REPLAN_STEP = 128
-
-
-def _engine_terms(setting: Setting) -> tuple[StepCosts, OverlapModel]:
-    costs = StepCosts.of(setting.cost_model)
-    if setting.curve is None:
-        return costs, OverlapModel.of(setting.overlap)
-    return costs, OverlapModel.of(setting.overlap, setting.curve)
-
-
 def _capacity(setting: Setting) -> int:
     return kv_capacity_tokens(setting.cost_model) if setting.capacity is None else setting.capacity
-
-
-__all__ = ["Policy", "Result", "Scheduler", "Setting", "Simulation"]
