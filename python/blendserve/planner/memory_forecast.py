@@ -98,6 +98,16 @@ class MemoryForecast:
             total[at - first] += part * (base + end)
         return bool(total.max() <= limit)
 
+    def profile(self, now: int) -> tuple[Floats, Floats]:
+        """(tokens, alive) per bin from now on, until nothing is expected to run: the demand, and
+        how likely it is that anything runs at all. A request that still runs then holds at least
+        what it has produced since now, so demand over that bounds how many there are."""
+        first = now // BIN_STEPS
+        tokens = self._demand[first:]
+        last = np.flatnonzero(tokens > 1.0)
+        tokens = tokens[: int(last[-1]) + 1 if len(last) else 0].copy()
+        return tokens, np.minimum(tokens / (self._times[first : first + len(tokens)] - now), 1.0)
+
     def _expect(self, request: int, running: _Running, now: int) -> None:
         done = now - running.started
         lengths = [length for length in running.lengths if length > done]

@@ -3,13 +3,24 @@ is left of the job."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
+
+from .prefix_tree import Floats
 
 # While something runs longer than anything has so far, the memory work that is left is a guess on
 # the low side. Until then no step takes more compute than this per memory second: a job that does
 # turn out compute-bound loses little in that time, one that does not would have spent the compute
 # that its long decodes need beside them.
 UNCERTAIN_DENSITY = 1.5
+# And until then, each of them may grow to so many times the longest so far (of so many tokens at
+# least); together they must not take more than half of the memory.
+UNCERTAIN_GROWTH = 8
+UNCERTAIN_TOKENS = 512
+UNCERTAIN_SHARE = 0.4
+_BISECTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -25,18 +36,52 @@ class StepPace:
 
     def prefill_tokens(self, density: float, context_tokens: int, decodes: int) -> int:
         """Prompt tokens that give a step of so many decodes, which attend to context_tokens in
-        all, this density; as many as the weight read hides at least, and at least one."""
+        all, this density (inf: a full chunk); as many as the weight read hides at least, and at
+        least one."""
+        if math.isinf(density):
+            return max(self.chunk_tokens - decodes, 1)
         memory_seconds = context_tokens * self.context_seconds
         compute_seconds = max(density * memory_seconds, self.weight_seconds)
         tokens = min(compute_seconds / self.token_seconds, float(self.chunk_tokens))
         return max(int(tokens) - decodes, 1)
 
 
-def rest_density(compute_seconds: float, memory_seconds: float, uncertain: bool) -> float:
-    """Density to pace steps at, given what is left of the job, running requests included.
+def enough_unknown(running: int, longest_tokens: int, total_tokens: int) -> bool:
+    """Whether no more long decodes should start while it is not known how long they get."""
+    each = UNCERTAIN_GROWTH * max(longest_tokens, UNCERTAIN_TOKENS)
+    return (running + 1) * each > UNCERTAIN_SHARE * total_tokens
 
-    uncertain: a running request is more than twice as long as any that has ended."""
-    if memory_seconds <= 0:
-        return UNCERTAIN_DENSITY if uncertain else 1e9
-    density = compute_seconds / memory_seconds
-    return min(density, UNCERTAIN_DENSITY) if uncertain else density
+
+def rest_density(
+    compute_seconds: float,
+    memory_seconds: float,
+    tail_seconds: Floats,
+    tail_steps: Floats,
+    weight_seconds: float,
+    full_seconds: float,
+) -> float:
+    """The density rho that uses up the compute just when the memory work ends.
+
+    A step with decode attention m takes max(weight_seconds, rho m) of compute: as memory empties
+    towards the end of a job, steps carry more than their share, because less would leave the GEMMs
+    waiting for the weights. What those steps will take must not be spent before. So with
+    compute_seconds left, of memory_seconds not started yet (in steps of full_seconds each) and a
+    tail in which (k,) tail_steps have tail_seconds of attention each:
+
+        memory / full * max(weight, rho full) + sum of steps * max(weight, rho tail) = compute
+
+    0 when the compute does not even fill the weight reads; inf when there is no memory work.
+    """
+    steps = np.append(tail_steps, memory_seconds / full_seconds if full_seconds > 0 else 0.0)
+    each = np.append(tail_seconds, full_seconds)
+    total = float((steps * each).sum())
+    if total <= 0:
+        return math.inf
+    low, high = 0.0, compute_seconds / total  # At this one without any weight read.
+    for _ in range(_BISECTIONS):
+        rho = (low + high) / 2
+        if float((steps * np.maximum(weight_seconds, rho * each)).sum()) > compute_seconds:
+            high = rho
+        else:
+            low = rho
+    return high

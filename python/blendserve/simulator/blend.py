@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from blendserve.planner import (
@@ -16,6 +17,8 @@ from blendserve.planner import (
     partition_memory,
     rest_density,
 )
+from blendserve.planner.memory_forecast import BIN_STEPS
+from blendserve.planner.pacing import UNCERTAIN_DENSITY, enough_unknown
 
 from .central_plan import CentralPlan
 from .engine import Engine
@@ -24,6 +27,8 @@ from .step_time import StepCosts
 
 # Steps after which the density of what is left is looked at again.
 PACE_STEPS = 64
+# Part of the memory that decodes are taken to fill while there are more to come.
+FULL_PART = 0.75
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
 
@@ -84,7 +89,7 @@ class BlendScheduler:
         self._options = options
         self._replica = replica
         self._memory = MemoryTest(central.book)
-        self._admission = PacedAdmission() if options.paced else Admission()
+        self._admission, self._paced = Admission(), PacedAdmission()
         self._pace = StepPace(
             costs.token_seconds, costs.context_seconds, costs.weight_seconds, CHUNK_TOKENS
         )
@@ -95,6 +100,9 @@ class BlendScheduler:
         self._account = dict.fromkeys(Side, 0.0)
         self._outlived: list[tuple[int, int]] = []
         self._density = 0.0
+        self._uncertain = False
+        self._longest = 0
+        self._count = dict.fromkeys(Side, 0)
         self._density_due = 0
 
     # -- the engine's questions -----------------------------------------------------------------
@@ -104,7 +112,7 @@ class BlendScheduler:
             return max(CHUNK_TOKENS - engine.decoding, 1)
         if engine.now >= self._density_due:
             self._density_due = engine.now + PACE_STEPS
-            self._density = self._rest_density(engine)
+            self._look_ahead(engine)
         if not self._options.paced:
             return self._paper_budget(engine)
         return self._pace.prefill_tokens(self._density, engine.context, engine.decoding)
@@ -128,7 +136,10 @@ class BlendScheduler:
             right_tokens=self._account[Side.RIGHT],
             demand=_Pool(engine, self._memory, heads),
         )
-        side = self._admission.choose(left, right, kv, self._density)
+        if self._options.paced:
+            side = self._paced.choose(left, right, kv, self._density, self._hold_right(engine))
+        else:
+            side = self._admission.choose(left, right, kv, self._density)
         if side is None:
             return None
         chosen = left if side is Side.LEFT else right
@@ -198,18 +209,46 @@ class BlendScheduler:
             rest,
         )
 
-    def _rest_density(self, engine: Engine) -> float:
-        compute, memory = self._central.rest()
-        compute += engine.prefill_backlog * self._costs.token_seconds
-        longest = 0
+    def _hold_right(self, engine: Engine) -> bool:
+        if not self._central.informed:
+            return True
+        return self._uncertain and enough_unknown(
+            self._count[Side.RIGHT], self._longest, engine.capacity
+        )
+
+    def _look_ahead(self, engine: Engine) -> None:
+        """The density to pace the next steps at, and whether it rests on guesses."""
+        costs, central = self._costs, self._central
+        compute, memory = central.rest()
+        compute += engine.prefill_backlog * costs.token_seconds
+        longest, running_memory = 0, 0.0
         for request, done in self.running(engine).items():
             more_compute, more_memory, _ = self._rest_of(engine, request)
             compute += more_compute
-            memory += more_memory
-            longest = max(longest, done)
-        known = self._central.book.known or not self._options.online
-        uncertain = not known and longest > 2 * self._central.longest_finished
-        return rest_density(compute, memory, uncertain)
+            if request in self._running:
+                running_memory += more_memory
+            else:
+                memory += more_memory  # Retracted: not in the forecast.
+            if done > longest and central.unlike_any(request, done):
+                longest = done
+        self._longest = longest
+        self._uncertain = longest > 0
+        if self._options.paced:
+            tokens, alive = self._memory.forecast.profile(engine.now)
+            full = FULL_PART * engine.capacity * costs.context_seconds
+            self._density = rest_density(
+                compute,
+                memory,
+                tokens * costs.context_seconds,
+                alive * BIN_STEPS,
+                costs.weight_seconds,
+                full,
+            )
+            if self._uncertain:
+                self._density = min(self._density, UNCERTAIN_DENSITY)
+        else:
+            memory += running_memory
+            self._density = compute / memory if memory > 0 else math.inf
 
     def _paper_budget(self, engine: Engine) -> int:
         """C_L + C_R, the prefill tokens that keep N_L + N_R requests in flight (section 5.3)."""
@@ -234,12 +273,14 @@ class BlendScheduler:
         booked = account_tokens(candidate.private_tokens, output)
         self._running[request] = (candidate.side, booked)
         self._account[candidate.side] += booked
+        self._count[candidate.side] += 1
         if candidate.side is Side.LEFT:
             heapq.heappush(self._outlived, (int(engine.now + output) + 1, request))
 
     def _unbook(self, request: int) -> Side:
         side, booked = self._running.pop(request)
         self._account[side] -= booked
+        self._count[side] -= 1
         return side
 
     def _outlive(self, request: int) -> None:
@@ -248,4 +289,6 @@ class BlendScheduler:
         if side is Side.LEFT:
             self._account[Side.LEFT] -= booked
             self._account[Side.RIGHT] += booked
+            self._count[Side.LEFT] -= 1
+            self._count[Side.RIGHT] += 1
             self._running[request] = (Side.RIGHT, booked)

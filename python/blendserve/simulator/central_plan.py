@@ -51,6 +51,7 @@ class CentralPlan:
         self._job, self._tree, self._cost_model, self._config = job, tree, cost_model, config
         self.book = book
         self.online = online
+        self.informed = not online  # Whether the plan rests on any lengths.
         self._foresight = foresight
         self._lease = LEASE_REQUESTS if replicas > 1 else 1
         self._leases: list[dict[Side, deque[int]]] = [
@@ -58,11 +59,13 @@ class CentralPlan:
         ]
         self._started: set[int] = set()
         self._finished: dict[int, int] = {}
-        self.longest_finished = 0
+        self._family = _families(tree)
+        self._longest: dict[int, int] = {}  # Of the finished requests of each family.
         if not online:
             job = self._with_lengths(book.means() if lengths is None else lengths)
         self._adopt(make_plan(job, cost_model, config, tree=tree))
         self.sample: deque[int] = deque(self.plan.sample.tolist() if online else ())
+        self._sampled = frozenset(self.sample)
 
     @property
     def waiting(self) -> int:
@@ -101,13 +104,20 @@ class CentralPlan:
     def finished(self, request: int) -> None:
         length = self.book.true_length(request)
         self._finished[request] = length
-        self.longest_finished = max(self.longest_finished, length)
+        family = self._family[request]
+        self._longest[family] = max(self._longest.get(family, 0), length)
+
+    def unlike_any(self, request: int, tokens: int) -> bool:
+        """Whether a sampled request that has so many tokens and goes on is more than twice as long
+        as any of its family that has ended: then nothing is known of how long those get."""
+        return request in self._sampled and tokens > 2 * self._longest.get(self._family[request], 0)
 
     def replan(self, running: Mapping[int, int]) -> None:
         """Plan what is left with what is known now; running: tokens so far."""
         if not self.scanner.remaining:
             return
         self.book.learn(self._finished, running)
+        self.informed = True
         job = self._with_lengths(self.book.means())
         plan = make_plan(
             job, self._cost_model, self._config, exclude=self._started, tree=self._tree
@@ -127,3 +137,15 @@ class CentralPlan:
                 lease.clear()
         if self._foresight is not None:
             self._foresight.follow(plan, self.scanner)
+
+
+def _families(tree: PrefixTree) -> list[int]:
+    """(n,) by request: the node right below the root that it stands under, 0 if there is none."""
+    top = np.zeros(tree.num_nodes, dtype=np.int64)
+    for nodes in tree.levels[1:]:
+        above = tree.parent[nodes]
+        top[nodes] = np.where(above == 0, nodes, top[above])
+    family = np.empty(tree.num_leaves, dtype=np.int64)
+    family[tree.requests] = top[tree.leaf_parent]
+    found: list[int] = family.tolist()
+    return found
