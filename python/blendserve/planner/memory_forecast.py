@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,15 @@ class MemoryForecast:
         running.short_tokens = private_tokens + sum(lengths) / len(lengths)
         self._count_short(running, running.short_tokens)
         heapq.heappush(self._outlived, (now + BIN_STEPS, request, now))
+
+    def update(self, now: int, lengths_of: Callable[[int], Sequence[float]]) -> None:
+        """More is known: the lengths of running requests, from their starts, are these."""
+        for request, running in self._running.items():
+            if running.short_tokens and now - running.started < BIN_STEPS:
+                continue
+            self._discount(running, now)
+            running.lengths = tuple(lengths_of(request))
+            self._expect(request, running, now)
 
     def remove(self, request: int, now: int) -> None:
         """A request ended, or lost its memory."""

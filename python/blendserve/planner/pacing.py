@@ -17,8 +17,8 @@ from .prefix_tree import Floats
 UNCERTAIN_DENSITY = 1.5
 # And until then, each of them may grow to so many times the longest so far (of so many tokens at
 # least); together they must not take more than half of the memory.
-UNCERTAIN_GROWTH = 8
-UNCERTAIN_TOKENS = 512
+UNCERTAIN_GROWTH = 4
+UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
 _BISECTIONS = 20
 

@@ -27,6 +27,8 @@ from .step_time import StepCosts
 
 # Steps after which the density of what is left is looked at again.
 PACE_STEPS = 64
+# A request of unknown length is a long decode from here on.
+LONG_TOKENS = 256
 # Part of the memory that decodes are taken to fill while there are more to come.
 FULL_PART = 0.75
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
@@ -99,23 +101,23 @@ class BlendScheduler:
         self._running: dict[int, tuple[Side, float]] = {}
         self._account = dict.fromkeys(Side, 0.0)
         self._outlived: list[tuple[int, int]] = []
-        self._density = 0.0
-        self._uncertain = False
-        self._longest = 0
-        self._count = dict.fromkeys(Side, 0)
-        self._density_due = 0
+        # Of what is left: its density, and the one to pace the next steps at; how many requests of
+        # unknown length run here, and the longest of them.
+        self._target = self._pace_density = 0.0
+        self._unknown = self._longest = 0
+        self._look_due = 0
 
     # -- the engine's questions -----------------------------------------------------------------
 
     def prefill_budget(self, engine: Engine) -> int:
         if self._central.sample:
             return max(CHUNK_TOKENS - engine.decoding, 1)
-        if engine.now >= self._density_due:
-            self._density_due = engine.now + PACE_STEPS
+        if engine.now >= self._look_due:
+            self._look_due = engine.now + PACE_STEPS
             self._look_ahead(engine)
         if not self._options.paced:
             return self._paper_budget(engine)
-        return self._pace.prefill_tokens(self._density, engine.context, engine.decoding)
+        return self._pace.prefill_tokens(self._pace_density, engine.context, engine.decoding)
 
     def patience(self, engine: Engine) -> int:
         waits = self._central.waiting or any(queue.heap for queue in self._retracted.values())
@@ -124,6 +126,9 @@ class BlendScheduler:
     def pick(self, engine: Engine) -> int | None:
         while self._outlived and self._outlived[0][0] <= engine.now:
             self._outlive(heapq.heappop(self._outlived)[1])
+        central = self._central
+        if not (central.informed or central.sample or engine.idle):
+            return None  # The sample's first answers are a few steps away.
         heads: dict[Side, int] = {}
         left = self._candidate(engine, Side.LEFT, heads)
         right = self._candidate(engine, Side.RIGHT, heads)
@@ -137,9 +142,9 @@ class BlendScheduler:
             demand=_Pool(engine, self._memory, heads),
         )
         if self._options.paced:
-            side = self._paced.choose(left, right, kv, self._density, self._hold_right(engine))
+            side = self._paced.choose(left, right, kv, self._target, self._hold_right(engine))
         else:
-            side = self._admission.choose(left, right, kv, self._density)
+            side = self._admission.choose(left, right, kv, self._target)
         if side is None:
             return None
         chosen = left if side is Side.LEFT else right
@@ -162,8 +167,15 @@ class BlendScheduler:
 
     def retracted(self, engine: Engine, request: int) -> None:
         self._memory.ended(engine, request)
-        side = self._unbook(request)
+        self._unbook(request)
+        compute, memory, _ = self._rest_of(engine, request)
+        side = Side.LEFT if compute > self._target * memory else Side.RIGHT
         heapq.heappush(self._retracted[side].heap, (-engine.generated[request], request))
+
+    def learnt(self, engine: Engine) -> None:
+        """The job has been planned again."""
+        self._memory.learnt(engine)
+        self._look_due = engine.now
 
     def running(self, engine: Engine) -> dict[int, int]:
         """Output tokens so far of everything that has started here and not ended."""
@@ -184,9 +196,10 @@ class BlendScheduler:
             density = self._central.density(request)
             output = self._central.book.mean(request)
         else:
+            # What has begun goes on first: it is as urgent as its side's most extreme request.
             total += engine.generated[request]
-            compute, memory, output = self._rest_of(engine, request)
-            density = (compute + prefill * self._costs.token_seconds) / memory
+            _, _, output = self._rest_of(engine, request)
+            density = math.inf if side is Side.LEFT else 0.0
         return Candidate(
             side=side,
             prompt_tokens=total,
@@ -210,45 +223,37 @@ class BlendScheduler:
         )
 
     def _hold_right(self, engine: Engine) -> bool:
-        if not self._central.informed:
-            return True
-        return self._uncertain and enough_unknown(
-            self._count[Side.RIGHT], self._longest, engine.capacity
-        )
+        return self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
 
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
         costs, central = self._costs, self._central
         compute, memory = central.rest()
         compute += engine.prefill_backlog * costs.token_seconds
-        longest, running_memory = 0, 0.0
+        self._longest = self._unknown = 0
+        waiting_memory = memory
         for request, done in self.running(engine).items():
             more_compute, more_memory, _ = self._rest_of(engine, request)
             compute += more_compute
-            if request in self._running:
-                running_memory += more_memory
-            else:
-                memory += more_memory  # Retracted: not in the forecast.
-            if done > longest and central.unlike_any(request, done):
-                longest = done
-        self._longest = longest
-        self._uncertain = longest > 0
+            memory += more_memory
+            if request not in self._running:
+                waiting_memory += more_memory  # Retracted: not in the forecast.
+            if central.unknown(request):
+                self._unknown += 1
+                self._longest = max(self._longest, done)
+        self._target = self._pace_density = compute / memory if memory > 0 else math.inf
         if self._options.paced:
             tokens, alive = self._memory.forecast.profile(engine.now)
-            full = FULL_PART * engine.capacity * costs.context_seconds
-            self._density = rest_density(
+            self._pace_density = rest_density(
                 compute,
-                memory,
+                waiting_memory,
                 tokens * costs.context_seconds,
                 alive * BIN_STEPS,
                 costs.weight_seconds,
-                full,
+                FULL_PART * engine.capacity * costs.context_seconds,
             )
-            if self._uncertain:
-                self._density = min(self._density, UNCERTAIN_DENSITY)
-        else:
-            memory += running_memory
-            self._density = compute / memory if memory > 0 else math.inf
+            if self._longest > LONG_TOKENS:
+                self._pace_density = min(self._pace_density, UNCERTAIN_DENSITY)
 
     def _paper_budget(self, engine: Engine) -> int:
         """C_L + C_R, the prefill tokens that keep N_L + N_R requests in flight (section 5.3)."""
@@ -257,7 +262,7 @@ class BlendScheduler:
         heads = [self._central.head(side, self._replica) for side in Side]
         for head in heads:
             densities.append(None if head is None else self._central.density(head))
-        shares = partition_memory(engine.capacity, self._density, *densities)
+        shares = partition_memory(engine.capacity, self._target, *densities)
         for head, share in zip(heads, shares, strict=True):
             if head is not None:
                 output = max(self._central.book.mean(head), 1.0)
@@ -273,14 +278,12 @@ class BlendScheduler:
         booked = account_tokens(candidate.private_tokens, output)
         self._running[request] = (candidate.side, booked)
         self._account[candidate.side] += booked
-        self._count[candidate.side] += 1
         if candidate.side is Side.LEFT:
             heapq.heappush(self._outlived, (int(engine.now + output) + 1, request))
 
     def _unbook(self, request: int) -> Side:
         side, booked = self._running.pop(request)
         self._account[side] -= booked
-        self._count[side] -= 1
         return side
 
     def _outlive(self, request: int) -> None:
@@ -289,6 +292,4 @@ class BlendScheduler:
         if side is Side.LEFT:
             self._account[Side.LEFT] -= booked
             self._account[Side.RIGHT] += booked
-            self._count[Side.LEFT] -= 1
-            self._count[Side.RIGHT] += 1
             self._running[request] = (Side.RIGHT, booked)

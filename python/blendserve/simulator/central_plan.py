@@ -18,6 +18,7 @@ from blendserve.planner import (
     Side,
     make_plan,
 )
+from blendserve.planner.plan import COVERED_REQUESTS
 
 from .foresight import Foresight
 from .lengths import LengthBook
@@ -26,6 +27,9 @@ Ints = NDArray[np.int64]
 
 # Replicas take runs of so many requests, so that those that share a prefix stay together.
 LEASE_REQUESTS = 16
+# A family is what stands under one node right below the root, if it has as many requests as the
+# sample covers; all others are one family. Its lengths are known once so many of it have ended.
+KNOWN_ANSWERS = 4
 
 
 class CentralPlan:
@@ -60,12 +64,11 @@ class CentralPlan:
         self._started: set[int] = set()
         self._finished: dict[int, int] = {}
         self._family = _families(tree)
-        self._longest: dict[int, int] = {}  # Of the finished requests of each family.
+        self._ended = [0] * tree.num_nodes  # Requests of each family.
         if not online:
             job = self._with_lengths(book.means() if lengths is None else lengths)
         self._adopt(make_plan(job, cost_model, config, tree=tree))
         self.sample: deque[int] = deque(self.plan.sample.tolist() if online else ())
-        self._sampled = frozenset(self.sample)
 
     @property
     def waiting(self) -> int:
@@ -104,13 +107,11 @@ class CentralPlan:
     def finished(self, request: int) -> None:
         length = self.book.true_length(request)
         self._finished[request] = length
-        family = self._family[request]
-        self._longest[family] = max(self._longest.get(family, 0), length)
+        self._ended[self._family[request]] += 1
 
-    def unlike_any(self, request: int, tokens: int) -> bool:
-        """Whether a sampled request that has so many tokens and goes on is more than twice as long
-        as any of its family that has ended: then nothing is known of how long those get."""
-        return request in self._sampled and tokens > 2 * self._longest.get(self._family[request], 0)
+    def unknown(self, request: int) -> bool:
+        """Whether too few of a request's family have ended to tell how long it may get."""
+        return self.online and self._ended[self._family[request]] < KNOWN_ANSWERS
 
     def replan(self, running: Mapping[int, int]) -> None:
         """Plan what is left with what is known now; running: tokens so far."""
@@ -140,11 +141,12 @@ class CentralPlan:
 
 
 def _families(tree: PrefixTree) -> list[int]:
-    """(n,) by request: the node right below the root that it stands under, 0 if there is none."""
+    """(n,) by request: the node right below the root that it stands under; 0 for small ones."""
     top = np.zeros(tree.num_nodes, dtype=np.int64)
     for nodes in tree.levels[1:]:
         above = tree.parent[nodes]
         top[nodes] = np.where(above == 0, nodes, top[above])
+    top[(tree.end - tree.first)[top] < COVERED_REQUESTS] = 0
     family = np.empty(tree.num_leaves, dtype=np.int64)
     family[tree.requests] = top[tree.leaf_parent]
     found: list[int] = family.tolist()

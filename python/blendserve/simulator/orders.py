@@ -42,6 +42,10 @@ class MemoryTest:
     def ended(self, engine: Engine, request: int) -> None:
         self.forecast.remove(request, engine.now)
 
+    def learnt(self, engine: Engine) -> None:
+        """The book knows more than when the running requests started."""
+        self.forecast.update(engine.now, lambda request: self._rest(engine, request))
+
     def _rest(self, engine: Engine, request: int) -> list[float]:
         return self._book.rest(request, engine.generated.get(request, 0))
 

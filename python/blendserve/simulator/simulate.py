@@ -52,7 +52,7 @@ class Policy(StrEnum):
 
 
 # Steps of the first replica after which the job is planned again.
-REPLAN_STEPS = (128, 512, 2_048, *(4_096 * 2**k for k in range(12)))
+REPLAN_STEPS = (64, 256, 512, 2_048, *(4_096 * 2**k for k in range(12)))
 # Prefill and decode devices that `disaggregated` tries; the best counts.
 SPLITS = tuple((x, y) for x in range(1, 5) for y in range(1, 5))
 
@@ -312,12 +312,14 @@ def run_together(
     while clocks:
         _, replica = heapq.heappop(clocks)
         engine = engines[replica]
-        if due and engine.now >= due[0]:
+        if due and engine.now >= due[0] and not central.sample:
             due.popleft()
             running: dict[int, int] = {}
             for other, scheduler in zip(engines, schedulers, strict=True):
                 running |= scheduler.running(other)
             central.replan(running)
+            for other, scheduler in zip(engines, schedulers, strict=True):
+                scheduler.learnt(other)
         before = engine.ended
         moved = engine.advance(schedulers[replica])
         ended += engine.ended - before
