@@ -176,12 +176,13 @@ class Engine:
 
     def _start(self, scheduler: Scheduler, request: int) -> int:
         node, totals = self.node[request], self.totals
-        cached, held, _ = self.cache.find(node)
+        _, held, _ = self.cache.find(node)
         total = self.prompt[request] + self.generated.get(request, 0)
         own = total - self._prefix[request]
         if not self.cache.make_room(total - held):
             raise EngineStuck(f"request {request} was started without room for its prompt")
-        found = self.cache.start(node, own)
+        # Making room may have evicted some of what was cached of its prefix.
+        found, cached = self.cache.start(node, own)
         first = min(cached, total - 1)
         totals.starts += 1
         if request in self.generated:

@@ -59,21 +59,23 @@ class KVCache:
         """(cached, held, filling) prefix tokens of a request that hangs from this node: in the
         cache; locked by running requests; and not yet computed by those that are at it."""
         resident, locks, parent = self._resident, self._locks, self._parent
-        filling = 0
         at = node
         while not resident[at]:
             at = parent[at]
-        cached = self._depth[at]
-        while self._filling[at]:
-            filling += self._edge[at]
-            at = parent[at]
+        cached = at
         while at and not locks[at]:
             at = parent[at]
-        return cached, self._depth[at], filling
+        held = at
+        filling = 0
+        while self._filling[at]:  # What is being computed is locked by who computes it.
+            filling += self._edge[at]
+            at = parent[at]
+        return self._depth[cached], self._depth[held], filling
 
-    def start(self, node: int, own_tokens: int) -> int:
+    def start(self, node: int, own_tokens: int) -> tuple[int, int]:
         """A request starts: its path is locked, what of it is missing is taken from memory, and so
-        are its own tokens. Returns the inner node that it found cached, `filled` needs it.
+        are its own tokens. Returns the inner node that it found cached, which `filled` needs, and
+        the prefix tokens down to there.
 
         The caller has made room: see `make_room`.
         """
@@ -97,7 +99,7 @@ class KVCache:
             self.locked_shared += edge[at]
             at = parent[at]
         self.locked += own_tokens
-        return found
+        return found, self._depth[found]
 
     def filled(self, node: int, found: int) -> None:
         """The prefix of a request that hangs from `node` is computed and can be shared."""
