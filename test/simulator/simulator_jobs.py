@@ -40,7 +40,9 @@ def workloads(draw: st.DrawFn) -> Workload:
     return workload(prompts, output)
 
 
-def mixed_workload(n: int, seed: int = 0, subjects: int = 20) -> Workload:
+def mixed_workload(
+    n: int, seed: int = 0, subjects: int = 20, longest: int = 4_000
+) -> Workload:
     """Questions behind long few-shot prompts, chat, and a few very long decodes."""
     rng = np.random.default_rng(seed)
 
@@ -59,5 +61,5 @@ def mixed_workload(n: int, seed: int = 0, subjects: int = 20) -> Workload:
             output.append(1 + int(rng.exponential(60)))
         else:
             prompts.append(np.concatenate((system[2], tokens(60))))
-            output.append(int(rng.integers(1_000, 4_000)))
+            output.append(int(rng.integers(longest // 4, longest)))
     return workload(prompts, output)

@@ -63,7 +63,8 @@ def test_a_decode_alone_reads_the_weights_and_its_context_every_step():
     contexts = p + np.arange(1, d)
     memory = contexts.sum() * COSTS.context_seconds
     assert totals.memory_seconds == pytest.approx(memory)
-    assert totals.seconds == [pytest.approx(d * COSTS.weight_seconds + memory)]
+    attention = p * p * COSTS.pair_seconds
+    assert totals.seconds == [pytest.approx(d * COSTS.weight_seconds + attention + memory)]
     assert totals.floor_seconds == pytest.approx(
         d * COSTS.weight_seconds - (p + d - 1) * COSTS.token_seconds, rel=1e-3
     )

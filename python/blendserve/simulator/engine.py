@@ -60,7 +60,8 @@ class Totals:
     compute_seconds, memory_seconds: of the operators alone, not overlapped. floor_seconds: the
     part of compute_seconds in which GEMMs only waited for weights. cached_tokens: of prompts, at
     their first start. prefill_tokens: computed at first starts; recomputed_tokens: computed again
-    after retraction. decode_tokens: produced by decode steps; one per start comes from a prefill.
+    after retraction; evicted_shared_tokens: dropped from the cache for want of memory, tails of
+    finished requests apart. decode_tokens: produced by decode steps; one per start comes from a prefill.
     """
 
     steps: int = 0
@@ -73,6 +74,7 @@ class Totals:
     recomputed_tokens: int = 0
     decode_tokens: int = 0
     starts: int = 0
+    evicted_shared_tokens: int = 0
     retractions: int = 0
     trace: list[tuple[float, float, float, int]] = field(default_factory=list)
 
@@ -166,6 +168,7 @@ class Engine:
                 break
             backlog += self._start(scheduler, request)
         self.prefill_backlog = backlog
+        self.totals.evicted_shared_tokens = self.cache.evicted_shared_tokens
         if self._prefills:
             self._step(scheduler, budget)
         elif self.decoding:
@@ -180,7 +183,10 @@ class Engine:
         total = self.prompt[request] + self.generated.get(request, 0)
         own = total - self._prefix[request]
         if not self.cache.make_room(total - held):
-            raise EngineStuck(f"request {request} was started without room for its prompt")
+            raise EngineStuck(
+                f"the {total} tokens of request {request} do not fit the {self.capacity} tokens of "
+                "KV memory; take a device with more memory"
+            )
         # Making room may have evicted some of what was cached of its prefix.
         found, cached = self.cache.start(node, own)
         first = min(cached, total - 1)

@@ -142,7 +142,7 @@ class Simulation:
         if setting.policy is Policy.DISAGGREGATED:
             totals, seconds, detail = self._disaggregated(setting)
         else:
-            totals = self._run(setting)
+            totals = self.run_totals(setting)
             seconds = [max(times) for times in zip(*(t.seconds for t in totals), strict=True)]
         tokens = self.tree.prompt_tokens + int(self.output.sum())
         cached = sum(part.cached_tokens for part in totals)
@@ -175,7 +175,8 @@ class Simulation:
 
     # -- policies ---------------------------------------------------------------------------------
 
-    def _run(self, setting: Setting) -> list[Totals]:
+    def run_totals(self, setting: Setting) -> list[Totals]:
+        """What each replica did; not for `disaggregated`, which has no such."""
         if setting.policy in (Policy.BLEND, Policy.BLEND_PAPER):
             return self._blend(setting)
         book = self._sampled_book(setting)
