@@ -279,9 +279,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args()
-    todo = [
-        task for task in tasks(options.scale) if not options.part or task.part in options.part
-    ]
+    todo = [task for task in tasks(options.scale) if not options.part or task.part in options.part]
     results = {task.part: [] if options.fresh else load(task.part) for task in todo}
     todo = [missing(task, results[task.part]) for task in todo]
     todo = [task for task in todo if task.runs]

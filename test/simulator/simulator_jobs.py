@@ -36,13 +36,13 @@ def workloads(draw: st.DrawFn) -> Workload:
         path = [segments[(level * 2 + rng.integers(0, 2)) % 6] for level in range(depth)]
         own = rng.integers(0, 5_000, rng.integers(1, 200))
         prompts.append(np.concatenate([*path, own]).astype(np.int32))
-        output.append(int(rng.choice([1, 2, 5, 60, 500, 2_000], p=[0.2, 0.3, 0.2, 0.15, 0.1, 0.05])))
+        output.append(
+            int(rng.choice([1, 2, 5, 60, 500, 2_000], p=[0.2, 0.3, 0.2, 0.15, 0.1, 0.05]))
+        )
     return workload(prompts, output)
 
 
-def mixed_workload(
-    n: int, seed: int = 0, subjects: int = 20, longest: int = 4_000
-) -> Workload:
+def mixed_workload(n: int, seed: int = 0, subjects: int = 20, longest: int = 4_000) -> Workload:
     """Questions behind long few-shot prompts, chat, and a few very long decodes."""
     rng = np.random.default_rng(seed)
 

@@ -103,9 +103,7 @@ def test_every_addition_can_be_switched_off(off):
 def test_replicas_share_the_work():
     simulation = Simulation(mixed_workload(2_000, longest=600))
     one, three = (
-        simulation.run(
-            Setting(LLAMA_ON_A100, capacity=30_000, sampling=0.05, replicas=replicas)
-        )[0]
+        simulation.run(Setting(LLAMA_ON_A100, capacity=30_000, sampling=0.05, replicas=replicas))[0]
         for replicas in (1, 3)
     )
     assert 2.3 < one.seconds / three.seconds <= 3.001

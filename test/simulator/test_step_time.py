@@ -121,5 +121,3 @@ def test_a_measured_curve_below_taking_turns_is_not_used():
     # Sharing the device worse than taking turns: the two take turns.
     poor = OverlapModel.of(Overlap.INTERFERENCE, ((0.5, 0.1),))
     assert poor.seconds(1.0, 1.0) == pytest.approx(2.0)
-
-

@@ -183,7 +183,7 @@ def _workload(options: argparse.Namespace, cost_model: CostModel) -> Workload:
     path = Path(options.workload)
     if path.is_file():
         return read_workload(path, cost_model.model.context_length)
-    if path.suffix or len(path.parts) > 1:
+    if ":" not in options.workload and (path.suffix or len(path.parts) > 1):
         raise SimulateError(f"{path}: no such file; give the path of a .jsonl or .csv, or a name")
     try:
         return build(options.workload, options.requests, options.seed)

@@ -61,7 +61,8 @@ class Totals:
     part of compute_seconds in which GEMMs only waited for weights. cached_tokens: of prompts, at
     their first start. prefill_tokens: computed at first starts; recomputed_tokens: computed again
     after retraction; evicted_shared_tokens: dropped from the cache for want of memory, tails of
-    finished requests apart. decode_tokens: produced by decode steps; one per start comes from a prefill.
+    finished requests apart. decode_tokens: produced by decode steps; one more comes with every
+    start.
     """
 
     steps: int = 0
