@@ -25,7 +25,7 @@ def workload(prompts: list[np.ndarray], output: list[int], limit: int = 4_096) -
 
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
-    """Random trees: a prompt is a random walk down a few shared segments, then tokens of its own."""
+    """Random trees: a prompt is a walk down a few shared segments, then tokens of its own."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n = draw(st.integers(1, 60))
     segments = [rng.integers(0, 5_000, rng.integers(20, 400)) for _ in range(6)]

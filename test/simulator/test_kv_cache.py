@@ -61,7 +61,7 @@ class TokenCache:
         self.clock += 1
         self.edges[request,] = (tokens, self.clock, 0)
         for node in reversed(self.path[request]):
-            tokens, age, lockers = self.edges[node]
+            tokens, _, lockers = self.edges[node]
             self.clock += 1
             self.edges[node] = (tokens, self.clock, lockers - 1)
 

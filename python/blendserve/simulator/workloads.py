@@ -22,6 +22,7 @@ VOCABULARY = 49_152
 SYSTEM_PROMPT_TOKENS = 8
 # No limit tells a short request from a long one: lengths must be found by sampling.
 MAX_OUTPUT_TOKENS = 98_304
+SHARING_TOLERANCE = 0.01
 # WildChat's twin: this part of its prompts begins with one of so many templates.
 WILDCHAT_TEMPLATE_TOKENS = 400
 WILDCHAT_TEMPLATE_PART = 0.16
@@ -201,17 +202,16 @@ def _counts(
         some = float(counts[2] > 0)
         return matrix, np.array([n, some * once, -some * once_seconds / scale])
 
+    def seconds(counts: Ints) -> float:
+        return sum(
+            float(pool[1][max(k, 1) - 1]) for pool, k in zip(sums, counts.tolist(), strict=True)
+        )
+
     counts = np.array([n * 0.7, n * 0.01, n * 0.29])
     for _ in range(40):
         matrix, right = equations(np.rint(counts).astype(np.int64))
         solved = np.linalg.solve(matrix, right)
         counts = 0.5 * counts + 0.5 * np.clip(solved, 0, n)
-    if solved.min() < -0.01 * n or abs(counts.sum() - n) > 0.02 * n + 3:
-        raise ValueError(
-            f"no mixture of {mix.compute}, {mix.memory} and MMLU has density {mix.density:g} and "
-            f"sharing {mix.sharing:g}: raise the sharing above that of their system prompts, or "
-            "take a density between those of the traces"
-        )
     # The few requests of the memory side weigh most: take the number that is nearest.
     of_exam = max(round(counts[2]), 0)
     best: tuple[float, int] | None = None
@@ -221,6 +221,16 @@ def _counts(
         off = abs(float(matrix[2] @ taken - right[2]))
         best = min(best, (off, of_memory)) if best else (off, of_memory)
     assert best is not None
+    taken = np.array([n - best[1] - of_exam, best[1], of_exam])
+    matrix, right = equations(taken)
+    prompt_tokens = sum(float(pool[0][max(k, 1) - 1]) for pool, k in zip(sums, taken, strict=True))
+    off_sharing = abs(float(matrix[1] @ taken - right[1])) / prompt_tokens
+    if taken.min() < 0 or off_sharing > SHARING_TOLERANCE or best[0] * scale > 0.1 * seconds(taken):
+        raise ValueError(
+            f"no mixture of {mix.compute}, {mix.memory} and MMLU has density {mix.density:g} and "
+            f"sharing {mix.sharing:g}: raise the sharing above that of their system prompts, or "
+            "take a density between those of the traces"
+        )
     return n - best[1] - of_exam, best[1], of_exam
 
 
