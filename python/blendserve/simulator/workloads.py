@@ -199,7 +199,7 @@ def _counts(
             ]
         )
         # The few-shot prefixes are computed once, if there is an exam at all.
-        some = float(counts[2] > 0)
+        some = min(counts[2] / len(prefix_lengths), 1.0)
         return matrix, np.array([n, some * once, -some * once_seconds / scale])
 
     def seconds(counts: Ints) -> float:
@@ -225,7 +225,9 @@ def _counts(
     matrix, right = equations(taken)
     prompt_tokens = sum(float(pool[0][max(k, 1) - 1]) for pool, k in zip(sums, taken, strict=True))
     off_sharing = abs(float(matrix[1] @ taken - right[1])) / prompt_tokens
-    if taken.min() < 0 or off_sharing > SHARING_TOLERANCE or best[0] * scale > 0.1 * seconds(taken):
+    # Memory-side requests are large: the density comes no nearer than one or two of them.
+    slack = 0.1 * seconds(taken) + 2 * mix.density * float(sums[1][2][-1]) / n
+    if taken.min() < 0 or off_sharing > SHARING_TOLERANCE or best[0] * scale > slack:
         raise ValueError(
             f"no mixture of {mix.compute}, {mix.memory} and MMLU has density {mix.density:g} and "
             f"sharing {mix.sharing:g}: raise the sharing above that of their system prompts, or "
