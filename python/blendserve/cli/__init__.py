@@ -14,6 +14,7 @@ commands:
   serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
   run-batch   run a file of requests offline, and write the answers to a file
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
+  simulate    run a job on a modelled engine, under one scheduling policy after the other
 
 Every SGLang flag works under its own name with `serve` and `run-batch`.
 `blendserve COMMAND --help` lists all.
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve": _serve,
         "run-batch": _run_batch,
         "plan": _plan,
+        "simulate": _simulate,
     }
     command = commands.get(args[0])
     if command is None:
@@ -68,3 +70,9 @@ def _plan(argv: list[str]) -> int:
     from blendserve.cli.plan import main as plan
 
     return plan(argv)
+
+
+def _simulate(argv: list[str]) -> int:
+    from blendserve.cli.simulate import main as simulate
+
+    return simulate(argv)

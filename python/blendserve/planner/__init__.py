@@ -3,7 +3,7 @@
 Pure: numpy and the standard library, deterministic for a seed. Knows neither torch nor SGLang.
 """
 
-from .admission import Admission
+from .admission import Admission, KVView, PacedAdmission
 from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
@@ -13,8 +13,10 @@ from .kv_forecast import KVForecast
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
+from .memory_forecast import MemoryForecast
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
+from .pacing import StepPace, rest_density
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
 from .prediction import (
@@ -41,18 +43,22 @@ __all__ = [
     "Job",
     "KVAccount",
     "KVForecast",
+    "KVView",
     "LengthModel",
+    "MemoryForecast",
     "ModelSpec",
     "ModelSpecError",
     "NextUse",
     "NextUses",
     "OrderPrediction",
+    "PacedAdmission",
     "Partition",
     "Plan",
     "PlannerConfig",
     "Prediction",
     "PrefixTree",
     "Side",
+    "StepPace",
     "Timetable",
     "Transformed",
     "UnknownHardwareError",
@@ -70,6 +76,7 @@ __all__ = [
     "partition",
     "partition_memory",
     "predict",
+    "rest_density",
     "sample_size",
     "transform",
 ]

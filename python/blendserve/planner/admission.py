@@ -6,9 +6,39 @@ Pure: what is free and what is next go in, a side comes out. No clock, no I/O, n
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 from .dual_scanner import Side, partition_memory
-from .kv_account import Candidate, KVAccount
+from .kv_account import Candidate
+
+# Least and largest part of the memory that is kept from the memory side while the compute side has
+# requests. The least is for the spread of lengths around what is expected: where long decodes take
+# more than their part, no prefill starts beside them, and memory a fifth empty costs nothing as
+# long as steps carry more than the weight read.
+LEFT_RESERVE = (0.2, 0.5)
+
+
+class KVView(Protocol):
+    """The KV pool as a decision sees it: `KVAccount`, or the simulator's own.
+
+    total_tokens: size. left_tokens, right_tokens: memory booked per side. idle: nothing runs.
+    """
+
+    @property
+    def total_tokens(self) -> int: ...
+
+    @property
+    def left_tokens(self) -> float: ...
+
+    @property
+    def right_tokens(self) -> float: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+    def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
+        """Whether the pool, less a reserve, lasts until all have ended, if this one starts too."""
+        ...
 
 
 class Admission:
@@ -18,7 +48,7 @@ class Admission:
         self,
         left: Candidate | None,
         right: Candidate | None,
-        kv: KVAccount,
+        kv: KVView,
         target_density: float,
     ) -> Side | None:
         """The side whose head should start now, None when none can.
@@ -56,6 +86,49 @@ class Admission:
                 startable, key=lambda head: head.private_tokens + head.estimated_output_tokens
             ).side
         return None
+
+
+class PacedAdmission:
+    """Decides whose head starts next where every step's prefill is paced (`planner.pacing`).
+
+    With a pace, the compute side cannot run ahead: it starts no more than a step can carry. So
+    memory need not be kept from it by a partition, and the memory side may start whenever its
+    growth fits beside what the compute side needs in flight.
+    """
+
+    def choose(
+        self,
+        left: Candidate | None,
+        right: Candidate | None,
+        kv: KVView,
+        target_density: float,
+        hold_right: bool = False,
+    ) -> Side | None:
+        """The side whose head should start now, None when none can; asked only while the step has
+        prefill budget left. hold_right: enough long decodes run until more is known of them.
+
+        A right head of less than the target density goes first, if memory lasts with the left
+        partition kept free. A denser one has no part in filling the memory, and waits until the
+        left side is exhausted. When nothing runs, a head starts even if its estimate does not fit.
+        """
+        if (
+            right is not None
+            and not hold_right
+            and (left is None or right.density < target_density)
+        ):
+            reserve = 0.0
+            if left is not None and left.density > right.density:
+                share = partition_memory(
+                    kv.total_tokens, target_density, left.density, right.density
+                )[0]
+                low, high = (part * kv.total_tokens for part in LEFT_RESERVE)
+                reserve = min(max(share, low), high)
+            if not right.blocked and kv.fits(right, reserve):
+                return Side.RIGHT
+        if left is not None and not left.blocked and kv.fits(left):
+            return Side.LEFT
+        startable = [head for head in (left, right) if head is not None and not head.blocked]
+        return startable[0].side if kv.idle and startable else None
 
 
 def unused_fraction(share: float, used: float) -> float:

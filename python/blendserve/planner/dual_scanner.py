@@ -70,6 +70,11 @@ class DualScanner:
         position = int(self._position[request]) if 0 <= request < len(self._position) else -1
         return position >= 0 and not self._gone[position]
 
+    @property
+    def cursors(self) -> tuple[int, int]:
+        """Positions in the plan of the two heads; crossed when nothing is left."""
+        return self._low, self._high
+
     def head(self, side: Side) -> int | None:
         """The request that `take(side)` would return; None when nothing is left. With one request
         left it is the head of both sides."""

@@ -107,12 +107,12 @@ class KVAccount:
     def idle(self) -> bool:
         return not self._bookings
 
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether the pool lasts until all have ended, if this one starts now too."""
+    def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
+        """Whether the pool, less a reserve, lasts until all have ended, if this one starts too."""
         growth = self._forecast.peak_tokens_with(
             candidate.reserved_output_tokens, candidate.private_tokens, candidate.output_deviation
         )
-        return candidate.private_tokens + growth <= self.free_tokens
+        return candidate.private_tokens + growth <= self.free_tokens - reserve_tokens
 
     def growth_tokens(self) -> float:
         """Free tokens that the running requests need at the most until all have ended."""

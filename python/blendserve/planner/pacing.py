@@ -1,0 +1,87 @@
+"""How much prefill a step should carry, so that it has as much compute per memory traffic as what
+is left of the job."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .prefix_tree import Floats
+
+# While something runs longer than anything has so far, the memory work that is left is a guess on
+# the low side. Until then no step takes more compute than this per memory second: a job that does
+# turn out compute-bound loses little in that time, one that does not would have spent the compute
+# that its long decodes need beside them.
+UNCERTAIN_DENSITY = 1.5
+# And until then, each of them may grow to so many times the longest so far (of so many tokens at
+# least); together they must not take more than half of the memory.
+UNCERTAIN_GROWTH = 4
+UNCERTAIN_TOKENS = 1_024
+UNCERTAIN_SHARE = 0.4
+_BISECTIONS = 20
+
+
+@dataclass(frozen=True)
+class StepPace:
+    """token_seconds: GEMMs of a token. context_seconds: decode attention to one token of context.
+    weight_seconds: reading the weights, which a step's GEMMs cannot undercut. chunk_tokens: most
+    tokens of a step."""
+
+    token_seconds: float
+    context_seconds: float
+    weight_seconds: float
+    chunk_tokens: int
+
+    def prefill_tokens(self, density: float, context_tokens: int, decodes: int) -> int:
+        """Prompt tokens that give a step of so many decodes, which attend to context_tokens in
+        all, this density (inf: a full chunk); as many as the weight read hides at least, and at
+        least one."""
+        if math.isinf(density):
+            return max(self.chunk_tokens - decodes, 1)
+        memory_seconds = context_tokens * self.context_seconds
+        compute_seconds = max(density * memory_seconds, self.weight_seconds)
+        tokens = min(compute_seconds / self.token_seconds, float(self.chunk_tokens))
+        return max(int(tokens) - decodes, 1)
+
+
+def enough_unknown(running: int, longest_tokens: int, total_tokens: int) -> bool:
+    """Whether no more long decodes should start while it is not known how long they get."""
+    each = UNCERTAIN_GROWTH * max(longest_tokens, UNCERTAIN_TOKENS)
+    return (running + 1) * each > UNCERTAIN_SHARE * total_tokens
+
+
+def rest_density(
+    compute_seconds: float,
+    memory_seconds: float,
+    tail_seconds: Floats,
+    tail_steps: Floats,
+    weight_seconds: float,
+    full_seconds: float,
+) -> float:
+    """The density rho that uses up the compute just when the memory work ends.
+
+    A step with decode attention m takes max(weight_seconds, rho m) of compute: as memory empties
+    towards the end of a job, steps carry more than their share, because less would leave the GEMMs
+    waiting for the weights. What those steps will take must not be spent before. So with
+    compute_seconds left, of memory_seconds not started yet (in steps of full_seconds each) and a
+    tail in which (k,) tail_steps have tail_seconds of attention each:
+
+        memory / full * max(weight, rho full) + sum of steps * max(weight, rho tail) = compute
+
+    0 when the compute does not even fill the weight reads; inf when there is no memory work.
+    """
+    steps = np.append(tail_steps, memory_seconds / full_seconds if full_seconds > 0 else 0.0)
+    each = np.append(tail_seconds, full_seconds)
+    total = float((steps * each).sum())
+    if total <= 0:
+        return math.inf
+    low, high = 0.0, compute_seconds / total  # At this one without any weight read.
+    for _ in range(_BISECTIONS):
+        rho = (low + high) / 2
+        if float((steps * np.maximum(weight_seconds, rho * each)).sum()) > compute_seconds:
+            high = rho
+        else:
+            low = rho
+    return high

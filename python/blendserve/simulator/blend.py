@@ -1,0 +1,298 @@
+"""The dual scan on the modelled engine, with the planner's scanner and admission code."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+from blendserve.planner import (
+    Admission,
+    Candidate,
+    PacedAdmission,
+    Side,
+    StepPace,
+    partition_memory,
+    rest_density,
+)
+from blendserve.planner.kv_account import account_tokens
+from blendserve.planner.memory_forecast import BIN_STEPS
+from blendserve.planner.pacing import UNCERTAIN_DENSITY, enough_unknown
+
+from .central_plan import CentralPlan
+from .engine import Engine
+from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
+from .step_time import StepCosts
+
+# Steps after which the density of what is left is looked at again.
+PACE_STEPS = 64
+# A request of unknown length is a long decode from here on.
+LONG_TOKENS = 256
+# Part of the memory that decodes are taken to fill while there are more to come.
+FULL_PART = 0.75
+# On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
+TOKEN_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class BlendOptions:
+    """What ours adds to the paper's algorithm; each can be switched off.
+
+    online: the sample runs as part of the job, and answers refine the plan all along (else the
+    lengths of the sample are known beforehand and planned with once). paced: every step gets the
+    prefill that its decodes balance, and the memory side goes first (else each side has its
+    partition and a fixed rate, as in the paper). distribution: the memory test counts with several
+    possible lengths of a request (else with its mean). foresight: prefixes are evicted by when the
+    plan needs them next (else the least recently used).
+    """
+
+    online: bool = True
+    paced: bool = True
+    distribution: bool = True
+    foresight: bool = True
+
+
+PAPER = BlendOptions(online=False, paced=False, distribution=True, foresight=False)
+
+
+@dataclass
+class _Retracted:
+    """Requests of one side that lost their memory; the one with the most tokens goes first."""
+
+    heap: list[tuple[int, int]]
+
+    def head(self) -> int | None:
+        return self.heap[0][1] if self.heap else None
+
+
+@dataclass
+class _Pool:
+    """The memory as the heads of one moment find it, with the test that all policies share."""
+
+    engine: Engine
+    test: MemoryTest
+    heads: dict[Side, int]
+    left_tokens: float
+    right_tokens: float
+
+    @property
+    def total_tokens(self) -> int:
+        return self.engine.capacity
+
+    @property
+    def idle(self) -> bool:
+        return self.left_tokens <= 0 and self.right_tokens <= 0
+
+    def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
+        request = self.heads[candidate.side]
+        return self.test.fits(self.engine, request, candidate.private_tokens, reserve_tokens)
+
+
+class BlendScheduler:
+    """One replica's scheduler: asks the central plan for the heads of both sides, the admission
+    code which of them may start."""
+
+    def __init__(
+        self, central: CentralPlan, costs: StepCosts, options: BlendOptions, replica: int = 0
+    ) -> None:
+        self._central = central
+        self._costs = costs
+        self._options = options
+        self._replica = replica
+        self._memory = MemoryTest(central.book)
+        self._admission, self._paced = Admission(), PacedAdmission()
+        self._pace = StepPace(
+            costs.token_seconds, costs.context_seconds, costs.weight_seconds, CHUNK_TOKENS
+        )
+        self._retracted = {side: _Retracted([]) for side in Side}
+        # Side and booked tokens of running requests; sums per side; when the left ones outlive
+        # their estimates.
+        self._running: dict[int, tuple[Side, float]] = {}
+        self._account = dict.fromkeys(Side, 0.0)
+        self._outlived: list[tuple[int, int]] = []
+        # Of what is left: its density, and the one to pace the next steps at; how many requests of
+        # unknown length run here, and the longest of them.
+        self._target = self._pace_density = 0.0
+        self._unknown = self._longest = 0
+        self._look_due = 0
+
+    # -- the engine's questions -----------------------------------------------------------------
+
+    def prefill_budget(self, engine: Engine) -> int:
+        if self._central.sample:
+            return max(CHUNK_TOKENS - engine.decoding, 1)
+        if engine.now >= self._look_due:
+            self._look_due = engine.now + PACE_STEPS
+            self._look_ahead(engine)
+        if not self._options.paced:
+            return self._paper_budget(engine)
+        return self._pace.prefill_tokens(self._pace_density, engine.context, engine.decoding)
+
+    def patience(self, engine: Engine) -> int:
+        waits = self._central.waiting or any(queue.heap for queue in self._retracted.values())
+        return PATIENCE_STEPS if waits else 1 << 30
+
+    def pick(self, engine: Engine) -> int | None:
+        while self._outlived and self._outlived[0][0] <= engine.now:
+            self._outlive(heapq.heappop(self._outlived)[1])
+        central = self._central
+        if not (central.informed or central.sample or engine.idle):
+            return None  # The sample's first answers are a few steps away.
+        heads: dict[Side, int] = {}
+        left = self._candidate(engine, Side.LEFT, heads)
+        right = self._candidate(engine, Side.RIGHT, heads)
+        if not heads:
+            return None
+        kv = _Pool(engine, self._memory, heads, self._account[Side.LEFT], self._account[Side.RIGHT])
+        if self._options.paced:
+            side = self._paced.choose(left, right, kv, self._target, self._hold_right(engine))
+        else:
+            side = self._admission.choose(left, right, kv, self._target)
+        if side is None:
+            return None
+        chosen = left if side is Side.LEFT else right
+        assert chosen is not None
+        request = heads[side]
+        if self._retracted[side].head() == request:
+            heapq.heappop(self._retracted[side].heap)
+        else:
+            self._central.take(request, side, self._replica)
+        self._book(engine, request, chosen)
+        return request
+
+    def started(self, engine: Engine, request: int, own_tokens: int) -> None:
+        self._memory.started(engine, request, own_tokens)
+
+    def ended(self, engine: Engine, request: int) -> None:
+        self._memory.ended(engine, request)
+        self._unbook(request)
+        self._central.finished(request)
+
+    def retracted(self, engine: Engine, request: int) -> None:
+        self._memory.ended(engine, request)
+        self._unbook(request)
+        compute, memory, _ = self._rest_of(engine, request)
+        side = Side.LEFT if compute > self._target * memory else Side.RIGHT
+        heapq.heappush(self._retracted[side].heap, (-engine.generated[request], request))
+
+    def learnt(self, engine: Engine) -> None:
+        """The job has been planned again."""
+        self._memory.learnt(engine)
+        self._look_due = engine.now
+
+    def running(self, engine: Engine) -> dict[int, int]:
+        """Output tokens so far of everything that has started here and not ended."""
+        waiting = [r for queue in self._retracted.values() for _, r in queue.heap]
+        return {r: engine.generated_by(r) for r in (*self._running, *waiting)}
+
+    # -- heads ----------------------------------------------------------------------------------
+
+    def _candidate(self, engine: Engine, side: Side, heads: dict[Side, int]) -> Candidate | None:
+        again = self._retracted[side].head()
+        request = self._central.head(side, self._replica) if again is None else again
+        if request is None:
+            return None
+        heads[side] = request
+        prefill, _, private, filling = engine.demand(request)
+        total = engine.prompt[request]
+        if again is None:
+            density = self._central.density(request)
+            output = self._central.book.mean(request)
+        else:
+            # What has begun goes on first: it is as urgent as its side's most extreme request.
+            total += engine.generated[request]
+            _, _, output = self._rest_of(engine, request)
+            density = math.inf if side is Side.LEFT else 0.0
+        return Candidate(
+            side=side,
+            prompt_tokens=total,
+            uncached_tokens=prefill,
+            estimated_output_tokens=output,
+            density=density,
+            blocked=filling >= MIN_SHARED_TOKENS,
+            locked_prefix_tokens=total - private,
+        )
+
+    def _rest_of(self, engine: Engine, request: int) -> tuple[float, float, float]:
+        """(compute seconds, memory seconds, tokens) that a started request is expected to need."""
+        done = engine.generated_by(request)
+        lengths = self._central.book.rest(request, done)
+        rest = sum(lengths) / len(lengths)
+        context = engine.prompt[request] + done
+        return (
+            rest * self._costs.token_seconds,
+            max((context + rest / 2) * rest, 1.0) * self._costs.context_seconds,
+            rest,
+        )
+
+    def _hold_right(self, engine: Engine) -> bool:
+        return self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
+
+    def _look_ahead(self, engine: Engine) -> None:
+        """The density to pace the next steps at, and whether it rests on guesses."""
+        costs, central = self._costs, self._central
+        compute, memory = central.rest()
+        compute += engine.prefill_backlog * costs.token_seconds
+        self._longest = self._unknown = 0
+        waiting_memory = memory
+        for request, done in self.running(engine).items():
+            more_compute, more_memory, _ = self._rest_of(engine, request)
+            compute += more_compute
+            memory += more_memory
+            if request not in self._running:
+                waiting_memory += more_memory  # Retracted: not in the forecast.
+            if central.unknown(request):
+                self._unknown += 1
+                self._longest = max(self._longest, done)
+        self._target = self._pace_density = compute / memory if memory > 0 else math.inf
+        if self._options.paced:
+            tokens, alive = self._memory.forecast.profile(engine.now)
+            self._pace_density = rest_density(
+                compute,
+                waiting_memory,
+                tokens * costs.context_seconds,
+                alive * BIN_STEPS,
+                costs.weight_seconds,
+                FULL_PART * engine.capacity * costs.context_seconds,
+            )
+            if self._longest > LONG_TOKENS:
+                self._pace_density = min(self._pace_density, UNCERTAIN_DENSITY)
+
+    def _paper_budget(self, engine: Engine) -> int:
+        """C_L + C_R, the prefill tokens that keep N_L + N_R requests in flight (section 5.3)."""
+        tokens = 0.0
+        densities = []
+        heads = [self._central.head(side, self._replica) for side in Side]
+        for head in heads:
+            densities.append(None if head is None else self._central.density(head))
+        shares = partition_memory(engine.capacity, self._target, *densities)
+        for head, share in zip(heads, shares, strict=True):
+            if head is not None:
+                output = max(self._central.book.mean(head), 1.0)
+                prompt = engine.prompt[head]
+                tokens += share / (prompt + output / 2) * prompt / output
+        batch = -(-int(min(tokens, CHUNK_TOKENS) + engine.decoding) // TOKEN_MULTIPLE)
+        return max(min(batch * TOKEN_MULTIPLE, CHUNK_TOKENS) - engine.decoding, 1)
+
+    # -- memory accounts of the two sides ---------------------------------------------------------
+
+    def _book(self, engine: Engine, request: int, candidate: Candidate) -> None:
+        output = candidate.estimated_output_tokens
+        booked = account_tokens(candidate.private_tokens, output)
+        self._running[request] = (candidate.side, booked)
+        self._account[candidate.side] += booked
+        if candidate.side is Side.LEFT:
+            heapq.heappush(self._outlived, (int(engine.now + output) + 1, request))
+
+    def _unbook(self, request: int) -> Side:
+        side, booked = self._running.pop(request)
+        self._account[side] -= booked
+        return side
+
+    def _outlive(self, request: int) -> None:
+        """A request of the left that outlives its estimate is a long decode after all."""
+        side, booked = self._running.get(request, (Side.RIGHT, 0.0))
+        if side is Side.LEFT:
+            self._account[Side.LEFT] -= booked
+            self._account[Side.RIGHT] += booked
+            self._running[request] = (Side.RIGHT, booked)

@@ -1,0 +1,153 @@
+"""The plan of a running job: both ends dealt out to replicas, lengths learnt, planned again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.planner import (
+    CostModel,
+    DualScanner,
+    Job,
+    Plan,
+    PlannerConfig,
+    PrefixTree,
+    Side,
+    make_plan,
+)
+from blendserve.planner.plan import COVERED_REQUESTS
+
+from .foresight import Foresight
+from .lengths import LengthBook
+
+Ints = NDArray[np.int64]
+
+# Replicas take runs of so many requests, so that those that share a prefix stay together.
+LEASE_REQUESTS = 16
+# A family is what stands under one node right below the root, if it has as many requests as the
+# sample covers; all others are one family. Its lengths are known once so many of it have ended.
+KNOWN_ANSWERS = 4
+
+
+class CentralPlan:
+    """One plan for all replicas of a job, which draw on both its ends.
+
+    book: what is known of lengths. online: its knowledge comes from the job as it runs, sample
+    first, and the job is planned again whenever `replan` is called; else there is one plan, with
+    what the book knows. lengths: (n,) to plan with in place of the book's.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        tree: PrefixTree,
+        cost_model: CostModel,
+        config: PlannerConfig,
+        book: LengthBook,
+        online: bool,
+        replicas: int = 1,
+        lengths: Ints | None = None,
+        foresight: Foresight | None = None,
+    ) -> None:
+        self._job, self._tree, self._cost_model, self._config = job, tree, cost_model, config
+        self.book = book
+        self.online = online
+        self.informed = not online  # Whether the plan rests on any lengths.
+        self._foresight = foresight
+        self._lease = LEASE_REQUESTS if replicas > 1 else 1
+        self._leases: list[dict[Side, deque[int]]] = [
+            {side: deque() for side in Side} for _ in range(replicas)
+        ]
+        self._started: set[int] = set()
+        self._finished: dict[int, int] = {}
+        self._family = _families(tree)
+        self._ended = [0] * tree.num_nodes  # Requests of each family.
+        if not online:
+            job = self._with_lengths(book.means() if lengths is None else lengths)
+        self._adopt(make_plan(job, cost_model, config, tree=tree))
+        self.sample: deque[int] = deque(self.plan.sample.tolist() if online else ())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no replica has taken."""
+        return self.scanner.remaining
+
+    def rest(self) -> tuple[float, float]:
+        """(compute after sharing, memory) seconds of what no replica has taken."""
+        return self.scanner.remaining_seconds
+
+    def head(self, side: Side, replica: int) -> int | None:
+        """The next request of a side for a replica; the sample comes before all else."""
+        while self.sample and self.sample[0] in self._started:
+            self.sample.popleft()
+        if self.sample:
+            return self.sample[0] if side is Side.LEFT else None
+        if self._lease == 1:
+            return self.scanner.head(side)
+        lease = self._leases[replica][side]
+        if not lease:
+            for _ in range(min(self._lease, self.scanner.remaining)):
+                lease.append(self.scanner.take(side))
+        return lease[0] if lease else None
+
+    def density(self, request: int) -> float:
+        return float(self.plan.request_density[request])
+
+    def take(self, request: int, side: Side, replica: int) -> None:
+        """A replica starts this request, its head."""
+        self._started.add(request)
+        if self._foresight is not None:
+            self._foresight.started(request)
+        if not self.scanner.remove(request):
+            self._leases[replica][side].popleft()
+
+    def finished(self, request: int) -> None:
+        length = self.book.true_length(request)
+        self._finished[request] = length
+        self._ended[self._family[request]] += 1
+
+    def unknown(self, request: int) -> bool:
+        """Whether too few of a request's family have ended to tell how long it may get."""
+        return self.online and self._ended[self._family[request]] < KNOWN_ANSWERS
+
+    def replan(self, running: Mapping[int, int]) -> None:
+        """Plan what is left with what is known now; running: tokens so far."""
+        if not self.scanner.remaining:
+            return
+        self.book.learn(self._finished, running)
+        self.informed = True
+        job = self._with_lengths(self.book.means())
+        plan = make_plan(
+            job, self._cost_model, self._config, exclude=self._started, tree=self._tree
+        )
+        self._adopt(plan)
+
+    def _with_lengths(self, lengths: NDArray[np.float64] | Ints) -> Job:
+        """The job with these lengths as known ones: the book has learnt all there is."""
+        known = np.rint(lengths).astype(np.int64)
+        return Job(self._job.token_ids, self._job.max_output_tokens, known)
+
+    def _adopt(self, plan: Plan) -> None:
+        self.plan = plan
+        self.scanner = DualScanner(plan)
+        for leases in self._leases:
+            for lease in leases.values():
+                lease.clear()
+        if self._foresight is not None:
+            self._foresight.follow(plan, self.scanner)
+
+
+def _families(tree: PrefixTree) -> list[int]:
+    """(n,) by request: the node right below the root that it stands under; 0 for small ones."""
+    top = np.zeros(tree.num_nodes, dtype=np.int64)
+    for nodes in tree.levels[1:]:
+        above = tree.parent[nodes]
+        top[nodes] = np.where(above == 0, nodes, top[above])
+    top[(tree.end - tree.first)[top] < COVERED_REQUESTS] = 0
+    family = np.empty(tree.num_leaves, dtype=np.int64)
+    family[tree.requests] = top[tree.leaf_parent]
+    found: list[int] = family.tolist()
+    return found

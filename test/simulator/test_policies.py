@@ -1,0 +1,139 @@
+"""What holds for every policy: bounds, conservation, order of the input, sharing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulator_jobs import LLAMA_ON_A100, mixed_workload, workload, workloads
+
+from blendserve.planner import FlatTokens
+from blendserve.simulator.blend import BlendOptions
+from blendserve.simulator.engine import EngineStuck
+from blendserve.simulator.simulate import Policy, Setting, Simulation
+from blendserve.simulator.step_time import Overlap
+from blendserve.simulator.workloads import Workload
+
+ORDER_FREE = [policy for policy in Policy if policy is not Policy.FCFS]
+# The longest prompt and output of `workloads` need 3,600 tokens together.
+capacities = st.sampled_from([4_000, 12_000, 400_000])
+
+
+def setting(policy=Policy.BLEND, **changes):
+    return Setting(LLAMA_ON_A100, policy, tuple(Overlap), **{"sampling": 0.25, **changes})
+
+
+@settings(max_examples=25)
+@given(workloads(), capacities, st.sampled_from(list(Policy)), st.booleans())
+def test_no_policy_beats_a_bound_and_tokens_are_conserved(job, capacity, policy, known):
+    simulation = Simulation(job)
+    given_setting = setting(policy, capacity=capacity, sampling=1.0 if known else 0.25)
+    for result in simulation.run(given_setting):
+        assert result.share_of_bound <= 1 + 1e-9
+        assert result.seconds >= result.bound_seconds * (1 - 1e-9)
+        assert 0 <= result.sharing <= result.sharing_best + 1e-9
+    if policy is Policy.DISAGGREGATED:
+        return
+    for totals in simulation.run_totals(given_setting):
+        prompt = sum(len(ids) for ids in job.prompts)
+        # Every prompt token is found or computed; what retraction costs is counted apart.
+        assert totals.cached_tokens + totals.prefill_tokens == prompt
+        # Every output token comes from a decode step, or with the prefill of a start.
+        assert totals.decode_tokens + totals.starts == job.output_tokens.sum()
+        assert totals.starts == len(job) + totals.retractions
+        assert (totals.recomputed_tokens > 0) == (totals.retractions > 0)
+        # No token is computed twice but for want of memory, or to start beside a short prefix.
+        extra = totals.prefill_tokens - simulation.tree.unique_tokens
+        waived = totals.evicted_shared_tokens + 16 * len(job)
+        assert -1 <= extra <= waived or totals.retractions
+
+
+@settings(max_examples=15)
+@given(workloads(), st.sampled_from(ORDER_FREE), st.randoms(use_true_random=False))
+def test_the_order_of_the_input_changes_nothing(job, policy, random):
+    permutation = list(range(len(job)))
+    random.shuffle(permutation)
+    shuffled = permuted(job, permutation)
+    # Identical prompts with different outputs are told apart by their place only.
+    given_setting = setting(policy, capacity=12_000, sampling=1.0)
+    first, second = (Simulation(one).run(given_setting) for one in (job, shuffled))
+    for one, other in zip(first, second, strict=True):
+        assert other.seconds == pytest.approx(one.seconds)
+        assert other.sharing == pytest.approx(one.sharing)
+
+
+def permuted(job: Workload, permutation: list[int]) -> Workload:
+    return replace(
+        job,
+        prompts=FlatTokens.of([job.prompts[i] for i in permutation]),
+        output_tokens=job.output_tokens[permutation],
+    )
+
+
+@settings(max_examples=40)
+@given(workloads(), st.sampled_from([8_000, 100_000]))
+def test_blending_keeps_the_sharing_of_a_depth_first_order(job, capacity):
+    simulation = Simulation(job)
+    dfs, blend = (
+        simulation.run(setting(policy, capacity=capacity, sampling=1.0))[0]
+        for policy in (Policy.DFS, Policy.BLEND)
+    )
+    assert blend.sharing >= 0.99 * dfs.sharing
+
+
+def test_ours_is_faster_than_the_orders_it_improves_on():
+    simulation = Simulation(mixed_workload(1_500))
+    times = {
+        policy: simulation.run(setting(policy, capacity=60_000, sampling=0.05))[0].seconds
+        for policy in (Policy.DFS, Policy.RANDOM, Policy.BLEND_PAPER, Policy.BLEND)
+    }
+    assert times[Policy.BLEND] == min(times.values())
+
+
+@pytest.mark.parametrize("off", [None, *BlendOptions.__dataclass_fields__])
+def test_every_addition_can_be_switched_off(off):
+    options = replace(BlendOptions(), **({off: False} if off else {}))
+    simulation = Simulation(mixed_workload(300))
+    result = simulation.run(setting(capacity=30_000, options=options))[0]
+    assert result.share_of_bound > 0.3
+    assert result.sharing > 0.85 * result.sharing_best
+
+
+def test_replicas_share_the_work():
+    simulation = Simulation(mixed_workload(2_000, longest=600))
+    one, three = (
+        simulation.run(Setting(LLAMA_ON_A100, capacity=30_000, sampling=0.05, replicas=replicas))[0]
+        for replicas in (1, 3)
+    )
+    assert 2.3 < one.seconds / three.seconds <= 3.001
+    assert three.sharing > 0.9 * one.sharing
+
+
+def test_the_same_arguments_give_the_same_run():
+    first, second = (
+        Simulation(mixed_workload(200)).run(setting(capacity=20_000))[0] for _ in range(2)
+    )
+    assert first == second
+
+
+def test_what_does_not_fit_is_an_error_that_says_so():
+    rng = np.random.default_rng(0)
+    large = workload([rng.integers(0, 9, 500)], [2])
+    with pytest.raises(EngineStuck, match="more memory"):
+        Simulation(large).run(setting(Policy.DFS, capacity=400))
+    with pytest.raises(EngineStuck, match="more memory"):
+        Simulation(large).run(setting(Policy.BLEND, capacity=400))
+    long = workload([rng.integers(0, 9, 50)], [500])
+    for policy in (Policy.DFS, Policy.BLEND):
+        with pytest.raises(EngineStuck, match="outgrows"):
+            Simulation(long).run(setting(policy, capacity=400))
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="sampling"):
+        setting(sampling=0.0)
+    with pytest.raises(ValueError, match="blend only"):
+        Setting(LLAMA_ON_A100, Policy.DFS, replicas=2)
+    with pytest.raises(ValueError, match="one overlap"):
+        setting(replicas=2)
