@@ -137,7 +137,7 @@ def test_the_memory_side_goes_first_while_its_part_lasts():
     left, right = head(LEFT, 50.0), head(RIGHT, 0.1, output=300.0)
     assert choose(left, right, pool(900, 50, 50), 1.0) is RIGHT
     # A fifth of the pool is kept for the left, which may use all of it.
-    assert choose(left, right, pool(500, 50, 450), 1.0) is LEFT
+    assert choose(left, right, pool(300, 50, 450), 1.0) is LEFT
     assert choose(left, right, pool(900, 50, 50), 1.0, hold_right=True) is LEFT
     assert choose(left, head(RIGHT, 2.0), pool(900, 50, 50), 1.0) is LEFT
     assert choose(None, right, pool(900, 50, 50), 0.01) is RIGHT
