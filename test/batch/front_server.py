@@ -46,6 +46,7 @@ class FrontServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 
     def __enter__(self) -> FrontServer:
+        self._log_level = logging.getLogger("blendserve").level
         logging.getLogger("blendserve").setLevel(logging.CRITICAL)
         self._thread.start()
         until(lambda: self._server.started, bool)
@@ -55,6 +56,7 @@ class FrontServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        logging.getLogger("blendserve").setLevel(self._log_level)
         self.client.close()
         self.http.close()
         self._server.should_exit = True

@@ -63,16 +63,24 @@ def test_the_servers_metrics_and_status_say_what_the_job_did(
     assert 0 < job["planned_sharing"] <= job["best_sharing"] < 1
     assert dispatch["pace"] > 0
     assert dispatch["urgent"] == []
-    scheduler = httpx.get(f"{blend.url}/blendserve/status").json()["schedulers"][0]
-    wanted = {
-        f'blendserve_admitted_requests_total{{dp_rank="0",side="{side}"}}': float(taken)
-        for side, taken in scheduler["taken"].items()
-    } | {'blendserve_prompt_tokens_total{dp_rank="0"}': float(scheduler["prompt_tokens"])}
+    # Both are brought up to date once a second.
     deadline = time.monotonic() + 30
-    while not wanted.items() <= (series := blendserve_series(blend.url)).items():
+    while not counters_of(blend.url).items() <= (series := blendserve_series(blend.url)).items():
         assert time.monotonic() < deadline, series
         time.sleep(0.2)
     assert series['blendserve_jobs{phase="running"}'] == 0
+
+
+def counters_of(url: str) -> dict[str, float]:
+    """Some of what GET /blendserve/status says of the scheduler, under the names of the series."""
+    scheduler = httpx.get(f"{url}/blendserve/status").json()["schedulers"][0]
+    admitted = {
+        f'blendserve_admitted_requests_total{{dp_rank="0",side="{side}"}}': float(taken)
+        for side, taken in scheduler["taken"].items()
+    }
+    return admitted | {
+        'blendserve_prompt_tokens_total{dp_rank="0"}': float(scheduler["prompt_tokens"])
+    }
 
 
 def blendserve_series(url: str) -> dict[str, float]:

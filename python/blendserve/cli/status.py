@@ -29,7 +29,7 @@ class StatusBoard:
         self._engine = engine
         self._client = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, trust_env=False)
         self._lock = asyncio.Lock()
-        self._counters: dict[str, Any] = {"schedulers": [], "jobs": []}
+        self._counters: dict[str, Any] = {"schedulers": [], "jobs": [], "dispatch": None}
         self._read_at = -_MAX_AGE_SECONDS
 
     def router(self) -> APIRouter:
@@ -46,12 +46,14 @@ class StatusBoard:
                 if (progress := await self._progress(job["job_id"], tenant_of(request), everything))
             ]
             engine = dataclasses.asdict(self._engine)
-            return {"engine": engine, "schedulers": counters["schedulers"], "jobs": jobs}
+            shown = {"engine": engine, "schedulers": counters["schedulers"], "jobs": jobs}
+            # How the queues are shared names jobs of all tenants.
+            return {**shown, "dispatch": counters.get("dispatch")} if everything else shown
 
         return router
 
     async def counters(self) -> dict[str, Any]:
-        """The engine's {"schedulers": [...], "jobs": [...]}; the last ones while it is silent."""
+        """The engine's {"schedulers", "jobs", "dispatch"}; the last ones while it is silent."""
         async with self._lock:
             now = time.monotonic()
             address = self._executor.address
