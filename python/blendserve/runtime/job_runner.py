@@ -161,6 +161,7 @@ class JobRunner:
         self.view.prompt_tokens = plan.prompt_tokens
         self.view.unique_tokens = plan.unique_tokens
         self.view.best_sharing = plan.sharing_best
+        self.view.planned_sharing = plan.sharing_planned
         self.view.bound_seconds = plan.bound_seconds
         self._adopt(plan)
         self._learning = bool(self.view.sampled)
@@ -182,7 +183,6 @@ class JobRunner:
         # Whether the scanner took the last request that this job sent on a side.
         self._walked = dict.fromkeys(Side, False)
         self.view.plans += 1
-        self.view.planned_sharing = plan.sharing_planned
         self.view.total_work_tokens = plan.total_work_tokens
         self._look()
 
