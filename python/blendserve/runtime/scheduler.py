@@ -100,6 +100,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         waited = {req.rid for req in self.waiting_queue}
         super().abort_request(recv_req)
         self.blend_online.forget(waited - {req.rid for req in self.waiting_queue})
+        # Nothing may run any more whose end would bring the next report.
+        self._send_report()
 
     def _released(self, rid: str) -> None:
         """SGLang has given the memory of a request back."""
