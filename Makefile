@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.cpu-setup
 
-.PHONY: setup setup-gpu demo test lint bench docs clean
+.PHONY: setup setup-gpu demo test lint bench paper docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ bench: setup
 	$(BIN)/python benchmark/planner/run.py
 	$(BIN)/python examples/demo.py --json benchmark/results/demo-kv4096.json
 	$(BIN)/python examples/demo.py --kv-tokens 16384 --json benchmark/results/demo-kv16384.json
+
+# The paper's evaluation on the modelled engine: what is in the results already is not run again.
+paper: setup
+	$(BIN)/python benchmark/simulator/run.py
+	$(BIN)/python benchmark/simulator/paper.py
 
 # The docs are Markdown; what can rot in them is checked: links, and the map of the house.
 docs: setup

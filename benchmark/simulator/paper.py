@@ -1,0 +1,62 @@
+"""Writes docs/paper.md and its plots from the results of run.py: the paper's figures, ours, and why
+they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from page import PAGE, ROOT, load
+from sections_main import (
+    plot_balance,
+    plot_main,
+    section_baselines,
+    section_grid,
+    section_main,
+    section_sharing,
+    section_workloads,
+)
+from sections_more import (
+    plot_interference,
+    section_ablation,
+    section_costs,
+    section_dp,
+    section_grids,
+    section_models,
+    section_reasoning,
+    section_sampling,
+)
+
+
+def main() -> None:
+    table2 = load("table2")
+    parts = [
+        "# The paper's evaluation, on the modelled engine\n",
+        "Every figure here is simulated ([how](simulator.md)); `make paper` runs it all and writes "
+        "this page from `benchmark/results/simulator/`. The paper (arXiv 2411.16102) measured on "
+        "GPUs, so absolute numbers differ; what is to be compared are ratios. Engine, memory test "
+        "and length estimates are the same for all policies, which differ in order (and ours in "
+        "the prefill of each step).\n",
+        section_workloads(table2),
+        section_main(table2),
+        plot_main(table2),
+        section_sharing(table2),
+        section_baselines(table2),
+        "## Balance over a run\n\n" + plot_balance(table2),
+        section_grid(load("grid")),
+        section_grids(load("grids")),
+        section_dp(load("dp"), table2),
+        section_sampling(table2),
+        section_ablation(load("ablation")),
+        section_models(load("models")),
+        section_reasoning(load("reasoning")),
+        section_costs(),
+        "## Interference\n\nNanoFlow's table, which `interference` uses: beside a GEMM that keeps "
+        "the rest of the GPU.\n\n" + plot_interference(),
+        (Path(__file__).parent / "differences.md").read_text(),
+    ]
+    PAGE.write_text("\n".join(part for part in parts if part))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Sections of the page: other grids, replicas, sampling, ablation, models, costs."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from page import (
+    NAMES,
+    PAPER_COSTS,
+    PAPER_DP,
+    PAPER_GRIDS,
+    TRACES,
+    Run,
+    one,
+    pyplot,
+    ratio,
+    save,
+    table,
+)
+
+from blendserve.simulator.step_time import INTERFERENCE, StepCosts
+from blendserve.simulator.workloads import REFERENCE
+
+
+def section_grids(runs: list[Run]) -> str:
+    rows = []
+    for trace in ("azure-code", "sharegpt", "wildchat"):
+        ours, paper, shares = [], [], []
+        for run in runs:
+            if run["policy"] != "blend" or run["overlap"] != "interference":
+                continue
+            if not run["workload"].startswith(trace + ":"):
+                continue
+            dfs = one(runs, workload=run["workload"], policy="dfs")
+            blended = one(runs, workload=run["workload"], policy="blend-paper")
+            if dfs is None or blended is None:
+                continue
+            ours.append(ratio(run, dfs))
+            paper.append(ratio(blended, dfs))
+            shares.append(run["share_of_bound"])
+        if ours:
+            rows.append(
+                [
+                    trace + (" (synthetic)" if trace == "wildchat" else ""),
+                    str(len(ours)),
+                    f"{min(ours):.3f} to {max(ours):.3f}",
+                    f"{mean(ours):.3f}",
+                    f"{mean(paper):.3f}",
+                    f"{100 * (mean(ours) - mean(paper)):+.1f} points",
+                    f"{mean(shares):.1%}",
+                    PAPER_GRIDS[trace],
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["trace + MMLU + OpenVid", "points", "ours / NanoFlow-DFS", "mean"]
+    head += ["paper's blend / NanoFlow-DFS", "ours above it", "ours, of optimum", "paper"]
+    return "## Azure, ShareGPT and WildChat grids\n\n" + table(head, rows)
+
+
+def section_dp(runs: list[Run], main: list[Run]) -> str:
+    rows = []
+    for name in TRACES:
+        first = one(main, workload=name, policy="blend")
+        if first is None:
+            continue
+        cells, tokens = [], [first["throughput"]]
+        for replicas in (2, 4):
+            run = one(runs, workload=name, replicas=replicas)
+            if run is not None:
+                tokens.append(run["throughput"])
+        cells = [f"{value:,.0f}" for value in tokens] + ["-"] * (3 - len(tokens))
+        gain = f"{tokens[2] / tokens[0]:.3f}" if len(tokens) == 3 else "-"
+        paper = PAPER_DP[name]
+        reported = " / ".join(f"{value:,}" for value in paper)
+        rows.append([name, *cells, gain, reported, f"{paper[2] / paper[0]:.3f}"])
+    head = ["trace", "DP 1", "DP 2", "DP 4", "4 / 1", "paper: DP 1 / 2 / 4", "paper: 4 / 1"]
+    return "## Data parallel, tokens/s\n\n" + table(head, rows)
+
+
+def section_sampling(runs: list[Run]) -> str:
+    rows = []
+    for name in TRACES:
+        cells = [name]
+        for overlap in ("interference", "ideal"):
+            sampled = one(runs, workload=name, policy="blend", overlap=overlap)
+            known = one(runs, workload=name, policy="blend", overlap=overlap, sampling=1.0)
+            if sampled is None or known is None:
+                break
+            cells += [
+                f"{sampled['throughput']:,.0f}",
+                f"{known['throughput']:,.0f}",
+                f"{sampled['throughput'] / known['throughput'] - 1:+.1%}",
+            ]
+        else:
+            rows.append(cells)
+    head = ["trace", "1 % sampled", "all known", "difference"]
+    head += ["ideal: 1 % sampled", "all known", "difference"]
+    return (
+        "## Lengths from a 1 % sample against known ones, tokens/s\n\nThe paper: comparable.\n\n"
+        + table(head, rows)
+    )
+
+
+def section_ablation(runs: list[Run]) -> str:
+    rows = []
+    for off in ([], ["online"], ["paced"], ["distribution"], ["foresight"]):
+        cells = []
+        for name in TRACES:
+            run = one(runs, workload=name, policy="blend", off=off)
+            if run is None:
+                break
+            kept = run["sharing"] / run["sharing_best"]
+            cells.append(f"{run['share_of_bound']:.1%} ({kept:.1%}, {run['retractions']:,})")
+        else:
+            rows.append([" ".join(off) or "nothing", *cells])
+    if not rows:
+        return ""
+    return (
+        "## What each addition is worth\n\nShare of the practical optimum with one addition "
+        "switched off (in brackets: sharing kept, retractions); 80,000 requests, "
+        "[what they are](simulator.md).\n\n" + table(["off", *TRACES], rows)
+    )
+
+
+def section_models(runs: list[Run]) -> str:
+    rows = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        gains, shares = [], []
+        for name in TRACES:
+            ours = one(runs, workload=name, policy="blend", model=model)
+            dfs = one(runs, workload=name, policy="dfs", model=model)
+            if ours is None or dfs is None:
+                break
+            gains.append(ratio(ours, dfs))
+            shares.append(ours["share_of_bound"])
+        else:
+            rows.append(
+                [
+                    model,
+                    *(f"{gain:.3f}" for gain in gains),
+                    f"{mean(gains):.3f}",
+                    f"{mean(shares):.1%}",
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["model", *TRACES, "mean", "of the optimum"]
+    return (
+        "## Other models: ours over NanoFlow-DFS\n\nOn one A100, those of 67B to 72B on eight "
+        "(tensor parallel, communication not counted); 40,000 requests. The paper: 70B 1.186 and "
+        "90.8 % of the optimum; the others 1.152 on average, up to 1.244, and 89.9 %.\n\n"
+        + table(head, rows)
+    )
+
+
+def section_reasoning(runs: list[Run]) -> str:
+    rows = []
+    for policy in ("dfs", "blend-paper", "blend"):
+        run = one(runs, workload="reasoning", policy=policy)
+        if run is not None:
+            rows.append(
+                [
+                    NAMES[policy],
+                    f"{run['throughput']:,.0f}",
+                    f"{run['share_of_bound']:.1%}",
+                    f"{run['sharing'] / run['sharing_best']:.1%}",
+                    f"{run['retractions']:,}",
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["policy", "tokens/s", "of the optimum", "sharing kept", "retractions"]
+    return (
+        "## Reasoning\n\nNot in the paper: long chains of thought in place of video (synthetic, "
+        "log-normal outputs with mean 6,000 and sigma 1) with Azure's conversations and MMLU, "
+        "density 1.1, sharing 25 %.\n\n" + table(head, rows)
+    )
+
+
+def section_costs() -> str:
+    """Per layer, as the paper's figures are of the order of a layer's."""
+    costs, layers = StepCosts.of(REFERENCE), REFERENCE.model.num_layers
+    rows = []
+    for batch, (gemm, measured_gemm, attention, measured_attention) in PAPER_COSTS.items():
+        own_gemm = max(batch * costs.token_seconds, costs.weight_seconds) / layers * 1e3
+        own_attention = batch * 1_024 * costs.context_seconds / layers * 1e3
+        rows.append(
+            [
+                str(batch),
+                f"{own_gemm:.3f}",
+                f"{gemm:.3f}",
+                f"{measured_gemm:.3f}",
+                f"{own_attention:.3f}",
+                f"{attention:.3f}",
+                f"{measured_attention:.3f}",
+            ]
+        )
+    head = ["batch", "GEMM: ours", "paper's model", "paper measured"]
+    head += ["attention: ours", "paper's model", "paper measured"]
+    return (
+        "## The cost model: ms per layer, sequences of 1,024 tokens\n\n"
+        + table(head, rows)
+        + "\nOurs are the data sheet's peaks; the paper fits its model to measured rates.\n"
+    )
+
+
+def plot_interference() -> str:
+    figure, axes = pyplot.subplots(figsize=(4.2, 3), layout="constrained")
+    shares, speeds = zip(*INTERFERENCE, strict=True)
+    axes.plot([0, *shares, 1], [0, *speeds, 1], marker="o", markersize=3, color="#1f5fa8")
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    axes.set_xlabel("share of the GPU for decode attention")
+    axes.set_ylabel("its speed")
+    return save(figure, "interference")
