@@ -39,7 +39,7 @@ def test_the_calls_that_the_page_makes_tell_all_that_it_shows(tmp_path: Path) ->
         ended = finish(server.client, submit(server.client, job(3)).id)
         running = submit(server.client, job(400))
         status = server.http.get("/blendserve/status").json()
-        assert set(status) == {"engine", "schedulers", "jobs"}
+        assert set(status) == {"engine", "schedulers", "jobs", "dispatch"}
         assert {"state", "reason", "restarts"} <= set(status["engine"])
 
         def listed() -> list[dict[str, object]]:
