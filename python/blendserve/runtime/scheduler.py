@@ -122,7 +122,9 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             # Verification steps of speculative decoding count as extend, without a prompt.
             prefilled = max((batch.extend_num_tokens or 0) - decoded, 0)
             for req in batch.reqs[: len(batch.reqs) - decoded]:
-                if req is not self.chunked_req and self.blend.prefilled(req.rid):
+                # Only the last chunk of a prompt brings a token. (`chunked_req` would not do: where
+                # SGLang overlaps steps, it tells of the batch after this one.)
+                if req.output_ids and self.blend.prefilled(req.rid):
                     self.blend_changed = True
         report.prefill_tokens += prefilled
         report.decode_tokens += decoded
