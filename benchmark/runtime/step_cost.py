@@ -1,9 +1,11 @@
 """What BlendServe adds to a step of SGLang's scheduler, with thousands of running requests.
 
-The real scheduler runs in this process, with a model runner that answers at once. A job of
-100,000 requests (synthetic: short answers behind shared prompts, and long generations) streams
-through its two queues as the front process would stream it. Time spent in our overrides, less the
-time of SGLang's own code that they call, is our cost; SGLang's own step is given beside it.
+The real scheduler runs with a model runner that answers at once, and the flags of `blendserve serve`.
+A job of 100,000 requests (synthetic: short answers behind shared prompts, and long generations)
+streams through its two queues as the front process would stream it. Then stock SGLang's scheduler,
+in a process of its own, is given the same requests in the order in which ours started them, with as
+many waiting. Measured of both: whole steps, without the model. Of ours also the time spent in our
+overrides, less that of SGLang's own code that they call.
 
     python benchmark/runtime/step_cost.py [--running 4000] [--steps 2000] [--json FILE]
 """
@@ -11,8 +13,12 @@ time of SGLang's own code that they call, is our cost; SGLang's own step is give
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from array import array
@@ -91,16 +97,18 @@ def instrument(watch: Stopwatch) -> None:
             setattr(ours, name, watch.wrap(vars(ours)[name], ours=True))
 
 
-def make_scheduler(folder: str, running: int) -> Any:
-    """SGLang's scheduler, ours in its place, without a process of its own."""
+def make_scheduler(folder: str, running: int, long_tokens: int, planned: bool) -> Any:
+    """SGLang's scheduler, ours in its place if planned, without a process of its own."""
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
     flags = "--load-format dummy --skip-tokenizer-init --device cpu --dtype float32"
-    flags += f" --mem-fraction-static 0.1 --max-total-tokens {running * 400}"
+    flags += f" --mem-fraction-static 0.1 --max-total-tokens {running * (long_tokens + 400)}"
     flags += f" --max-running-requests {running} --chunked-prefill-size 8192"
-    flags += " --disable-overlap-schedule"
+    flags += " --disable-overlap-schedule --schedule-policy fcfs"
+    if planned:
+        flags += " --radix-cache-backend blendserve"
     server_args = prepare_server_args(["--model-path", folder, *flags.split()])
     ports = PortArgs.init_new(server_args)
     load_plugins()
@@ -145,15 +153,16 @@ class Job:
         self.sent = {"left": 0, "right": 0}
         self.planned = planned
 
-    def next(self, side: str) -> Any:
+    def next(self, side: str, number: int | None = None) -> Any:
+        """The next request of a side, or the one of that number."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         from blendserve.planner import Side
         from blendserve.runtime.plan_tag import PlanTag
 
-        k = self.sent[side]
-        self.sent[side] += 1
+        k = self.sent[side] if number is None else number
+        self.sent[side] = k + 1
         if side == "left":
             ids, output = np.concatenate((self.prefixes[k // 100], self.left[k])), 4
         else:
@@ -194,23 +203,30 @@ class Job:
                 scheduler.handle_generate_request(self.next(side.value))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--running", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    watch = Stopwatch()
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One scheduler's steps; with --order, stock SGLang's."""
+    long_tokens = options.steps // 2
+    planned = options.order is None
+    order = [] if planned else json.loads(options.order.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        scheduler = make_scheduler(folder, options.running)
-    instrument(watch)
+        scheduler = make_scheduler(folder, options.running, long_tokens, planned)
+    watch = Stopwatch()
+    started: list[str] = []
+    if planned:
+        instrument(watch)
+        record_starts(scheduler, started)
     fake_model(scheduler)
     # Long answers for as many steps as it takes to fill the engine and then some.
-    job = Job(seed=0, long_tokens=options.steps // 2, planned=True)
-    ours, whole, running, admitted = [], [], [], []
-    while len(ours) < options.steps:
-        job.feed(scheduler)
-        taken = sum(scheduler.blend.taken.values())
+    job = Job(seed=0, long_tokens=long_tokens, planned=planned)
+    ours, whole, running, prefills = [], [], [], 0
+    fed = 0
+    while len(whole) < options.steps:
+        if planned:
+            job.feed(scheduler)
+        while not planned and fed < len(order) and len(scheduler.waiting_queue) < 2 * QUEUE_DEPTH:
+            side, number = order[fed].split("-")
+            scheduler.handle_generate_request(job.next(side, int(number)))
+            fed += 1
         watch.ours, begun = 0.0, time.perf_counter()
         plan = scheduler.get_next_batch_to_run(
             running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
@@ -221,20 +237,65 @@ def main() -> None:
         scheduler.last_batch = batch
         elapsed = time.perf_counter() - begun
         alive = len(scheduler.running_batch.reqs)
-        if alive >= 0.95 * options.running or ours:
+        if alive >= 0.95 * options.running or whole:
+            if not whole:
+                # As SGLang's /freeze_gc does: a full collection takes half a second here.
+                gc.collect()
+                gc.freeze()
             ours.append(watch.ours * 1e3)
             whole.append(elapsed * 1e3)
             running.append(alive)
-            admitted.append(sum(scheduler.blend.taken.values()) - taken)
+            prefills += batch.forward_mode.is_extend()
+    measured = {
+        "running_mean": float(np.mean(running)),
+        "prefill_steps": prefills,
+        "step_ms": summary(whole),
+    }
+    if planned:
+        measured |= {"started": len(started), "own_ms": summary(ours)}
+        options.starts.write_text(json.dumps(started))
+    return measured
+
+
+def record_starts(scheduler: Any, started: list[str]) -> None:
+    """Note the ids of planned requests in the order in which they leave their queues."""
+    start = scheduler.blend.start
+
+    def recorded(candidate: Any) -> Any:
+        request = start(candidate)
+        started.append(request.req.rid)
+        return request
+
+    scheduler.blend.start = recorded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--running", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--starts", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--order", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.starts or options.order:
+        options.json.write_text(json.dumps(run(options)))
+        return
+    command = [sys.executable, *sys.argv[:1], "--running", str(options.running)]
+    command += ["--steps", str(options.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        starts, part = Path(folder) / "starts.json", Path(folder) / "part.json"
+        results = {}
+        for name, argument in (("blendserve", "--starts"), ("stock", "--order")):
+            environment = {**os.environ, "BLENDSERVE_ENABLED": str(int(name == "blendserve"))}
+            call = [*command, argument, str(starts), "--json", str(part)]
+            subprocess.run(call, check=True, env=environment)
+            results[name] = json.loads(part.read_text())
     result = {
         "command": "python benchmark/runtime/step_cost.py "
         f"--running {options.running} --steps {options.steps}",
         "machine": platform.platform(),
         "job_requests": JOB_REQUESTS,
-        "running_mean": float(np.mean(running)),
-        "admitted_per_step": float(np.mean(admitted)),
-        "ours_ms": summary(ours),
-        "stock_ms": summary([w - o for w, o in zip(whole, ours, strict=True)]),
+        **results,
     }
     print(json.dumps(result, indent=1))
     if options.json:

@@ -100,17 +100,25 @@ class KVForecast:
             return
         bucket = self._bucket(entry.end)
         del self._members[bucket][key]
-        self._demand[:bucket] -= self._ends[:bucket]
-        self._demand[bucket] -= entry.end
-        self._demand[bucket + 1 :] += entry.held
+        demand = self._demand
+        if bucket:
+            before = demand[:bucket]
+            np.subtract(before, self._ends[:bucket], out=before)
+        demand[bucket] -= entry.end
+        after = demand[bucket + 1 :]
+        np.add(after, entry.held, out=after)
         self._held -= entry.held
         self._variance = max(self._variance - entry.variance, 0.0)
 
     def _count(self, entry: _Entry) -> None:
         bucket = self._bucket(entry.end)
-        self._demand[:bucket] += self._ends[:bucket]
-        self._demand[bucket] += entry.end
-        self._demand[bucket + 1 :] -= entry.held
+        demand = self._demand
+        if bucket:
+            before = demand[:bucket]
+            np.add(before, self._ends[:bucket], out=before)
+        demand[bucket] += entry.end
+        after = demand[bucket + 1 :]
+        np.subtract(after, entry.held, out=after)
         self._held += entry.held
         self._variance += entry.variance
 

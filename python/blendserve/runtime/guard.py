@@ -38,6 +38,14 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "running_bs",
         "...",
     ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.__init__": (
+        "self",
+        "page_size",
+        "tree_cache",
+        "token_to_kv_pool_allocator",
+        "running_batch",
+        "...",
+    ),
     "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset": (
         "self",
         "req",

@@ -48,6 +48,11 @@ class OnlineTraffic:
             self._keep_steps -= 1
 
     @property
+    def present(self) -> bool:
+        """Whether the scheduler has any online request."""
+        return bool(self._present)
+
+    @property
     def batch_share(self) -> float:
         """Part of a step's prefill tokens that batch work may take."""
         return 1.0 - self._share if self._present else 1.0

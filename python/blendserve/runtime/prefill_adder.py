@@ -8,6 +8,7 @@ requests the admission code has a better figure, and has already decided that th
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
@@ -29,12 +30,31 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
     Attributes:
         growth_tokens: KV tokens that all running planned requests, those offered now included,
             will take at the most. The first one that SGLang asks for carries the sum.
+        all_planned: no online request runs.
         chunk_limit: most tokens of a planned request's prompt to continue with in this batch; None
             for SGLang's own limit.
     """
 
     growth_tokens: ClassVar[float] = 0.0
+    all_planned: ClassVar[bool] = False
     chunk_limit: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        page_size: int,
+        tree_cache: Any,
+        token_to_kv_pool_allocator: Any,
+        running_batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        # SGLang adds up what each running request may take. Where one speaks for all, it need not
+        # look at thousands of them.
+        summed = running_batch
+        if BlendPrefillAdder.all_planned and running_batch is not None:
+            summed = SimpleNamespace(reqs=running_batch.reqs[:1])
+        super().__init__(page_size, tree_cache, token_to_kv_pool_allocator, summed, *args, **kwargs)
+        self.running_batch = running_batch
 
     def _get_running_request_total_token_offset(self, req: Any) -> float:
         if not getattr(req, PLANNED_ATTRIBUTE, False):

@@ -156,6 +156,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         may_offer = not online_waits and not running_batch.batch_is_full
         if self.blend_changed and may_offer and len(self.blend):
             offered = self._offer(running_batch)
+        BlendPrefillAdder.all_planned = not self.blend_online.present
         if self.blend.running:
             BlendPrefillAdder.growth_tokens = self.blend.account.growth_tokens() - len(offered) * (
                 1 + self.page_size

@@ -66,6 +66,8 @@ class SideQueues:
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
         self.retractions = 0
         self._prompts = StartedPrompts()
+        # The heads as they were last seen, while nothing has happened that would change them.
+        self._heads: dict[Side, tuple[PlannedRequest, SharedPrefix, Candidate]] = {}
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -80,14 +82,22 @@ class SideQueues:
         queue = self.waiting[side]
         if not queue:
             return None
-        return queue[0].candidate(self._prompts.shared(queue[0].prompt))
+        request = queue[0]
+        head = self._heads.get(side)
+        if head is None or head[0] is not request:
+            shared = self._prompts.shared(request.prompt)
+            head = self._heads[side] = (request, shared, request.candidate(shared))
+        return head[2]
 
     def start(self, candidate: Candidate) -> PlannedRequest:
         """Take the head of a side into the running set and book its memory."""
         side = candidate.side
-        request = self.waiting[side].popleft()
+        request, shared, _ = self._heads.pop(side)
+        self.waiting[side].popleft()
         rid = request.req.rid
-        shared = self._prompts.shared(request.prompt)
+        for other, head in tuple(self._heads.items()):
+            if head[0].prompt.beginning == request.prompt.beginning:
+                del self._heads[other]
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
             holder = self.running[shared.holder]
@@ -118,12 +128,16 @@ class SideQueues:
 
     def prefilled(self, rid: str) -> bool:
         """The prompt of a request is in the KV pool now. True if that is news."""
-        return self._prompts.prefilled(rid)
+        news = self._prompts.prefilled(rid)
+        if news:
+            self._heads.clear()
+        return news
 
     def finish(self, rid: str) -> bool:
         """A request has ended or lost its memory. False if it was not a running planned one."""
         if self.running.pop(rid, None) is None:
             return False
+        self._heads.clear()
         self.account.end(rid)
         self._prompts.end(rid)
         return True
