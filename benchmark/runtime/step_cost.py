@@ -1,6 +1,6 @@
 """What BlendServe adds to a step of SGLang's scheduler, with thousands of running requests.
 
-The real scheduler runs with a model runner that answers at once, and the flags of `blendserve serve`.
+The real scheduler runs with a model runner that answers at once, and the flags of `serve`.
 A job of 100,000 requests (synthetic: short answers behind shared prompts, and long generations)
 streams through its two queues as the front process would stream it. Then stock SGLang's scheduler,
 in a process of its own, is given the same requests in the order in which ours started them, with as
