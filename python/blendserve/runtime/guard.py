@@ -38,6 +38,7 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "running_bs",
         "...",
     ),
+    "sglang.srt.managers.utils.is_health_check_generate_req": ("recv_req",),
     "sglang.srt.managers.schedule_policy.PrefillAdder.__init__": (
         "self",
         "page_size",

@@ -37,8 +37,10 @@ class OnlineTraffic:
             self._present.pop(rid, None)
 
     def forget_all(self) -> None:
-        """The scheduler is idle: nobody is here, however they went."""
+        """The scheduler is idle: nobody is here, however they went, and the next job may have all
+        of the memory until somebody comes."""
         self._present.clear()
+        self._keep_steps = 0
 
     def step(self) -> None:
         """A scheduler step has passed."""

@@ -52,7 +52,8 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
         # look at thousands of them.
         summed = running_batch
         if BlendPrefillAdder.all_planned and running_batch is not None:
-            summed = SimpleNamespace(reqs=running_batch.reqs[:1])
+            one = next((req for req in running_batch.reqs if is_planned(req)), None)
+            summed = SimpleNamespace(reqs=[] if one is None else [one])
         super().__init__(page_size, tree_cache, token_to_kv_pool_allocator, summed, *args, **kwargs)
         self.running_batch = running_batch
 

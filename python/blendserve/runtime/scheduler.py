@@ -16,6 +16,7 @@ from typing import Any
 
 from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.managers.scheduler import NextBatchPlan, Scheduler
+from sglang.srt.managers.utils import is_health_check_generate_req
 
 from blendserve import __version__
 from blendserve.config import load_settings
@@ -79,7 +80,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         tag = PlanTag.from_params(req.sampling_params.custom_params)
         # A request that failed validation arrives with its end already set: SGLang answers it.
         if tag is None or req.to_finish is not None:
-            if not is_retracted:
+            if not is_retracted and not is_health_check_generate_req(req):
                 self.blend_online.arrived(req)
             super()._add_request_to_queue(req, is_retracted=is_retracted)
             return
@@ -209,9 +210,10 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             self.waiting_queue = [req for req in self.waiting_queue if id(req) not in returned]
 
     def _free_tokens(self) -> float:
-        """Free and evictable KV tokens, less what online requests will take."""
+        """Free and evictable KV tokens, less what online requests and the rest of a prompt that is
+        being computed in chunks will take."""
         free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        return float(free) - self.blend_online.reserved_tokens(
+        return float(free - self._chunks_to_come()) - self.blend_online.reserved_tokens(
             self.max_total_num_tokens, self.new_token_ratio_tracker.current
         )
 
@@ -223,9 +225,14 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             if self.is_mixed_chunk:
                 budget -= len(running_batch.reqs)
         budget *= self.blend_online.batch_share
-        if self.chunked_req is not None:
-            budget -= len(self.chunked_req.origin_input_ids) - len(self.chunked_req.prefix_indices)
-        return budget
+        return budget - self._chunks_to_come()
+
+    def _chunks_to_come(self) -> int:
+        """Tokens that are not computed yet of the prompt that SGLang has in chunks."""
+        req = self.chunked_req
+        if req is None:
+            return 0
+        return len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
 
     def _chunk_limit(self, running_batch: Any) -> int | None:
         """How far a planned prompt that has begun may go on in this step; None: as SGLang does.
