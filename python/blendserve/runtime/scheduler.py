@@ -134,9 +134,10 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if self.blend_trace is not None:
             self.blend_trace.step(self, batch, prefilled, decoded)
         taken = (self.blend.taken[Side.LEFT], self.blend.taken[Side.RIGHT])
-        if taken != self.blend_reported or (
-            report.steps % _REPORT_STEPS == 0 and self.blend.running
-        ):
+        running = bool(self.blend.running)
+        # The last ones have ended: nothing else would bring a report of that.
+        ended = not running and any(report.running.values())
+        if taken != self.blend_reported or ended or (report.steps % _REPORT_STEPS == 0 and running):
             self.blend_reported = taken
             self._send_report()
 
