@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.cpu-setup
 
-.PHONY: setup setup-gpu demo test lint bench paper docs clean
+.PHONY: setup setup-gpu demo test test-versions lint bench paper docs clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,18 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The other releases of SGLang that are supported: what is compared at start, and the scheduler with
+# our queues and cache inside. Each is unpacked beside the installed one.
+OTHER_SGLANGS := 0.5.20 0.5.23
+test-versions: $(OTHER_SGLANGS:%=test-sglang-%)
+
+test-sglang-%: setup
+	test -d $(VENV)/sglang-$* || $(PIP) install --quiet --no-deps --target $(VENV)/sglang-$* sglang==$*
+	PYTHONPATH=$(CURDIR)/$(VENV)/sglang-$* $(BIN)/python -c \
+		"import importlib.metadata as m; assert m.version('sglang') == '$*', m.version('sglang')"
+	PYTHONPATH=$(CURDIR)/$(VENV)/sglang-$* $(BIN)/python -m pytest \
+		test/runtime/test_guard.py test/runtime/test_scheduler.py test/runtime/test_side_queues.py
 
 lint: setup
 	$(BIN)/ruff check .

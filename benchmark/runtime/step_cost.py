@@ -21,31 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "runtime"))
+
+from bare_scheduler import BareScheduler
+
+from blendserve.planner import Side
+from blendserve.runtime.plan_tag import PlanTag
+
 JOB_REQUESTS = 100_000
 QUEUE_DEPTH = 256
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 1000,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
 
 
 class Stopwatch:
@@ -97,45 +87,6 @@ def instrument(watch: Stopwatch) -> None:
             setattr(ours, name, watch.wrap(vars(ours)[name], ours=True))
 
 
-def make_scheduler(folder: str, running: int, long_tokens: int, planned: bool) -> Any:
-    """SGLang's scheduler, ours in its place if planned, without a process of its own."""
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import PortArgs, prepare_server_args
-
-    (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-    flags = "--load-format dummy --skip-tokenizer-init --device cpu --dtype float32"
-    flags += f" --mem-fraction-static 0.1 --max-total-tokens {running * (long_tokens + 400)}"
-    flags += f" --max-running-requests {running} --chunked-prefill-size 8192"
-    flags += " --disable-overlap-schedule --schedule-policy fcfs"
-    if planned:
-        flags += " --radix-cache-backend blendserve"
-    server_args = prepare_server_args(["--model-path", folder, *flags.split()])
-    ports = PortArgs.init_new(server_args)
-    load_plugins()
-    from sglang.srt.managers import scheduler as module
-
-    ranks = module.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
-    module.publish(server_args, role="scheduler", ranks=ranks)
-    module.configure_scheduler_process(server_args, 0)
-    return module.Scheduler(server_args, ports)
-
-
-def fake_model(scheduler: Any) -> None:
-    """Every request gets the same token, at once, and nobody is told."""
-    import torch
-    from sglang.srt.managers.utils import GenerationBatchResult
-
-    def forward(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return GenerationBatchResult(
-            next_token_ids=torch.full((len(batch.reqs),), 5, dtype=torch.int64),
-            can_run_cuda_graph=False,
-        )
-
-    scheduler.tp_worker.forward_batch_generation = forward
-    scheduler.ipc_channels.send_to_detokenizer.send_output = lambda *args, **kwargs: None
-    scheduler.ipc_channels.send_to_tokenizer.send_output = lambda *args, **kwargs: None
-
-
 class Job:
     """The front process's end: requests of both sides, sent as the queues empty.
 
@@ -153,20 +104,14 @@ class Job:
         self.sent = {"left": 0, "right": 0}
         self.planned = planned
 
-    def next(self, side: str, number: int | None = None) -> Any:
-        """The next request of a side, or the one of that number."""
-        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
-        from blendserve.planner import Side
-        from blendserve.runtime.plan_tag import PlanTag
-
+    def send(self, engine: BareScheduler, side: str, number: int | None = None) -> None:
+        """Send the next request of a side, or the one of that number."""
         k = self.sent[side] if number is None else number
         self.sent[side] = k + 1
         if side == "left":
-            ids, output = np.concatenate((self.prefixes[k // 100], self.left[k])), 4
+            prompt, output = np.concatenate((self.prefixes[k // 100], self.left[k])), 4
         else:
-            ids, output = self.right[k], int(self.lengths[k])
+            prompt, output = self.right[k], int(self.lengths[k])
         tag = PlanTag(
             Side(side),
             k,
@@ -175,32 +120,13 @@ class Job:
             output_tokens=float(output),
             output_deviation=output / 4,
         )
-        params = SamplingParams(
-            max_new_tokens=output,
-            ignore_eos=True,
-            temperature=0.0,
-            custom_params=tag.to_params() if self.planned else None,
-        )
-        params.normalize(None)
-        return TokenizedGenerateReqInput(
-            rid=f"{side}-{k:08d}",
-            input_text=None,
-            input_ids=array("q", ids.tolist()),
-            input_embeds=None,
-            mm_inputs=None,
-            token_type_ids=None,
-            sampling_params=params,
-            return_logprob=False,
-            logprob_start_len=-1,
-            top_logprobs_num=0,
-            token_ids_logprob=None,
-            stream=False,
-        )
+        rid = f"{side}-{k:08d}"
+        engine.submit(rid, prompt.tolist(), output, tag=tag if self.planned else None)
 
-    def feed(self, scheduler: Any) -> None:
-        for side, queue in scheduler.blend.waiting.items():
+    def feed(self, engine: BareScheduler) -> None:
+        for side, queue in engine.live.blend.waiting.items():
             for _ in range(QUEUE_DEPTH - len(queue)):
-                scheduler.handle_generate_request(self.next(side.value))
+                self.send(engine, side.value)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -208,33 +134,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     long_tokens = options.steps // 2
     planned = options.order is None
     order = [] if planned else json.loads(options.order.read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        scheduler = make_scheduler(folder, options.running, long_tokens, planned)
+    flags = ["--max-total-tokens", str(options.running * (long_tokens + 400))]
+    flags += ["--max-running-requests", str(options.running), "--chunked-prefill-size", "8192"]
+    flags += ["--schedule-policy", "fcfs"]
+    if planned:
+        flags += ["--radix-cache-backend", "blendserve"]
+    engine = BareScheduler(*flags)
+    scheduler = engine.live
     watch = Stopwatch()
     started: list[str] = []
     if planned:
         instrument(watch)
         record_starts(scheduler, started)
-    fake_model(scheduler)
     # Long answers for as many steps as it takes to fill the engine and then some.
     job = Job(seed=0, long_tokens=long_tokens, planned=planned)
     ours, whole, running, prefills = [], [], [], 0
     fed = 0
     while len(whole) < options.steps:
         if planned:
-            job.feed(scheduler)
+            job.feed(engine)
         while not planned and fed < len(order) and len(scheduler.waiting_queue) < 2 * QUEUE_DEPTH:
             side, number = order[fed].split("-")
-            scheduler.handle_generate_request(job.next(side, int(number)))
+            job.send(engine, side, int(number))
             fed += 1
         watch.ours, begun = 0.0, time.perf_counter()
-        plan = scheduler.get_next_batch_to_run(
-            running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-        )
-        scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
-        result = scheduler.run_batch(batch)
-        scheduler.process_batch_result(batch, result)
-        scheduler.last_batch = batch
+        batch = engine.step()
         elapsed = time.perf_counter() - begun
         alive = len(scheduler.running_batch.reqs)
         if alive >= 0.95 * options.running or whole:

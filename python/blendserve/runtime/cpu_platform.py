@@ -92,12 +92,9 @@ def assign_req_to_token_pool_cpu(
     req_to_token[rows.long(), columns.long()] = out_cache_loc[: rows.numel()].to(req_to_token.dtype)
 
 
-def _unsupported(name: str) -> Any:
+def _unsupported(name: str, why: str) -> Any:
     def raise_unsupported(*_args: Any, **_kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"sgl_kernel.{name} is not available on the CPU engine: speculative decoding, "
-            "HiCache and AMX kernels need SGLang's own sgl_kernel build."
-        )
+        raise NotImplementedError(f"{name} is not available on the CPU engine: {why}")
 
     return raise_unsupported
 
@@ -120,7 +117,8 @@ def _install_sgl_kernel() -> None:
         return
     # NOTE: torch.ops.sgl_kernel.convert_weight_packed must stay undefined: its presence is how
     # SGLang detects the AMX backend.
-    kernels = {name: _unsupported(name) for name in _UNSUPPORTED_KERNELS}
+    why = "speculative decoding, HiCache and AMX kernels need SGLang's own sgl_kernel build."
+    kernels = {name: _unsupported(f"sgl_kernel.{name}", why) for name in _UNSUPPORTED_KERNELS}
     _new_module("sgl_kernel", assign_req_to_token_pool_cpu=assign_req_to_token_pool_cpu, **kernels)
 
 
@@ -143,4 +141,7 @@ def _install_torchvision() -> None:
     transforms = _new_module(
         "torchvision.transforms", InterpolationMode=_InterpolationMode, functional=functional
     )
-    _new_module("torchvision", transforms=transforms)
+    # SGLang up to 0.5.20 imports this at its start.
+    jpeg = _unsupported("torchvision.io.decode_jpeg", "images on a GPU need torchvision itself.")
+    io = _new_module("torchvision.io", decode_jpeg=jpeg)
+    _new_module("torchvision", transforms=transforms, io=io)

@@ -20,7 +20,8 @@ NEWEST_SGLANG = "0.5.23"
 _ATTENTION = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "...")
 
 # Dotted path -> parameter names, as in every release of the supported range. A trailing "..."
-# accepts further parameters, for what is only wrapped with *args and **kwargs.
+# accepts further parameters, for what is only wrapped with *args and **kwargs. Of names with "|"
+# between them, one must be there.
 EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.managers.scheduler.Scheduler.init_running_status": ("self",),
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": ("self",),
@@ -57,7 +58,12 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.mem_cache.radix_cache.RadixCache.reset": ("self",),
     "sglang.srt.mem_cache.radix_cache.RadixCache.insert": ("self", "params"),
     "sglang.srt.mem_cache.radix_cache.RadixCache.evict": ("self", "params"),
-    "sglang.srt.mem_cache.radix_cache.RadixCache.cache_unfinished_req": ("self", "req", "..."),
+    # The latter from 0.5.22 on.
+    "sglang.srt.mem_cache.radix_cache.RadixCache.cache_unfinished_req|checkpoint": (
+        "self",
+        "req",
+        "...",
+    ),
     "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": (
         "self",
         "key",
@@ -119,17 +125,25 @@ def differences(expected: Mapping[str, tuple[str, ...]]) -> list[str]:
     """What of the expected functions is missing or takes other parameters, a sentence each."""
     found = []
     for path, parameters in expected.items():
-        try:
-            function = inspect.unwrap(pkgutil.resolve_name(path))
-        except (ImportError, AttributeError) as error:
-            found.append(f"{path} is missing ({error})")
-            continue
-        actual = tuple(inspect.signature(function).parameters)
-        prefix = parameters[:-1] if parameters[-1] == "..." else parameters
-        fits = actual[: len(prefix)] == prefix if prefix is not parameters else actual == parameters
-        if not fits:
-            found.append(f"{path} takes ({', '.join(actual)}), expected ({', '.join(parameters)})")
+        parent, _, names = path.rpartition(".")
+        wrong = [_difference(f"{parent}.{name}", parameters) for name in names.split("|")]
+        if all(wrong):
+            found.append("; ".join(wrong))
     return found
+
+
+def _difference(path: str, parameters: tuple[str, ...]) -> str:
+    """How a function differs from what is expected; empty if it does not."""
+    try:
+        function = inspect.unwrap(pkgutil.resolve_name(path))
+    except (ImportError, AttributeError) as error:
+        return f"{path} is missing ({error})"
+    actual = tuple(inspect.signature(function).parameters)
+    prefix = parameters[:-1] if parameters[-1] == "..." else parameters
+    fits = actual[: len(prefix)] == prefix if prefix is not parameters else actual == parameters
+    return (
+        "" if fits else (f"{path} takes ({', '.join(actual)}), expected ({', '.join(parameters)})")
+    )
 
 
 def check_sglang(expected: Mapping[str, tuple[str, ...]], version: str | None = None) -> None:

@@ -21,6 +21,18 @@ def is_planned(req: Any) -> bool:
     return getattr(req, PLANNED_ATTRIBUTE, False)
 
 
+def cached_tokens(req: Any) -> int:
+    """Tokens of a request's prompt that the KV pool holds: a list of their places up to SGLang
+    0.5.21, a number since."""
+    return req.prefix_len if hasattr(req, "prefix_len") else len(req.prefix_indices)
+
+
+def tokens_to_compute(req: Any) -> int:
+    """Tokens of a request's prompt that are still to be computed, output of before a retraction
+    included."""
+    return len(req.origin_input_ids) + len(req.output_ids) - cached_tokens(req)
+
+
 class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
     """Charges planned requests by the forecast of all of them together.
 
@@ -65,14 +77,15 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
         return growth
 
     def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
-        if BlendPrefillAdder.chunk_limit is not None and self.can_run_list:
+        if (
+            BlendPrefillAdder.chunk_limit is not None
+            and self.can_run_list
+            and self.rem_chunk_tokens is not None
+            and self.ceil_paged_tokens(tokens_to_compute(req)) > self.rem_chunk_tokens
+        ):
             # The prompt that was cut short is still SGLang's one unfinished prompt: another one
             # must fit whole.
-            tokens = len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
-            if self.rem_chunk_tokens is not None and (
-                self.ceil_paged_tokens(tokens) > self.rem_chunk_tokens
-            ):
-                return AddReqResult.OTHER
+            return AddReqResult.OTHER
         return _charging_one_token(super().add_one_req, req, *args, **kwargs)
 
     def add_chunked_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:

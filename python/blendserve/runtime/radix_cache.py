@@ -89,24 +89,25 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
 
     # -- what enters the tree is told its future -----------------------------------------------
 
+    # SGLang's names for this differ by release.
+
     def cache_unfinished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        """After a chunk and a prompt, up to 0.5.21."""
         self._enter(super().cache_unfinished_req, req, *args, **kwargs)
 
-    # A finished request enters through one of three names, by SGLang's release.
-
     def cache_finished_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
-        """0.5.16 to 0.5.20."""
+        """At the end, up to 0.5.20."""
         self._order.ticks += 1
         self._enter(super().cache_finished_req, req, *args, **kwargs)
 
     def insert_req(self, req: Any, *args: Any, **kwargs: Any) -> None:
-        """0.5.21 and 0.5.22."""
+        """At the end, 0.5.21."""
         self._order.ticks += 1
         self._enter(super().insert_req, req, *args, **kwargs)
 
     def checkpoint(self, req: Any, *args: Any, **kwargs: Any) -> None:
-        """0.5.23."""
-        self._order.ticks += 1
+        """After a chunk, a prompt and at the end, from 0.5.22 on."""
+        self._order.ticks += bool(req.finished())
         self._enter(super().checkpoint, req, *args, **kwargs)
 
     def _enter(self, enter: Callable[..., None], req: Any, *args: Any, **kwargs: Any) -> None:

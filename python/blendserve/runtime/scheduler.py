@@ -24,7 +24,13 @@ from blendserve.planner import Admission, Side
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.online import OnlineTraffic
 from blendserve.runtime.plan_tag import PlanTag
-from blendserve.runtime.prefill_adder import PLANNED_ATTRIBUTE, BlendPrefillAdder, is_planned
+from blendserve.runtime.prefill_adder import (
+    PLANNED_ATTRIBUTE,
+    BlendPrefillAdder,
+    cached_tokens,
+    is_planned,
+    tokens_to_compute,
+)
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.trace import StepTrace
@@ -202,7 +208,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             elif id(request.req) in admitted:
                 self.blend_target_density = request.tag.target_density
                 report.prompt_tokens += len(request.req.origin_input_ids)
-                report.cached_tokens += len(request.req.prefix_indices)
+                report.cached_tokens += cached_tokens(request.req)
             else:
                 # SGLang answered it on the spot, for example because its queue limit is reached.
                 self.blend.finish(request.req.rid)
@@ -230,10 +236,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
 
     def _chunks_to_come(self) -> int:
         """Tokens that are not computed yet of the prompt that SGLang has in chunks."""
-        req = self.chunked_req
-        if req is None:
-            return 0
-        return len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
+        return 0 if self.chunked_req is None else tokens_to_compute(self.chunked_req)
 
     def _chunk_limit(self, running_batch: Any) -> int | None:
         """How far a planned prompt that has begun may go on in this step; None: as SGLang does.

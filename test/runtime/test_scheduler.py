@@ -1,0 +1,190 @@
+"""The scheduler itself: SGLang's own code with our queues in front, and a model that answers at
+once."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
+
+from blendserve.planner import Side
+from blendserve.runtime.plan_tag import PlanTag
+
+KV_TOKENS, CHUNK = 4_000, 256
+QUEUED = 24  # On each side, as the front process would keep them.
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[BareScheduler]:
+    with mock.patch.dict(os.environ, {"BLENDSERVE_ENABLED": "1"}):
+        yield BareScheduler(
+            *("--max-total-tokens", str(KV_TOKENS), "--chunked-prefill-size", str(CHUNK)),
+            *("--schedule-policy", "fcfs", "--radix-cache-backend", "blendserve"),
+        )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine: BareScheduler) -> Iterator[None]:
+    """Before and after every test: no request, and the whole pool free."""
+    engine.live.flush_cache()
+    engine.finished.clear()
+    yield
+    live = engine.live
+    assert engine.step() is None
+    assert not live.blend.running
+    assert len(live.blend) == len(live.waiting_queue) == 0
+    free = live.token_to_kv_pool_allocator.available_size() + live.tree_cache.evictable_size()
+    assert free == KV_TOKENS
+    assert len(live.blend.account) == 0
+
+
+class Request:
+    """A request of a job: prompt, true length, and what the plan says of it."""
+
+    def __init__(
+        self, rid: str, side: Side, prompt: list[int], length: int, estimate: float | None = None
+    ) -> None:
+        self.rid, self.side, self.prompt, self.length = rid, side, prompt, length
+        self.known = estimate is None
+        self.tag = PlanTag(
+            side,
+            rank=0,
+            density=50.0 if side is Side.LEFT else 0.1,
+            target_density=1.0,
+            output_tokens=float(length) if estimate is None else estimate,
+            output_deviation=0.0 if estimate is None else 0.6 * estimate,
+        )
+
+    def submit(self, engine: BareScheduler) -> None:
+        limit = None if self.known else 4 * self.length + 200
+        engine.submit(self.rid, self.prompt, self.length, limit, self.tag)
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(count)]
+
+
+def exam_and_essays(rng: random.Random, groups: int, exact: bool = True) -> dict[Side, list]:
+    """Left: groups of four questions behind 300 tokens. Right: prompts of 10 to 60 tokens, answers
+    of 30 to 400; without `exact`, estimated at 160."""
+    left, right = [], []
+    for group in range(groups):
+        prefix = tokens(rng, 300)
+        for k in range(4):
+            prompt = prefix + tokens(rng, rng.randint(5, 60))
+            left.append(Request(f"left-{group}-{k}", Side.LEFT, prompt, rng.randint(1, 4)))
+    for k in range(3 * groups):
+        length = int(min(400, 30 + rng.expovariate(1 / 130)))
+        prompt = tokens(rng, rng.randint(10, 60))
+        right.append(Request(f"right-{k}", Side.RIGHT, prompt, length, None if exact else 160.0))
+    return {Side.LEFT: left, Side.RIGHT: right}
+
+
+def run(engine: BareScheduler, job: dict[Side, list[Request]], steps: int = 20_000) -> float:
+    """Stream a job through the queues until all have ended; the fullest that the pool was."""
+    waiting = {side: list(reversed(requests)) for side, requests in job.items()}
+    live, fullest = engine.live, 0.0
+    for _ in range(steps):
+        for side, requests in waiting.items():
+            while requests and len(live.blend.waiting[side]) < QUEUED:
+                requests.pop().submit(engine)
+        batch = engine.step()
+        free = live.token_to_kv_pool_allocator.available_size() + live.tree_cache.evictable_size()
+        fullest = max(fullest, 1 - free / KV_TOKENS)
+        if batch is None and not any(waiting.values()):
+            return fullest
+    raise AssertionError(f"not done after {steps} steps: {len(live.blend)} wait")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_known_lengths_the_pool_is_filled_and_nobody_loses_memory(
+    engine: BareScheduler, seed: int
+) -> None:
+    job = exam_and_essays(random.Random(seed), groups=12)
+    before = engine.live.blend.retractions
+    fullest = run(engine, job)
+    lengths = {request.rid: request.length for side in Side for request in job[side]}
+    assert engine.finished == lengths
+    assert engine.live.blend.retractions == before
+    assert fullest > 0.75, "a test that never fills the pool tests nothing"
+
+
+def test_requests_that_outlive_their_estimates_end_with_all_their_tokens(
+    engine: BareScheduler,
+) -> None:
+    job = exam_and_essays(random.Random(7), groups=12, exact=False)
+    run(engine, job)
+    assert engine.finished == {r.rid: r.length for side in Side for r in job[side]}
+
+
+def test_a_prefix_longer_than_a_chunk_is_computed_once_for_all_siblings(
+    engine: BareScheduler,
+) -> None:
+    rng = random.Random(1)
+    prefix = tokens(rng, 3 * CHUNK)
+    job = {
+        Side.LEFT: [Request(f"left-{k}", Side.LEFT, prefix + tokens(rng, 9), 2) for k in range(6)],
+        Side.RIGHT: [],
+    }
+    report = engine.live.blend_report
+    computed = report.prefill_tokens
+    run(engine, job)
+    assert report.prefill_tokens - computed == len(prefix) + 6 * 9
+
+
+def test_an_online_request_is_in_the_next_prefill_whatever_waits(engine: BareScheduler) -> None:
+    rng = random.Random(2)
+    job = exam_and_essays(rng, groups=4)
+    for side in Side:
+        for request in job[side]:
+            request.submit(engine)
+    for _ in range(3):
+        engine.step()
+    engine.submit("online", tokens(rng, 50), 5)
+    for _ in range(3):  # A prompt that is being computed in chunks may be before it.
+        batch = engine.step()
+        if any(req.rid == "online" for req in batch.reqs):
+            break
+    else:
+        raise AssertionError("not started after three steps")
+    run(engine, {side: [] for side in Side})
+    assert engine.finished["online"] == 5
+
+
+def test_aborts_at_every_stage_leave_the_others_alone(engine: BareScheduler) -> None:
+    rng = random.Random(3)
+    job = exam_and_essays(rng, groups=6)
+    requests = {request.rid: request for side in Side for request in job[side]}
+    for request in requests.values():
+        request.submit(engine)
+    aborted = set()
+    while len(aborted) < 12:
+        engine.step()
+        rid = rng.choice(sorted(requests.keys() - aborted - engine.finished.keys()))
+        engine.abort(rid)
+        aborted.add(rid)
+    run(engine, {side: [] for side in Side})
+    for rid in requests.keys() - aborted:
+        assert engine.finished[rid] == requests[rid].length
+
+
+def test_a_health_check_keeps_no_memory_from_a_job(engine: BareScheduler) -> None:
+    engine.submit("HEALTH_CHECK_1", [11, 12, 13], 1)
+    engine.step()
+    online = engine.live.blend_online
+    assert not online.present
+    assert online.reserved_tokens(KV_TOKENS, 1.0) == 0.0
+
+
+def test_an_online_request_keeps_its_share_until_the_server_is_idle(engine: BareScheduler) -> None:
+    online = engine.live.blend_online
+    engine.submit("online", [11, 12, 13], 3)
+    engine.step()
+    assert online.present
+    assert online.reserved_tokens(KV_TOKENS, 1.0) > 0
+    run(engine, {side: [] for side in Side})
+    assert online.reserved_tokens(KV_TOKENS, 1.0) == 0.0
