@@ -83,5 +83,15 @@ class PlanTag:
         )
 
 
+def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What of a request's ``custom_params`` is not ours; None if that is nothing.
+
+    SGLang adds the request itself to the parameters (``__req__``). Left there, each request would
+    be part of a cycle of references that only the garbage collector can break.
+    """
+    rest = {key: value for key, value in params.items() if not key.startswith(_PREFIX)}
+    return rest if rest.keys() - {"__req__"} else None
+
+
 def _finite(density: float) -> float:
     return density if math.isfinite(density) and density < _LARGEST_DENSITY else _LARGEST_DENSITY

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
-# Set on SGLang's request object when it arrives with a plan tag.
-PLANNED_ATTRIBUTE = "blendserve_planned"
+# Set on SGLang's request object when it arrives with a plan tag: the tag.
+PLAN_ATTRIBUTE = "blendserve_plan"
 
 
 def is_planned(req: Any) -> bool:
-    return getattr(req, PLANNED_ATTRIBUTE, False)
+    return getattr(req, PLAN_ATTRIBUTE, None) is not None
 
 
 def cached_tokens(req: Any) -> int:
@@ -70,7 +70,7 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
         self.running_batch = running_batch
 
     def _get_running_request_total_token_offset(self, req: Any) -> float:
-        if not getattr(req, PLANNED_ATTRIBUTE, False):
+        if not is_planned(req):
             return float(super()._get_running_request_total_token_offset(req))
         growth = BlendPrefillAdder.growth_tokens
         BlendPrefillAdder.growth_tokens = 0.0

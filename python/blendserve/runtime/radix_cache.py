@@ -120,7 +120,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
             self._inserted = None
             if inserted:
                 # SGLang inserts the whole path first; a second insertion only cuts it in two.
-                self._learn(inserted[0], _use_tag(req))
+                self._learn(inserted[0], use_tag(req))
 
     def insert(self, params: Any) -> Any:
         result = super().insert(params)
@@ -257,7 +257,7 @@ def _future(node: Any) -> NodeFuture:
     return future
 
 
-def _use_tag(req: Any) -> UseTag | None:
+def use_tag(req: Any) -> UseTag | None:
     """What a request says about the future of its prefixes; read once."""
     try:
         tag: UseTag | None = req.blend_use_tag

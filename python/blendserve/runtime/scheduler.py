@@ -12,6 +12,7 @@ of this happened costs a few comparisons, whatever the number of running request
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from sglang.srt.managers import scheduler as scheduler_module
@@ -23,18 +24,21 @@ from blendserve.config import load_settings
 from blendserve.planner import Admission, Side
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.online import OnlineTraffic
-from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.plan_tag import PlanTag, without_tag
 from blendserve.runtime.prefill_adder import (
-    PLANNED_ATTRIBUTE,
+    PLAN_ATTRIBUTE,
     BlendPrefillAdder,
     cached_tokens,
     is_planned,
     tokens_to_compute,
 )
+from blendserve.runtime.radix_cache import use_tag
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.trace import StepTrace
 
+# Objects, and young and old generations, after which Python collects garbage.
+_GC_THRESHOLDS = (50_000, 20, 100)
 # Steps after which a report is sent even if nothing was taken from the queues.
 _REPORT_STEPS = 16
 
@@ -48,6 +52,9 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
 
     def init_running_status(self) -> None:
         super().init_running_status()
+        # Thousands of requests and tree nodes live long; to look through them all for garbage
+        # takes a tenth of a second, and hardly any of it is garbage.
+        gc.set_threshold(*_GC_THRESHOLDS)
         settings = load_settings()
         self.blend = SideQueues(self.max_total_num_tokens)
         self.blend_admission = Admission()
@@ -83,7 +90,11 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
     # -- arrival and departure ---------------------------------------------------------------
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        tag = PlanTag.from_params(req.sampling_params.custom_params)
+        # Read when the request arrived; a retracted one comes again.
+        tag: PlanTag | None = getattr(req, PLAN_ATTRIBUTE, None)
+        params = req.sampling_params.custom_params
+        if tag is None and params:
+            tag = PlanTag.from_params(params)
         # A request that failed validation arrives with its end already set: SGLang answers it.
         if tag is None or req.to_finish is not None:
             if not is_retracted and not is_health_check_generate_req(req):
@@ -93,9 +104,11 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         self.blend_changed = True
         if is_retracted:
             self.blend.retract(PlannedRequest(req, tag))
-        else:
-            setattr(req, PLANNED_ATTRIBUTE, True)
-            self.blend.add(PlannedRequest(req, tag))
+            return
+        setattr(req, PLAN_ATTRIBUTE, tag)
+        use_tag(req)  # It is kept on the request for the radix cache.
+        req.sampling_params.custom_params = without_tag(params)
+        self.blend.add(PlannedRequest(req, tag))
 
     def abort_request(self, recv_req: Any) -> None:
         # SGLang knows how to abort what stands in its waiting queue, so ours goes there first.
