@@ -33,6 +33,8 @@ class Candidate:
             would compute that prefix a second time.
         locked_prefix_tokens: the part of its prompt that running requests hold in the KV pool, so
             that it takes nothing from the free tokens. 0 is the safe value.
+        newly_shared_tokens: those of them that only one running request has held so far. They no
+            longer come free when that one ends.
         output_deviation: standard deviation of the estimate; 0 where the length is known.
         max_output_tokens: the most that it may still produce.
     """
@@ -44,6 +46,7 @@ class Candidate:
     density: float
     blocked: bool = False
     locked_prefix_tokens: int = 0
+    newly_shared_tokens: float = 0.0
     output_deviation: float = 0.0
     max_output_tokens: float = math.inf
 
@@ -112,7 +115,11 @@ class KVAccount:
         growth = self._forecast.peak_tokens_with(
             candidate.reserved_output_tokens, candidate.private_tokens, candidate.output_deviation
         )
-        return candidate.private_tokens + growth <= self.free_tokens - reserve_tokens
+        needed = candidate.private_tokens + candidate.newly_shared_tokens + growth
+        # What is booked and yet not taken will not be given back either: prefixes that are shared
+        # without our knowledge.
+        overbooked = self._forecast.held_tokens() - (self.total_tokens - self.free_tokens)
+        return needed + max(overbooked, 0.0) <= self.free_tokens - reserve_tokens
 
     def growth_tokens(self) -> float:
         """Free tokens that the running requests need at the most until all have ended."""
@@ -133,13 +140,18 @@ class KVAccount:
         self._book(booking.side, booking.booked_tokens, +1)
         self.free_tokens -= candidate.private_tokens
 
+    def held_alone(self, key: Hashable, tokens: int) -> float:
+        """What a request holds alone of its prompt, beyond so many tokens."""
+        booking = self._bookings.get(key)
+        return 0.0 if booking is None else max(booking.private_tokens - tokens, 0.0)
+
     def share(self, key: Hashable, tokens: int) -> None:
         """Another request has come to hold all but `tokens` of what this one's prompt holds, so
         that the rest does not come free when this one ends."""
-        booking = self._bookings.get(key)
-        if booking is not None and booking.private_tokens > tokens:
-            self._forecast.hold(key, tokens - booking.private_tokens)
-            booking.private_tokens = tokens
+        shared = self.held_alone(key, tokens)
+        if shared:
+            self._forecast.hold(key, -shared)
+            self._bookings[key].private_tokens = tokens
 
     def end(self, key: Hashable) -> bool:
         """A request has ended or lost its memory; False for one that was not running."""

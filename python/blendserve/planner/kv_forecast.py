@@ -154,6 +154,10 @@ class KVForecast:
             self._first += 1
         return overdue
 
+    def held_tokens(self) -> float:
+        """KV tokens that the running requests give back at their ends, as of now."""
+        return self._held + len(self._entries) * self._clock
+
     def peak_tokens(self) -> float:
         """The most free tokens that the running requests will take at any time from now on."""
         if not self._entries:

@@ -86,7 +86,12 @@ class SideQueues:
         head = self._heads.get(side)
         if head is None or head[0] is not request:
             shared = self._prompts.shared(request.prompt)
-            head = self._heads[side] = (request, shared, request.candidate(shared))
+            candidate = request.candidate(shared)
+            if shared.holder is not None:
+                candidate.newly_shared_tokens = self.account.held_alone(
+                    shared.holder, self._beyond_shared(shared)
+                )
+            head = self._heads[side] = (request, shared, candidate)
         return head[2]
 
     def start(self, candidate: Candidate) -> PlannedRequest:
@@ -100,15 +105,17 @@ class SideQueues:
                 del self._heads[other]
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
-            holder = self.running[shared.holder]
-            self.account.share(
-                shared.holder, len(holder.req.origin_input_ids) - shared.locked_tokens
-            )
+            self.account.share(shared.holder, self._beyond_shared(shared))
         self.account.start(rid, candidate)
         self._prompts.start(rid, side, request.prompt, shared.cached_tokens)
         self.running[rid] = request
         self.taken[side] += 1
         return request
+
+    def _beyond_shared(self, shared: SharedPrefix) -> int:
+        """Tokens of the holder's prompt beyond the shared prefix."""
+        assert shared.holder is not None
+        return len(self.running[shared.holder].req.origin_input_ids) - shared.locked_tokens
 
     def put_back(self, request: PlannedRequest) -> None:
         """Undo ``start`` for a request that SGLang did not admit after all."""

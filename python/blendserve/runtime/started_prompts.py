@@ -18,6 +18,8 @@ from blendserve.planner import Side
 
 # A shared prefix shorter than this is cheaper computed twice than waited for.
 MIN_SHARED_TOKENS = 16
+# Comparisons that a waiting prompt remembers: the latest of each side, and one that runs.
+_COMPARED = 3
 # Prompts remembered, one for each beginning and side; far more than two scanners touch at a time.
 _REMEMBERED = 512
 
@@ -37,15 +39,16 @@ class Prompt:
         self.beginning = (
             tokens[:MIN_SHARED_TOKENS].tobytes() if len(tokens) >= MIN_SHARED_TOKENS else b""
         )
-        self.compared: dict[Side, tuple[StartedPrompt, int]] = {}
+        self.compared: list[tuple[StartedPrompt, int]] = []
 
-    def common_with(self, side: Side, started: StartedPrompt) -> int:
-        """Length of the prefix in common with the latest prompt of a side."""
-        compared = self.compared.get(side)
-        if compared is None or compared[0] is not started:
-            compared = (started, _common_prefix(self.tokens, started.prompt.tokens))
-            self.compared[side] = compared
-        return compared[1]
+    def common_with(self, started: StartedPrompt) -> int:
+        """Length of the prefix in common with a prompt that has started; compared once."""
+        for other, common in self.compared:
+            if other is started:
+                return common
+        common = _common_prefix(self.tokens, started.prompt.tokens)
+        self.compared = [*self.compared[-_COMPARED + 1 :], (started, common)]
+        return common
 
 
 @dataclass(slots=True, eq=False)
@@ -56,14 +59,17 @@ class StartedPrompt:
         rid: its request.
         prompt: the prompt.
         cached_tokens: what was there when it started; the rest is shareable once it is prefilled.
-        prefilled, running: its state.
+        prefilled: whether all of it is in the KV pool.
     """
 
     rid: str
     prompt: Prompt
     cached_tokens: int
     prefilled: bool = False
-    running: bool = True
+
+    def ready(self, common: int) -> int:
+        """Of so many tokens at its beginning, those in the KV pool."""
+        return common if self.prefilled else min(common, self.cached_tokens)
 
 
 class SharedPrefix(NamedTuple):
@@ -90,38 +96,52 @@ class StartedPrompts:
 
     def __init__(self) -> None:
         self._latest: OrderedDict[tuple[Side, bytes], StartedPrompt] = OrderedDict()
+        # In the order of their start, all of them and by beginning.
         self._running: dict[str, StartedPrompt] = {}
+        self._alike: dict[bytes, dict[str, StartedPrompt]] = {}
 
     def shared(self, prompt: Prompt) -> SharedPrefix:
-        """Compare a waiting prompt with the last one of each side that begins as it does.
+        """Compare a waiting prompt with the last one of each side that begins as it does, and with
+        the last of those that run: its own prefix is the longest that is locked.
 
         Tokens are compared once for each pair of prompts; to ask again costs next to nothing.
         """
-        cached = locked = about_to_come = 0
-        holder = None
+        cached = about_to_come = 0
         # Its last token is always computed: its logits give the first output token.
         most = len(prompt.tokens) - 1
         for side in Side:
             started = self._latest.get((side, prompt.beginning))
             if started is None:
                 continue
-            common = min(prompt.common_with(side, started), most)
-            ready = common if started.prefilled else min(common, started.cached_tokens)
-            cached = max(cached, ready)
+            common = min(prompt.common_with(started), most)
+            cached = max(cached, started.ready(common))
             if not started.prefilled:
                 about_to_come = max(about_to_come, common)
-            if started.running and common > locked:
-                locked, holder = common, started.rid
+        holder = self._holder(prompt)
+        locked = 0
+        if holder is not None:
+            locked = holder.ready(min(prompt.common_with(holder), most))
+            cached = max(cached, locked)
         if not (cached or about_to_come):
             return _NOTHING_SHARED
         return SharedPrefix(
-            cached, min(locked, cached), holder, about_to_come - cached >= MIN_SHARED_TOKENS
+            cached,
+            locked,
+            holder.rid if holder is not None and locked else None,
+            about_to_come - cached >= MIN_SHARED_TOKENS,
         )
+
+    def _holder(self, prompt: Prompt) -> StartedPrompt | None:
+        """The last to start of those that run and begin alike; else of all, because a job often
+        has a few tokens in common (a system prompt, a first token)."""
+        alike = self._alike.get(prompt.beginning) or self._running
+        return next(reversed(alike.values()), None)
 
     def start(self, rid: str, side: Side, prompt: Prompt, cached_tokens: int) -> None:
         """A request has been offered to the engine."""
         started = self._running[rid] = StartedPrompt(rid, prompt, cached_tokens)
-        prompt.compared = {}  # It waits no longer, and must not keep its predecessors alive.
+        self._alike.setdefault(prompt.beginning, {})[rid] = started
+        prompt.compared = []  # It waits no longer, and must not keep its predecessors alive.
         if prompt.beginning:
             key = (side, prompt.beginning)
             self._latest[key] = started
@@ -142,7 +162,10 @@ class StartedPrompts:
         started = self._running.pop(rid, None)
         if started is None:
             return
-        started.running = False
+        alike = self._alike[started.prompt.beginning]
+        del alike[rid]
+        if not alike:
+            del self._alike[started.prompt.beginning]
         if not started.prefilled:
             # Aborted or refused before its prompt was computed: it must hold up nobody.
             self._forget(started)
