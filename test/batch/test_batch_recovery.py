@@ -74,17 +74,6 @@ def test_a_restarted_server_does_only_what_is_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "journals").iterdir())
 
 
-def test_batches_run_one_at_a_time_in_the_order_of_creation(tmp_path: Path) -> None:
-    executor = FakeExecutor()
-    executor.gate = 0
-    with BatchServer(tmp_path, executor) as server:
-        made = [submit(server.client, job(4)).id for _ in range(3)]
-        executor.gate = None
-        ended = [finish(server.client, batch_id) for batch_id in made]
-    assert [batch.status for batch in ended] == ["completed"] * 3
-    assert executor.computed == ["r3", "r2", "r1", "r0"] * 3
-
-
 def test_a_dead_engine_leaves_the_batch_waiting_and_the_api_alive(tmp_path: Path) -> None:
     executor = FakeExecutor(parallel=1)
     with BatchServer(tmp_path, executor) as server:

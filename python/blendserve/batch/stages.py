@@ -24,6 +24,7 @@ from blendserve.batch.publication import JournalIncomplete, Publication, publish
 from blendserve.batch.reuse import reused_records
 from blendserve.batch.store import BatchStore
 from blendserve.batch.tables import BatchRow
+from blendserve.batch.turns import Turns
 from blendserve.batch.validation import ValidationStopped, validate_file
 
 logger = logging.getLogger(__name__)
@@ -138,16 +139,18 @@ class Validation:
 
 
 class Running:
-    """Gives the engine what the journal does not have yet."""
+    """Gives the engine what the journals do not have yet, of several batches at once."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        self._run: tuple[str, BatchRun] | None = None
+        self._runs: dict[str, BatchRun] = {}
+        self._turns = Turns()
 
     def request_stop(self, should_stop: Callable[[str], bool]) -> None:
-        """Lets go of the batch that runs, if `should_stop` says so of its id. Loop thread only."""
-        if self._run is not None and should_stop(self._run[0]):
-            self._run[1].request_stop()
+        """Lets go of the running batches of whose ids `should_stop` says so. Loop thread only."""
+        for batch_id, run in self._runs.items():
+            if should_stop(batch_id):
+                run.request_stop()
 
     def pause(self, row: BatchRow, note: str) -> None:
         """Shows that a batch waits, and for what."""
@@ -222,13 +225,16 @@ class Running:
             report,
             saved,
             deadline=float(row.expires_at),
+            turns=self._turns,
         )
-        self._run = (row.id, run)
+        self._runs[row.id] = run
         try:
             if not around.is_stopped(row.id) and await run.run():
                 await self._end(row, "completed", status="finalizing", finalizing_at=around.now())
+            else:
+                around.live[row.id] = replace(around.live[row.id], phase="waiting")
         finally:
-            self._run = None
+            del self._runs[row.id]
 
     async def _end(self, row: BatchRow, ending: str, **values: Any) -> None:
         store = self._around.store

@@ -188,10 +188,10 @@ class BatchStore:
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
 
     def open_batches(self, status: str) -> Sequence[BatchRow]:
-        """Batches in `status` that head for no ending yet, oldest first."""
+        """Batches in `status` that head for no ending yet; whose window closes first is first."""
         query = select(BatchRow).where(BatchRow.status == status, BatchRow.ending.is_(None))
         with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.seq)).all()
+            return session.scalars(query.order_by(BatchRow.expires_at, BatchRow.seq)).all()
 
     def ending_batches(self) -> Sequence[BatchRow]:
         """Batches that head for an ending and are not there yet, oldest first."""

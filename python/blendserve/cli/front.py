@@ -156,6 +156,7 @@ def limits_of(settings: Settings) -> BatchLimits:
     return BatchLimits(
         max_lines=settings.max_batch_lines,
         max_file_bytes=settings.max_file_bytes,
+        max_running=settings.max_running_batches,
         allow_remote_urls=settings.allow_remote_urls,
     )
 
