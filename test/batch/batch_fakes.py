@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 ENDPOINTS = frozenset({CHAT, "/v1/completions", "/v1/embeddings"})
 ENDED = {"completed", "failed", "expired", "cancelled"}
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 
 Value = TypeVar("Value")
 
