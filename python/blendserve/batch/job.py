@@ -12,6 +12,7 @@ from blendserve.batch.executor import EngineUnavailable, Executor, LineError, Li
 from blendserve.batch.ids import request_line_id
 from blendserve.batch.journal import Journal, Record, Suspect, Tally
 from blendserve.batch.lines import FileLineSource
+from blendserve.batch.rests import with_rests
 from blendserve.batch.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ class BatchRun:
     def _save(self, results: Iterable[LineResult]) -> list[Record]:
         records: list[Record] = []
         encoded: list[bytes] = []
-        for result in results:
+        for result in with_rests(results):
             record = self._record(result)
             try:
                 data = record.encode()

@@ -26,6 +26,7 @@ from blendserve.batch.journal import (
     read_records_in_order,
 )
 from blendserve.batch.lines import FileLineSource
+from blendserve.batch.rests import with_rests
 from blendserve.batch.tables import BatchRow, FileRow
 
 
@@ -90,7 +91,7 @@ def _unfinished_records(
         return
     source = FileLineSource(input_path, max_line_bytes)
     try:
-        for index in pending:
+        for index in with_rests(pending):
             line_id = request_line_id(batch.id, index)
             yield unanswered(index, line_id, source.custom_id(index), error)
     finally:

@@ -12,6 +12,7 @@ import orjson
 from blendserve.batch.ids import request_line_id
 from blendserve.batch.journal import Record
 from blendserve.batch.lines import iter_lines
+from blendserve.batch.rests import with_rests
 from blendserve.batch.tables import BatchRow
 
 _GROUP_RECORDS = 512
@@ -81,7 +82,7 @@ def _identities(
 ) -> Iterator[tuple[bytes, int, str]]:
     """(digest of custom_id and body, index, custom_id) of each request of a validated file."""
     with open(content_of(batch.input_file_id), "rb") as file:
-        for index, line in enumerate(iter_lines(file, max_line_bytes)):
+        for index, line in enumerate(with_rests(iter_lines(file, max_line_bytes))):
             if line.data is None:
                 continue
             entry = orjson.loads(line.data)
