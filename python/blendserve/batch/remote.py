@@ -21,6 +21,10 @@ from blendserve.batch.executor import (
 )
 from blendserve.batch.rests import with_rests
 
+# SGLang's server closes a connection that was idle for 5 s. One that this end keeps as long could
+# be closed just when a request is sent on it.
+_KEEPALIVE_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class EngineAddress:
@@ -43,7 +47,7 @@ def engine_client(timeout: float | None = None) -> httpx.AsyncClient:
         timeout=timeout,
         trust_env=False,
         verify=False,
-        limits=httpx.Limits(max_connections=None),
+        limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS),
     )
 
 
