@@ -23,7 +23,7 @@ class BatchLimits:
     max_listed_faults: int = 1_000
     """Bad lines named one by one; the rest are counted in a last entry."""
     upload_idle_seconds: float = 60.0
-    """How long an upload may stay silent before it is given up."""
+    """How long an upload may stay silent, or bring less than 64 KiB, before it is given up."""
     allow_remote_urls: bool = False
     """Whether a body may name http(s) media, which the server would then fetch."""
     max_running: int = 8
