@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def blendserve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "blendserve", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    # The default batch directory lies in the current folder.
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, "-m", "blendserve", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            cwd=folder,
+        )
 
 
 def tail(log: Path, lines: int = 40) -> str:
@@ -94,6 +98,7 @@ def test_an_unsupported_sglang_is_refused_before_anything_loads(
         text=True,
         timeout=240,
         check=False,
+        cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path), "PATH": "", "BLENDSERVE_ENABLED": "1", **_home()},
     )
     assert run.returncode != 0
