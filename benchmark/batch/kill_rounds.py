@@ -2,9 +2,10 @@
 
     python benchmark/batch/kill_rounds.py --json benchmark/results/batch-kill.json
 
-Jobs of 500 lines through run-batch over a fake engine, one after another, until the asked number
-of kills has been done. After each job: the multiset of custom_ids over output and errors equals
-the input's; and no line was computed whose result stood in the journal before a kill.
+Jobs of 500 lines through run-batch, one after another, until the asked number of kills has been
+done: most over a fake engine, some over the real one with the tiny model of the end-to-end tests.
+After each job: the multiset of custom_ids over output and errors equals the input's; and no line
+was computed whose result stood in the journal before a kill.
 """
 
 from __future__ import annotations
@@ -25,23 +26,60 @@ from typing import Any
 import psutil
 from fake_load import FAKE_ENGINE, write_job
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "end_to_end"))
+
+import tiny_model
+
 _RUN = """
 import sys
 from functools import partial
 from blendserve.cli import main, offline_job
-offline_job.ENGINE_COMMAND = (sys.executable, {engine!r}, "--delay", "0.05", "--log", {log!r})
+offline_job.ENGINE_COMMAND = (sys.executable, *{engine!r})
 offline_job.WatchSettings = partial(offline_job.WatchSettings, pause_seconds=0.05)
 sys.exit(main(["run-batch", *sys.argv[1:]]))
 """
 
 
-class Job:
-    """One job, started again after each death."""
+_REAL_FLAGS = (
+    *("--max-total-tokens", "4096", "--chunked-prefill-size", "256", "--device", "cpu"),
+    *("--dtype", "float32", "--mem-fraction-static", "0.1", "--served-model-name", "fake-model"),
+)
 
-    def __init__(self, folder: Path, lines: int) -> None:
+
+def run_logged_engine(log: str, argv: list[str]) -> int:
+    """The real engine, which notes the custom_id of each line that it has answered."""
+    from blendserve.cli import serve
+    from blendserve.runtime.line_client import LineClient
+
+    start = LineClient.start
+
+    def start_logged(self: LineClient, line: Any, tag: Any, sequences: int) -> Any:
+        task = start(self, line, tag, sequences)
+
+        def note(done: Any) -> None:
+            if not done.cancelled() and done.exception() is None:
+                with open(log, "a") as file:
+                    file.write(line.custom_id + "\n")
+
+        task.add_done_callback(note)
+        return task
+
+    LineClient.start = start_logged  # type: ignore[method-assign]
+    return serve.run_engine(argv)
+
+
+class Job:
+    """One job, started again after each death. `model`: of the real engine; None for the fake."""
+
+    def __init__(self, folder: Path, lines: int, model: Path | None) -> None:
         self.lines = lines
         self.folder = folder
         self.source, self.log = folder / "in.jsonl", folder / "computed"
+        self.engine = [str(FAKE_ENGINE), "--delay", "0.05", "--log", str(self.log)]
+        self.flags: list[str] = []
+        if model is not None:
+            self.engine = [__file__, "engine", str(self.log)]
+            self.flags = ["--model-path", str(model), *_REAL_FLAGS]
         self.log.touch()
         write_job(self.source, lines, 300)
         self.process: subprocess.Popen[bytes] | None = None
@@ -49,10 +87,10 @@ class Job:
 
     def ensure_running(self) -> None:
         if self.process is None or self.process.poll() is not None:
-            code = _RUN.format(engine=str(FAKE_ENGINE), log=str(self.log))
+            code = _RUN.format(engine=self.engine)
             output = ["-i", str(self.source), "-o", str(self.folder / "out.jsonl")]
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, *output],
+                [sys.executable, "-c", code, *output, *self.flags],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
@@ -110,31 +148,27 @@ class Job:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--lines", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=6)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    chance = random.Random(options.seed)
-    kills: Counter[str] = Counter()
+def kill_rounds(
+    kills: int, lines: int, chance: random.Random, model: Path | None, start_seconds: float
+) -> dict[str, Any]:
+    """Jobs until so many kills are done; `start_seconds`: about what an engine takes to start."""
+    done: Counter[str] = Counter()
     jobs: list[dict[str, Any]] = []
-    while kills.total() < options.kills or not jobs:
+    while done.total() < kills:
         with tempfile.TemporaryDirectory() as name:
-            job = Job(Path(name), options.lines)
+            job = Job(Path(name), lines, model)
             watched: list[tuple[set[str], int]] = []
             while True:
                 job.ensure_running()
                 assert job.process is not None
                 target = len(job.computed()) + chance.randint(0, 90)
-                instant = time.monotonic() + chance.uniform(0.0, 12.0)
+                instant = time.monotonic() + chance.uniform(0.0, 4 * start_seconds)
                 while job.process.poll() is None and time.monotonic() < instant:
                     if len(job.computed()) >= target:
                         break
                     time.sleep(0.01)
                 time.sleep(chance.uniform(0.0, 0.06))
-                if job.process.poll() is not None or kills.total() >= options.kills:
+                if job.process.poll() is not None or done.total() >= kills:
                     job.process.wait()
                     if not job.is_done():
                         # Its engine was killed before it had ever served: the run ends and says
@@ -144,20 +178,46 @@ def main() -> None:
                 victim = chance.choice(["front", "engine"])
                 watched.append((job.committed(), len(job.computed())))
                 if job.kill(victim):
-                    kills[victim] += 1
+                    done[victim] += 1
             computed = job.computed()
             # A result may be on its way into the journal while this looks; what it saw there
             # must never be computed afterwards.
             for committed, position in watched:
                 job.recomputed += len(committed.intersection(computed[position:]))
             jobs.append({**job.check(), "exit_status": job.process.returncode})
-            print(jobs[-1], dict(kills), flush=True)
-    result = {"lines_per_job": options.lines, "kills": dict(kills), "jobs": jobs}
+            print(jobs[-1], dict(done), flush=True)
+    return {"kills": dict(done), "jobs": jobs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=52, help="with the fake engine")
+    parser.add_argument("--real-kills", type=int, default=8, help="with the real one")
+    parser.add_argument("--lines", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        result = {
+            "lines_per_job": options.lines,
+            "fake": kill_rounds(options.kills, options.lines, chance, None, 3.0),
+            "real": kill_rounds(
+                options.real_kills,
+                options.lines,
+                chance,
+                tiny_model.build(Path(name) / "tiny"),
+                15.0,
+            ),
+        }
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+    jobs = result["fake"]["jobs"] + result["real"]["jobs"]
     assert all(job["multiset_is_the_input"] for job in jobs)
     assert not any(job["committed_lines_computed_again"] for job in jobs)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["engine"]:
+        sys.exit(run_logged_engine(sys.argv[2], sys.argv[3:]))
     main()

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "batch"))
 
 from front_server import FrontServer
+
+from blendserve.cli.engine_process import WatchSettings
 
 PATH = "/v1/chat/completions"
 BODY = {"model": "fake-model", "messages": [{"role": "user", "content": "x" * 1_000}]}
@@ -55,24 +58,45 @@ async def measure(url: str, headers: dict[str, str], requests: int, at_once: int
     }
 
 
+def serve(folder: str) -> None:
+    """A front and its engine; prints how to reach both, and serves until stdin is closed."""
+    with FrontServer(Path(folder), watch=WatchSettings()) as server:
+        server.wait_until_up()
+        address = server.front.executor.address
+        assert address is not None
+        ways = {"engine": (address.url, address.headers), "front": (server.url, {})}
+        print(json.dumps(ways), flush=True)
+        sys.stdin.read()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2_000)
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, FrontServer(Path(name)) as server:
-        server.wait_until_up()
-        address = server.front.executor.address
-        assert address is not None
-        ways = {"engine": (address.url, address.headers), "front": (server.url, {})}
-        result: dict[str, Any] = {
-            "requests": options.requests,
-            "at_once": options.at_once,
-            "load_average": os.getloadavg(),
-        }
-        for way, (url, headers) in ways.items():
-            result[way] = asyncio.run(measure(url, headers, options.requests, options.at_once))
+    result: dict[str, Any] = {
+        "requests": options.requests,
+        "at_once": options.at_once,
+        "load_average": os.getloadavg(),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        # A process of its own, as it is where it serves: client and front share no interpreter.
+        front = subprocess.Popen(
+            [sys.executable, __file__, "serve", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert front.stdin is not None
+        assert front.stdout is not None
+        try:
+            ways = json.loads(front.stdout.readline())
+            for way, (url, headers) in ways.items():
+                result[way] = asyncio.run(measure(url, headers, options.requests, options.at_once))
+        finally:
+            front.stdin.close()
+            front.wait()
     text = json.dumps(result, indent=2)
     print(text)
     if options.json:
@@ -80,4 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2])
+    else:
+        main()

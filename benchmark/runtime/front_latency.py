@@ -1,4 +1,4 @@
-"""How long the front process's event loop is held up while a large job is taken up and run.
+"""How long the event loops are held up while a large job is taken up and run.
 
     python benchmark/runtime/front_latency.py fake --requests 100000 --tokens 100
     python benchmark/runtime/front_latency.py server --requests 20000 --tokens 700
@@ -12,8 +12,9 @@ words drawn at random, of open length.
 fake: the real job runner, dispatcher, planning process and line client in this process, with a
 FastAPI application that tokenises each line once more on the loop, as SGLang does, and a scheduler
 that takes requests in steps. Prompts are read by the model's own tokenizer and chat template.
-server: `blendserve serve` as it is, on the tiny random Llama of the end-to-end tests (CPU), with
-the monitor in its front process; a client asks for the list of models meanwhile.
+server: `blendserve serve` as it is, on the tiny random Llama of the end-to-end tests (CPU), with a
+monitor in its front process and one in its engine process, where batch lines share the loop with
+online requests; a client asks for the list of models meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import platform
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -38,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stall_monitor import StallMonitor
+from watched_server import run_server
 
 RESULTS = Path(__file__).parents[1] / "results"
 MODEL = "smollm2-135m"
@@ -79,63 +81,6 @@ def write_job(path: Path, requests: int, tokens: int, model: str) -> None:
                 "body": body,
             }
             file.write(json.dumps(line) + "\n")
-
-
-# -- the monitor
-
-
-class StallMonitor:
-    """Lags of the event loop by phase: how late a timer of a millisecond fires."""
-
-    INTERVAL_SECONDS = 0.001
-
-    def __init__(self) -> None:
-        self.phase = "idle"
-        self._lags: dict[str, list[tuple[float, float]]] = {}
-        # Seconds into the phase, and milliseconds, of each time over the bar.
-        self._held: dict[str, list[tuple[float, float]]] = {}
-        self._since = {self.phase: time.perf_counter()}
-        self._seconds: dict[str, float] = {}
-
-    def enter(self, phase: str) -> None:
-        if phase == self.phase:
-            return
-        now = time.perf_counter()
-        self._seconds[self.phase] = (
-            self._seconds.get(self.phase, 0.0) + now - self._since[self.phase]
-        )
-        self.phase = phase
-        self._since[phase] = now
-
-    async def run(self) -> None:
-        while True:
-            phase, before, computed = self.phase, time.perf_counter(), time.process_time()
-            await asyncio.sleep(self.INTERVAL_SECONDS)
-            lag = max(time.perf_counter() - before - self.INTERVAL_SECONDS, 0.0)
-            own = min(lag, time.process_time() - computed)
-            self._lags.setdefault(phase, []).append((lag, own))
-            if own > 0.02:
-                at = round(before - self._since[phase], 3)
-                self._held.setdefault(phase, []).append((at, round(own * 1e3, 1)))
-
-    def report(self) -> dict[str, dict[str, Any]]:
-        phase = self.phase
-        self.enter("")
-        self.enter(phase)
-        report: dict[str, dict[str, Any]] = {}
-        for phase, lags in self._lags.items():
-            report[phase] = {"seconds": round(self._seconds.get(phase, 0.0), 1)}
-            report[phase]["samples"] = len(lags)
-            report[phase]["held_at_s_for_ms"] = self._held.get(phase, [])
-            for name, lag in zip(("lag", "own"), np.array(lags).T * 1e3, strict=True):
-                report[phase] |= {
-                    f"{name}_p50_ms": round(float(np.median(lag)), 2),
-                    f"{name}_p99_ms": round(float(np.quantile(lag, 0.99)), 2),
-                    f"{name}_p999_ms": round(float(np.quantile(lag, 0.999)), 2),
-                    f"{name}_max_ms": round(float(lag.max()), 2),
-                    f"{name}_over_20_ms": int((lag > 20).sum()),
-                }
-        return report
 
 
 # -- fake: everything of ours, nothing of SGLang's
@@ -293,132 +238,7 @@ async def run_fake(
     return {"phases": report, "plans": runner.view.plans, "answers": answered, "seconds": seconds}
 
 
-# -- server: the real one, with a monitor in it
-
-
-def serve(argv: list[str]) -> int:
-    """`blendserve serve` whose front process also answers GET /stalls."""
-    from blendserve.runtime.executor import BlendExecutor
-
-    start = BlendExecutor.start
-    monitor = StallMonitor()
-
-    def start_monitored(executor: BlendExecutor) -> None:
-        start(executor)
-        tasks = [asyncio.create_task(monitor.run()), asyncio.create_task(follow(executor))]
-        executor._app.state.stall_monitor = tasks
-
-        @executor._app.get("/stalls")
-        async def stalls() -> dict[str, Any]:
-            return monitor.report()
-
-    async def follow(executor: BlendExecutor) -> None:
-        while True:
-            runner = next(iter(executor._runners.values()), None)
-            if runner is None:
-                monitor.enter("no job")
-            else:
-                replanning = runner._replanning is not None
-                monitor.enter("re-planning" if replanning else runner.view.phase)
-            await asyncio.sleep(0.005)
-
-    BlendExecutor.start = start_monitored  # type: ignore[method-assign]
-    from blendserve.cli import serve as command
-
-    return command.main(argv)
-
-
-class OnlineProbe:
-    """Asks the server for its models over and over, which only its event loop has to answer."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._phase: str | None = "idle"
-        self._latencies: dict[str, list[float]] = {}
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def enter(self, phase: str) -> None:
-        self._phase = phase
-
-    def stop(self) -> dict[str, dict[str, float]]:
-        self._phase = None
-        self._thread.join()
-        return {
-            phase: {
-                "requests": len(latencies),
-                **{
-                    f"p{percent}_ms": round(float(np.percentile(latencies, percent)) * 1e3, 1)
-                    for percent in (50, 95, 99, 100)
-                },
-            }
-            for phase, latencies in self._latencies.items()
-        }
-
-    def _run(self) -> None:
-        import httpx
-
-        with httpx.Client(base_url=self._url, timeout=60) as client:
-            while (phase := self._phase) is not None:
-                before = time.perf_counter()
-                client.get("/v1/models").raise_for_status()
-                self._latencies.setdefault(phase, []).append(time.perf_counter() - before)
-                time.sleep(0.02)
-
-
-def run_server(path: Path, folder: Path, running_seconds: float) -> dict[str, Any]:
-    import httpx
-    from openai import OpenAI
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "end_to_end"))
-    import tiny_model
-
-    from blendserve.cli.server_process import free_port, running_server
-
-    model = tiny_model.build(folder / "tiny")
-    port = free_port()
-    command = [sys.executable, __file__, "serve", "--batch-dir", str(folder / "batches")]
-    command += ["--model-path", str(model), "--served-model-name", MODEL, "--port", str(port)]
-    command += ["--max-batch-lines", "1000000", "--max-file-bytes", str(1 << 30)]
-    with running_server(command, port, folder / "server.log") as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=600, max_retries=0)
-        with path.open("rb") as file:
-            upload = client.files.create(file=file, purpose="batch")
-        online = OnlineProbe(url)
-        time.sleep(10)
-        online.enter("preparing")
-        started = time.perf_counter()
-        batch = client.batches.create(
-            input_file_id=upload.id, endpoint="/v1/chat/completions", completion_window="24h"
-        )
-        running_since: float | None = None
-        while batch.status not in ("completed", "failed"):
-            time.sleep(1)
-            batch = client.batches.retrieve(batch.id)
-            jobs = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
-            if jobs and jobs[0]["phase"] == "running":
-                running_since = running_since or time.perf_counter()
-                online.enter("running")
-                if time.perf_counter() - running_since > running_seconds:
-                    break
-        report = httpx.get(f"{url}/stalls", timeout=60).json()
-        probed = online.stop()
-        status = httpx.get(f"{url}/blendserve/status", timeout=60).json()["jobs"]
-        if batch.status == "in_progress":
-            client.batches.cancel(batch.id)
-            while client.batches.retrieve(batch.id).status == "cancelling":
-                time.sleep(0.5)
-        return {
-            "phases": report,
-            "online": probed,
-            "plans": status[0]["plans"] if status else None,
-            "seconds": time.perf_counter() - started,
-        }
-
-
 def main() -> int:
-    if sys.argv[1:2] == ["serve"]:
-        return serve(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=["fake", "server"])
     parser.add_argument("--requests", type=int, default=20_000)
@@ -438,7 +258,7 @@ def main() -> int:
             engine = (options.per_step, options.step_seconds)
             result = uvloop.run(run_fake(path, options.requests, options.answers, *engine))
         else:
-            result = run_server(path, Path(name), options.running_seconds)
+            result = run_server(path, Path(name), MODEL, options.running_seconds)
     result |= {
         "mode": options.mode,
         "requests": options.requests,

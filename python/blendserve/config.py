@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(
         default=200_000_000, ge=1, description="Bytes allowed in an uploaded file."
     )
+    max_running_batches: int = Field(
+        default=8, ge=1, description="Batches that run at once; further ones wait their turn."
+    )
     online_share: float = Field(
         default=0.2,
         ge=0.0,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 ENDPOINTS = frozenset({CHAT, "/v1/completions", "/v1/embeddings"})
 ENDED = {"completed", "failed", "expired", "cancelled"}
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 
 Value = TypeVar("Value")
 
@@ -31,6 +31,7 @@ class FakeExecutor:
 
     `gate` (a number of answers per job, None for no limit) holds answers back; `log` gets the
     custom_id of every line that is computed, so that a test can see what a restart did again.
+    `began` and `running` have the ids of the jobs that were given to it, and that it runs now.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class FakeExecutor:
         self.parallel = parallel
         self.gate: int | None = None
         self.computed: list[str] = []
+        self.began: list[str] = []
+        self.running: set[str] = set()
         self.aborted = 0
         self.crashes_left = 1
         self.busy_answers = 2
@@ -73,6 +76,8 @@ class FakeExecutor:
     ) -> AsyncIterator[LineResult]:
         answered = 0
         waiting = list(pending)
+        self.began.append(job_id)
+        self.running.add(job_id)
         try:
             while waiting:
                 if self.gate is not None and answered >= self.gate:
@@ -90,6 +95,7 @@ class FakeExecutor:
                         yield result
         finally:
             self.aborted += len(waiting)
+            self.running.discard(job_id)
 
     def _answer(self, line: BatchLine) -> LineResult | None:
         prompt = prompt_of(line)

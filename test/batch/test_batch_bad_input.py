@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -367,9 +368,8 @@ def test_a_file_name_never_reaches_a_path_or_a_header(server: BatchServer) -> No
     assert "/" not in file.filename
     response = server.client.files.content(file.id).response
     assert "set-cookie" not in response.headers
-    assert sorted(path.name for path in (server.store.directory.root / "files").iterdir()) == [
-        file.id
-    ]
+    stored = [path.name for path in (server.store.directory.root / "files").iterdir()]
+    assert stored == [hashlib.sha256(job(1)).hexdigest()]
 
 
 def test_a_bad_idempotency_key_is_refused(server: BatchServer) -> None:

@@ -15,7 +15,7 @@ from batch_fakes import FakeExecutor, until
 
 from blendserve.batch import BatchService, BatchStore
 
-LINES = 240
+BATCHES, LINES = 3, 80
 ROUNDS = 6
 VICTIM = Path(__file__).with_name("batch_victim.py")
 
@@ -76,19 +76,21 @@ def test_killed_at_random_instants_it_does_each_line_once(tmp_path: Path) -> Non
     assert victim.wait(30) == 0
     computed = lines_of(log)[before:]
     assert committed.isdisjoint(computed)
-    assert len(committed) + len(computed) == LINES
+    assert len(committed) + len(computed) == BATCHES * LINES
 
     store = BatchStore(batch_dir)
     service = BatchService(store, FakeExecutor())
-    [batch] = service.list(after=None, limit=10).data
-    assert batch.status == "completed"
-    counts = batch.request_counts
-    assert (counts.total, counts.completed, counts.failed) == (LINES, LINES - 2, 2)
-    ids: list[str] = []
-    for file_id in (batch.output_file_id, batch.error_file_id):
-        assert file_id is not None
-        _, stream = service.open_file(file_id)
-        with stream:
-            ids += [json.loads(line)["custom_id"] for line in stream]
-    assert sorted(ids) == sorted(f"r{i}" for i in range(LINES))
+    batches = service.list(after=None, limit=10).data
+    assert len(batches) == BATCHES
+    for number, batch in enumerate(reversed(batches)):
+        assert batch.status == "completed"
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (LINES, LINES - 2, 2)
+        ids: list[str] = []
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            assert file_id is not None
+            _, stream = service.open_file(file_id)
+            with stream:
+                ids += [json.loads(line)["custom_id"] for line in stream]
+        assert sorted(ids) == sorted(f"b{number}r{i}" for i in range(LINES))
     store.close()

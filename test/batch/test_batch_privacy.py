@@ -1,13 +1,14 @@
-"""Prompts, answers and keys stay out of the log, whatever goes wrong."""
+"""Prompts, answers and keys stay out of the log; requests that hardly come are given up."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from pathlib import Path
 
 import pytest
-from batch_fakes import FakeExecutor, finish, job, submit
+from batch_fakes import FakeExecutor, finish, job, submit, until
 from batch_server import BatchServer
 
 from blendserve.batch import BatchLimits
@@ -29,12 +30,22 @@ def test_no_prompt_reaches_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert SECRET not in caplog.text
 
 
-def test_a_request_that_falls_silent_is_given_up(tmp_path: Path) -> None:
+def drip_and_read(connection: socket.socket, drip: bytes) -> bytes:
+    """Sends a little more of the body; what has been answered so far."""
+    with contextlib.suppress(TimeoutError):
+        connection.sendall(drip)
+        return connection.recv(200)
+    return b""
+
+
+@pytest.mark.parametrize("drip", [b"", b" "], ids=["silent", "a byte at a time"])
+def test_a_request_that_hardly_comes_is_given_up(tmp_path: Path, drip: bytes) -> None:
     limits = BatchLimits(upload_idle_seconds=0.2)
     with BatchServer(tmp_path, FakeExecutor(), limits) as server:
         host, port = server.url.removeprefix("http://").split(":")
         for path, kind in (("batches", "application/json"), ("files", "multipart/form-data")):
             with socket.create_connection((host, int(port)), timeout=20) as connection:
-                head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+                head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n"
                 connection.sendall(f"{head}Content-Type: {kind}; boundary=b\r\n\r\n{{".encode())
-                assert b" 408 " in connection.recv(200)
+                connection.settimeout(0.02)
+                assert b" 408 " in until(lambda: drip_and_read(connection, drip), bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
 import os
 import sqlite3
 import threading
@@ -74,17 +74,6 @@ def test_a_restarted_server_does_only_what_is_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "journals").iterdir())
 
 
-def test_batches_run_one_at_a_time_in_the_order_of_creation(tmp_path: Path) -> None:
-    executor = FakeExecutor()
-    executor.gate = 0
-    with BatchServer(tmp_path, executor) as server:
-        made = [submit(server.client, job(4)).id for _ in range(3)]
-        executor.gate = None
-        ended = [finish(server.client, batch_id) for batch_id in made]
-    assert [batch.status for batch in ended] == ["completed"] * 3
-    assert executor.computed == ["r3", "r2", "r1", "r0"] * 3
-
-
 def test_a_dead_engine_leaves_the_batch_waiting_and_the_api_alive(tmp_path: Path) -> None:
     executor = FakeExecutor(parallel=1)
     with BatchServer(tmp_path, executor) as server:
@@ -132,29 +121,25 @@ def test_a_batch_created_while_no_service_runs_is_taken_up(tmp_path: Path) -> No
 
 
 def die_before_the_files(patch: pytest.MonkeyPatch) -> None:
-    def publish_results(*_: Any, **__: Any) -> Any:
+    def write_results(*_: Any, **__: Any) -> Any:
         raise Died
 
-    patch.setattr(stages_module, "publish_results", publish_results)
+    patch.setattr(stages_module, "write_results", write_results)
 
 
 def die_between_the_two_files(patch: pytest.MonkeyPatch) -> None:
     real = BatchDirectory.publish
     calls: list[str] = []
 
-    def publish(self: BatchDirectory, draft: Any, file_id: str) -> None:
-        if file_id.startswith("file-") and not _is_input(self, file_id):
-            calls.append(file_id)
+    def publish(self: BatchDirectory, draft: Any, sha256: str) -> None:
+        # Inputs come with an upload, before any journal is there.
+        if any(self.stored_journal_ids()):
+            calls.append(sha256)
             if len(calls) == 2:
                 raise Died
-        real(self, draft, file_id)
+        real(self, draft, sha256)
 
     patch.setattr(BatchDirectory, "publish", publish)
-
-
-def _is_input(directory: BatchDirectory, file_id: str) -> bool:
-    """Inputs come with an upload, before any journal is there."""
-    return not any(directory.stored_journal_ids())
 
 
 def die_before_the_transaction(patch: pytest.MonkeyPatch) -> None:
@@ -241,7 +226,7 @@ def test_a_full_disk_while_publishing_is_tried_again(
     refusals = [0]
 
     def replace(source: Path, target: Path) -> None:
-        if target.name.startswith("file-") and any((tmp_path / "journals").iterdir()):
+        if target.parent.name == "files" and any((tmp_path / "journals").iterdir()):
             refusals[0] += 1
             if refusals[0] <= 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -277,22 +262,19 @@ def test_a_reader_of_the_path_never_sees_a_partial_file(tmp_path: Path) -> None:
     executor = FakeExecutor(parallel=64)
     with BatchServer(tmp_path, executor) as server:
         batch = submit(server.client, job(400, {7: "fail"}))
-        paths = [
-            tmp_path / "files" / derived_file_id(batch.id, kind) for kind in ("output", "error")
-        ]
-        seen: dict[Path, set[bytes]] = {path: set() for path in paths}
+        seen: set[str] = set()
 
         def look() -> Batch:
-            for path in paths:
-                if path.exists():
-                    seen[path].add(path.read_bytes())
+            for path in (tmp_path / "files").iterdir():
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+                seen.add(path.name)
             return server.client.batches.retrieve(batch.id)
 
-        until(look, lambda batch: batch.status in ENDED)
+        ended = until(look, lambda batch: batch.status in ENDED)
         look()
-    assert [len(contents) for contents in seen.values()] == [1, 1]
-    lines = seen[paths[0]].pop().splitlines()
-    assert len([json.loads(line) for line in lines]) == 399
+        assert len(results(server.client, ended.output_file_id)) == 399
+    # The input, and the two that appeared.
+    assert len(seen) == 3
 
 
 def test_two_servers_cannot_share_a_directory(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ def test_a_batch_made_before_the_engine_is_known_waits_for_it(tmp_path: Path) ->
     service = BatchService(store, RemoteExecutor())
     with store.directory.draft() as draft:
         draft.file.write(job(1))
-        upload = Upload({"purpose": "batch"}, "a.jsonl", len(job(1)), "0")
+        digest = hashlib.sha256(job(1)).hexdigest()
+        upload = Upload({"purpose": "batch"}, "a.jsonl", len(job(1)), digest)
         file = service.add_upload(upload, draft)
     request = CreateBatch(input_file_id=file.id, endpoint="/v1/responses", completion_window="1h")
     assert service.create(request).status == "validating"

@@ -112,6 +112,32 @@ def test_cancel_keeps_what_is_finished_and_frees_the_engine(
     assert scheduler["queued"] == {"left": 0, "right": 0}
 
 
+def test_two_batches_run_together_and_cancelling_one_leaves_the_other_alone(
+    blend: Server, demo_lines: list[dict[str, Any]]
+) -> None:
+    def lines(count: int, tokens: int) -> list[dict[str, Any]]:
+        forced = {"max_tokens": tokens, "ignore_eos": True}
+        return [{**line, "body": {**line["body"], **forced}} for line in demo_lines[:count]]
+
+    endless, other = (submit(blend.client, lines(*size), CHAT) for size in ((40, 2000), (16, 64)))
+    deadline = time.monotonic() + 120
+    running: set[str] = set()
+    while not {endless.id, other.id} <= running:
+        assert time.monotonic() < deadline, running
+        jobs = httpx.get(f"{blend.url}/blendserve/status").json()["jobs"]
+        running = {job["job_id"] for job in jobs if job["phase"] == "running"}
+    blend.client.batches.cancel(endless.id)
+    assert finish(blend.client, endless).status == "cancelled"
+    other = finish(blend.client, other)
+    assert other.status == "completed"
+    answers = results(blend.client, other.output_file_id)
+    assert answers.keys() == {line["custom_id"] for line in demo_lines[:16]}
+    lengths = {
+        answer["response"]["body"]["usage"]["completion_tokens"] for answer in answers.values()
+    }
+    assert lengths == {64}
+
+
 def test_one_poor_line_hurts_nobody_else(blend: Server) -> None:
     def line(custom_id: str, **body: Any) -> dict[str, Any]:
         body = {"model": MODEL_NAME, "max_tokens": 2, "temperature": 0, **body}

@@ -6,23 +6,28 @@ import json
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import ENGINE_FLAGS, MODEL_NAME, Server
-from jobs import jsonl, mixed_requests
+from jobs import finish, jsonl, mixed_requests, results, submit
+from openai.types.responses import Response
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def blendserve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "blendserve", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    # The default batch directory lies in the current folder.
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, "-m", "blendserve", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            cwd=folder,
+        )
 
 
 def tail(log: Path, lines: int = 40) -> str:
@@ -93,6 +98,7 @@ def test_an_unsupported_sglang_is_refused_before_anything_loads(
         text=True,
         timeout=240,
         check=False,
+        cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path), "PATH": "", "BLENDSERVE_ENABLED": "1", **_home()},
     )
     assert run.returncode != 0
@@ -103,3 +109,24 @@ def _home() -> dict[str, str]:
     import os
 
     return {name: os.environ[name] for name in ("HOME", "XDG_CACHE_HOME") if name in os.environ}
+
+
+def test_a_batch_of_responses_is_answered_as_an_online_one(blend: Server) -> None:
+    body = {"model": MODEL_NAME, "input": "Say hello.", "max_output_tokens": 4, "temperature": 0}
+    lines = [
+        {"custom_id": f"r{k}", "method": "POST", "url": "/v1/responses", "body": body}
+        for k in range(3)
+    ]
+    batch = finish(blend.client, submit(blend.client, lines, "/v1/responses"))
+    assert batch.status == "completed"
+    answers = results(blend.client, batch.output_file_id)
+    assert answers.keys() == {"r0", "r1", "r2"}
+    online = blend.client.responses.create(**body)
+    for answer in answers.values():
+        parsed = Response.model_validate(answer["response"]["body"])
+        assert parsed.output_text == online.output_text
+        assert parsed.usage is not None
+        assert online.usage is not None
+        assert parsed.usage.output_tokens == online.usage.output_tokens
+    assert batch.usage is not None
+    assert batch.usage.output_tokens == 3 * online.usage.output_tokens

@@ -27,7 +27,7 @@ from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import BatchFault, BatchObject
 from blendserve.batch.page import build_page_router
 from blendserve.batch.progress import Progress
-from blendserve.batch.remote import EngineAddress, RemoteExecutor
+from blendserve.batch.remote import EngineAddress, RemoteExecutor, engine_client
 from blendserve.batch.service import BatchService
 from blendserve.batch.store import BatchStore
 
@@ -58,5 +58,6 @@ __all__ = [
     "build_engine_router",
     "build_page_router",
     "build_router",
+    "engine_client",
     "tenant_of",
 ]

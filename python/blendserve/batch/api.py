@@ -29,7 +29,7 @@ from blendserve.batch.objects import (
     Page,
 )
 from blendserve.batch.service import BatchService
-from blendserve.batch.upload import receive_upload
+from blendserve.batch.upload import receive_upload, too_slow
 
 logger = logging.getLogger(__name__)
 
@@ -187,17 +187,16 @@ def _route_class(limits: BatchLimits) -> type[APIRoute]:
 def _bounded(receive: Receive, limits: BatchLimits) -> Receive:
     seen = 0
     whole = False
+    deadline = asyncio.get_running_loop().time() + limits.upload_idle_seconds
 
     async def bounded_receive() -> Message:
         nonlocal seen, whole
-        # What comes after the body is the client's going away, for which there is no hurry.
-        patience = None if whole else limits.upload_idle_seconds
         try:
-            message = await asyncio.wait_for(receive(), patience)
+            # What comes after the body is the client's going away, for which there is no hurry.
+            async with asyncio.timeout_at(None if whole else deadline):
+                message = await receive()
         except TimeoutError as error:
-            raise ApiError(
-                408, f"No data came for {patience:g} s.", code="upload_timeout"
-            ) from error
+            raise too_slow(limits.upload_idle_seconds) from error
         whole = not message.get("more_body", False)
         seen += len(message.get("body", b""))
         if seen > limits.max_json_bytes:

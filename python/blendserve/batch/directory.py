@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from blendserve.batch.ids import is_batch_id, is_file_id, new_file_id
+from blendserve.batch.ids import is_batch_id, is_sha256, new_file_id
 
 
 class BatchDirectoryError(Exception):
@@ -19,8 +19,9 @@ class BatchDirectoryError(Exception):
 class BatchDirectory:
     """Paths under one directory, held by one process.
 
-    `blendserve.db` holds the objects, `files/` the bytes, `journals/` the results of unfinished
-    batches, `tmp/` what is being written. Raises BatchDirectoryError if another process has it.
+    `blendserve.db` holds the objects, `files/` the bytes, each once and named by its SHA-256,
+    `journals/` the results of unfinished batches, `tmp/` what is being written. Raises
+    BatchDirectoryError if another process has it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -47,11 +48,11 @@ class BatchDirectory:
     def database(self) -> Path:
         return self.root / "blendserve.db"
 
-    def file(self, file_id: str) -> Path:
-        """Where a file's bytes lie. ValueError unless the id has the strict form."""
-        if not is_file_id(file_id):
-            raise ValueError("not a file id")
-        return self._files / file_id
+    def content(self, sha256: str) -> Path:
+        """Where the bytes of this digest lie. ValueError unless it has the strict form."""
+        if not is_sha256(sha256):
+            raise ValueError("not a SHA-256 digest")
+        return self._files / sha256
 
     def journal(self, batch_id: str) -> Path:
         """Where a batch's results gather. ValueError unless the id has the strict form."""
@@ -59,8 +60,8 @@ class BatchDirectory:
             raise ValueError("not a batch id")
         return self._journals / f"{batch_id}.jsonl"
 
-    def stored_file_ids(self) -> Iterator[str]:
-        return (entry.name for entry in os.scandir(self._files) if is_file_id(entry.name))
+    def stored_digests(self) -> Iterator[str]:
+        return (entry.name for entry in os.scandir(self._files) if is_sha256(entry.name))
 
     def stored_journal_ids(self) -> Iterator[str]:
         stems = (Path(entry.name).stem for entry in os.scandir(self._journals))
@@ -75,9 +76,9 @@ class BatchDirectory:
         finally:
             draft.discard()
 
-    def publish(self, draft: Draft, file_id: str) -> None:
-        """Makes the draft the file `file_id`: complete and durable, or not there at all."""
-        target = self.file(file_id)
+    def publish(self, draft: Draft, sha256: str) -> None:
+        """Puts the draft's bytes where its digest says: complete and durable, or not at all."""
+        target = self.content(sha256)
         draft.settle()
         os.replace(draft.path, target)
         fsync_folder(self._files)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict
 from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import Executor, LineError, LineResult
 from blendserve.batch.lines import FileLineSource
+from blendserve.batch.rests import with_rests
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) 
             before.cancel()
             await asyncio.wait([before])
         source = await asyncio.to_thread(FileLineSource, job.path, job.max_line_bytes)
-        stream = _JobStream(executor, job, source)
+        pending = await asyncio.to_thread(_flat, job.pending)
+        stream = _JobStream(executor, job, source, pending)
         running[job.job_id] = task = stream.start()
         task.add_done_callback(lambda _: running.pop(job.job_id, None))
         return StreamingResponse(stream.events(task), media_type="application/x-ndjson")
@@ -91,10 +94,13 @@ def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) 
 
 
 class _JobStream:
-    def __init__(self, executor: Executor, job: RunJob, source: FileLineSource) -> None:
+    def __init__(
+        self, executor: Executor, job: RunJob, source: FileLineSource, pending: Sequence[int]
+    ) -> None:
         self._executor = executor
         self._job = job
         self._source = source
+        self._pending = pending
         self._unsent: list[bytes] = []
         self._started: list[int] = []
         self._news = asyncio.Event()
@@ -136,9 +142,8 @@ class _JobStream:
         self._news.set()
 
     async def _run(self) -> None:
-        pending = _flat(self._job.pending)
         results = self._executor.run(
-            self._job.job_id, self._source, pending, self._on_start, self._job.deadline
+            self._job.job_id, self._source, self._pending, self._on_start, self._job.deadline
         )
         try:
             async with aclosing(results) as stream:  # type: ignore[type-var]
@@ -179,5 +184,8 @@ def _line(event: dict[str, Any]) -> bytes:
     return orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _flat(ranges: Iterable[tuple[int, int]]) -> list[int]:
-    return [index for first, end in ranges for index in range(first, end)]
+def _flat(ranges: Iterable[tuple[int, int]]) -> Sequence[int]:
+    indexes = array("Q")
+    for first, end in with_rests(ranges):
+        indexes.extend(range(first, end))
+    return indexes

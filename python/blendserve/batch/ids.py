@@ -13,6 +13,7 @@ REQUEST_PREFIX = "batch_req_"
 # \Z, not $: `$` would also accept a trailing newline.
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}\Z")
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{32}\Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def new_file_id() -> str:
@@ -29,6 +30,10 @@ def is_file_id(text: str) -> bool:
 
 def is_batch_id(text: str) -> bool:
     return _BATCH_ID.match(text) is not None
+
+
+def is_sha256(text: str) -> bool:
+    return _SHA256.match(text) is not None
 
 
 def derived_file_id(batch_id: str, role: str) -> str:

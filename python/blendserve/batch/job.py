@@ -12,6 +12,8 @@ from blendserve.batch.executor import EngineUnavailable, Executor, LineError, Li
 from blendserve.batch.ids import request_line_id
 from blendserve.batch.journal import Journal, Record, Suspect, Tally
 from blendserve.batch.lines import FileLineSource
+from blendserve.batch.rests import with_rests
+from blendserve.batch.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class BatchRun:
 
     `on_progress` gets the tally and the number of retries after every saved group. `on_saved` gets
     the group's records, on a worker thread, and raises JournalUnwritable if it cannot take them.
-    The executor is told the `deadline`, unix seconds.
+    The executor is told the `deadline`, unix seconds. `turns`: of all batches of the server.
     """
 
     def __init__(
@@ -55,10 +57,13 @@ class BatchRun:
         offload: Offload,
         on_progress: Callable[[Tally, int], None],
         on_saved: Callable[[Sequence[Record]], None] | None = None,
-        deadline: float | None = None,
+        *,
+        deadline: float,
+        turns: Turns,
     ) -> None:
         self._batch_id = batch_id
         self._deadline = deadline
+        self._turns = turns
         self._source = source
         self._journal = journal
         self._tally = tally
@@ -76,18 +81,22 @@ class BatchRun:
     def request_stop(self) -> None:
         """Aborts what is in flight; results that have arrived are still saved. Loop thread only."""
         self._stopping.set()
-        if self._collector is not None:
+        self._end_pass()
+
+    def _end_pass(self) -> None:
+        # Once: a second one would cut short the abort of what is in flight.
+        if self._collector is not None and not self._collector.cancelling():
             self._collector.cancel()
 
     async def run(self) -> bool:
         """True once every line is done, False if it was stopped before.
 
-        Suspects, the lines that were with the engine when it died, run last and in ever smaller
-        groups; one with which the engine dies again, and which was alone with it, is answered as an
-        error. A pass may leave lines unanswered (the executor failed in an unknown way, or was
-        busy): they are tried again as long as passes get anything done, and then answered as
-        errors, so that no line is ever dropped. Raises EngineUnavailable and JournalUnwritable;
-        what is counted stays.
+        Suspects, the lines that were with the engine when it died, run last, in ever smaller groups
+        and with no other batch beside them; one with which the engine dies again, and which was
+        alone with it, is answered as an error. A pass may leave lines unanswered (the executor
+        failed in an unknown way, or was busy): they are tried again as long as passes get anything
+        done, and then answered as errors, so that no line is ever dropped. Raises EngineUnavailable
+        and JournalUnwritable; what is counted stays.
         """
         barren_passes = 0
         while not self._stopping.is_set():
@@ -100,18 +109,21 @@ class BatchRun:
                 continue
             before = (self._tally.remaining, self._attempts.total())
             try:
-                await self._pass(pending)
+                ended = await self._pass(pending)
             except EngineUnavailable as error:
                 await self._blame(error.in_flight)
                 raise
             retries = self._attempts.total() - before[1]
-            barren = (self._tally.remaining, self._attempts.total()) == before
-            barren_passes = barren_passes + 1 if barren else 0
+            if (self._tally.remaining, self._attempts.total()) != before:
+                barren_passes = 0
+            elif ended:
+                barren_passes += 1
             if retries:
                 await self._pause_before_retry()
         return self._tally.remaining == 0
 
-    async def _pass(self, pending: Sequence[int]) -> None:
+    async def _pass(self, pending: Sequence[int]) -> bool:
+        """False if it was ended before the executor had done what it could."""
         collector = asyncio.create_task(self._collect(pending))
         collector.add_done_callback(lambda _: self._arrival.set())
         self._collector = collector
@@ -122,14 +134,21 @@ class BatchRun:
             collector.cancel()
             await asyncio.wait([collector])
         if collector.cancelled():
-            return
+            return False
         failure = collector.exception()
         if isinstance(failure, EngineUnavailable):
             raise failure
         if failure is not None:
             logger.error("%s: the executor failed with %s", self._batch_id, type(failure).__name__)
+        return True
 
     async def _collect(self, pending: Sequence[int]) -> None:
+        rank = (self._deadline, self._batch_id)
+        alone = pending[0] in self._tally.suspects
+        async with self._turns.take(rank, alone=alone, step_aside=self._end_pass):
+            await self._receive(pending)
+
+    async def _receive(self, pending: Sequence[int]) -> None:
         in_flight: set[int] = set()
         results = self._executor.run(
             self._batch_id, self._source, pending, in_flight.add, self._deadline
@@ -175,7 +194,7 @@ class BatchRun:
             error = LineError(
                 "engine_crashed",
                 "The engine ended more than once while it ran this request, the last time while "
-                "it ran no other of this batch.",
+                "it ran no other.",
             )
             await self._commit([LineResult(lines[0], "", error=error)])
             return
@@ -219,7 +238,7 @@ class BatchRun:
     def _save(self, results: Iterable[LineResult]) -> list[Record]:
         records: list[Record] = []
         encoded: list[bytes] = []
-        for result in results:
+        for result in with_rests(results):
             record = self._record(result)
             try:
                 data = record.encode()

@@ -23,6 +23,7 @@ import orjson
 
 from blendserve.batch.directory import fsync_folder
 from blendserve.batch.progress import Usage, usage_of
+from blendserve.batch.rests import with_rests
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class Tally:
 
     def pending(self) -> Sequence[int]:
         """The indexes of all lines that are not done, suspects among them."""
-        return array("Q", (index for index, done in enumerate(self._done) if not done))
+        flags = with_rests(enumerate(self._done))
+        return array("Q", (index for index, done in flags if not done))
 
     def next_lines(self, suspects_at_once: int) -> Sequence[int]:
         """What may run together next: all lines that are above suspicion; when they are done,
@@ -210,7 +212,7 @@ def _raw_entries(path: Path, total: int) -> Iterator[tuple[bytes, Record | Suspe
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for raw in file:
+        for raw in with_rests(file):
             if not raw.endswith(b"\n"):
                 return
             entry = _decode(raw, total)

@@ -10,7 +10,10 @@ MAX_EXPIRY_SECONDS = 2_592_000
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Bounds on what a client may send. The first two are OpenAI's; raise them at will."""
+    """Bounds on what a client may send, and on how much is done at once.
+
+    The first two are OpenAI's; raise them at will.
+    """
 
     max_lines: int = 50_000
     max_file_bytes: int = 200 * 1024 * 1024
@@ -20,13 +23,15 @@ class BatchLimits:
     max_listed_faults: int = 1_000
     """Bad lines named one by one; the rest are counted in a last entry."""
     upload_idle_seconds: float = 60.0
-    """How long an upload may stay silent before it is given up."""
+    """How long an upload may stay silent, or bring less than 64 KiB, before it is given up."""
     allow_remote_urls: bool = False
     """Whether a body may name http(s) media, which the server would then fetch."""
+    max_running: int = 8
+    """Batches that run at once. Each holds its prompts' tokens in the planner's memory."""
 
     def __post_init__(self) -> None:
-        for name in ("max_lines", "max_file_bytes", "max_line_bytes", "max_json_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_listed_faults < 1 or self.upload_idle_seconds <= 0:
-            raise ValueError("max_listed_faults and upload_idle_seconds must be positive")
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.upload_idle_seconds <= 0:
+            raise ValueError("upload_idle_seconds must be positive")

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import orjson
 
 from blendserve.batch.executor import BatchLine
+from blendserve.batch.rests import with_rests
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -67,7 +68,7 @@ class FileLineSource:
         self._offsets = array("Q")
         self._sizes = array("Q")
         with open(path, "rb") as file:
-            for line in iter_lines(file, max_line_bytes):
+            for line in with_rests(iter_lines(file, max_line_bytes)):
                 self._offsets.append(line.offset)
                 self._sizes.append(line.size)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

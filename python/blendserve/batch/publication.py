@@ -1,8 +1,8 @@
 """Turning a journal into the output and error files of a batch that ends.
 
-Every step may be repeated: ids are derived from the batch, files are replaced whole, and the
-batch names them only in the last step, one transaction of the store's. A crash at any point
-leaves either the batch open, to be published again, or all of it done.
+Every step may be repeated: ids are derived from the batch, and files and batch change only in the
+last step, one transaction of the store's. A crash at any point leaves either the batch open, to be
+published again, or all of it done.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from blendserve.batch.directory import BatchDirectory, Draft
+from blendserve.batch.directory import Draft
 from blendserve.batch.executor import LineError
 from blendserve.batch.ids import derived_file_id, request_line_id
 from blendserve.batch.job import unanswered
@@ -26,15 +26,16 @@ from blendserve.batch.journal import (
     read_records_in_order,
 )
 from blendserve.batch.lines import FileLineSource
+from blendserve.batch.rests import with_rests
 from blendserve.batch.tables import BatchRow, FileRow
 
 
 @dataclass(frozen=True)
-class Publication:
-    """The result files (at most one of each kind) and what they hold."""
+class Results:
+    """The result files (at most one of each kind), still drafts, and what they hold."""
 
-    output: FileRow | None
-    error: FileRow | None
+    output: tuple[FileRow, Draft] | None
+    error: tuple[FileRow, Draft] | None
     tally: Tally
 
 
@@ -42,45 +43,43 @@ class JournalIncomplete(Exception):
     """A batch that was thought to be at its end has lines without a result."""
 
 
-def publish_results(
-    directory: BatchDirectory,
+def write_results(
     batch: BatchRow,
+    input_path: Path,
+    journal: Path,
+    outputs: Draft,
+    errors: Draft,
     *,
     max_line_bytes: int,
     unfinished: LineError | None,
     now: Callable[[], int],
     in_order: bool = False,
-) -> Publication:
-    """Writes the result files of a validated batch; lines without a result get `unfinished`.
+) -> Results:
+    """Fills the drafts of a validated batch; lines without a result get `unfinished`.
 
-    Without `unfinished` every line must have one: JournalIncomplete, and nothing is published.
+    Without `unfinished` every line must have one: JournalIncomplete.
 
     `in_order` sorts each file by the lines' places in the input; those without a result come last.
 
-    Blocking: call it in a worker thread. OSError (a full disk) leaves nothing half-published.
+    Blocking: call it in a worker thread. OSError when the disk is full.
     """
     total = batch.total or 0
-    journal = directory.journal(batch.id)
-    input_path = directory.file(batch.input_file_id)
     tally = Tally(total)
-    with directory.draft() as outputs, directory.draft() as errors:
-        writers = {
-            "output": _ResultWriter(batch, "output", outputs),
-            "error": _ResultWriter(batch, "error", errors),
-        }
-        read = read_records_in_order if in_order else read_records
-        for record in read(journal, total):
-            if tally.add(record):
-                writers[record.kind].write(record)
-        if unfinished is None and tally.remaining:
-            raise JournalIncomplete
-        if unfinished is not None:
-            for record in _unfinished_records(batch, input_path, tally, max_line_bytes, unfinished):
-                tally.add(record)
-                writers[record.kind].write(record)
-        output = writers["output"].publish(directory, now())
-        error = writers["error"].publish(directory, now())
-    return Publication(output, error, tally)
+    writers = {
+        "output": _ResultWriter(batch, "output", outputs),
+        "error": _ResultWriter(batch, "error", errors),
+    }
+    read = read_records_in_order if in_order else read_records
+    for record in read(journal, total):
+        if tally.add(record):
+            writers[record.kind].write(record)
+    if unfinished is None and tally.remaining:
+        raise JournalIncomplete
+    if unfinished is not None:
+        for record in _unfinished_records(batch, input_path, tally, max_line_bytes, unfinished):
+            tally.add(record)
+            writers[record.kind].write(record)
+    return Results(writers["output"].result(now()), writers["error"].result(now()), tally)
 
 
 def _unfinished_records(
@@ -92,7 +91,7 @@ def _unfinished_records(
         return
     source = FileLineSource(input_path, max_line_bytes)
     try:
-        for index in pending:
+        for index in with_rests(pending):
             line_id = request_line_id(batch.id, index)
             yield unanswered(index, line_id, source.custom_id(index), error)
     finally:
@@ -113,15 +112,13 @@ class _ResultWriter:
         self._size_bytes += len(data)
         self._draft.file.write(data)
 
-    def publish(self, directory: BatchDirectory, now: int) -> FileRow | None:
-        """The row of the published file; None if there was nothing to put into it."""
+    def result(self, now: int) -> tuple[FileRow, Draft] | None:
+        """The file's row and draft; None if there was nothing to put into it."""
         if self._size_bytes == 0:
             return None
-        file_id = derived_file_id(self._batch.id, self._kind)
-        directory.publish(self._draft, file_id)
         lifetime = self._batch.output_expires_after_seconds
-        return FileRow(
-            id=file_id,
+        row = FileRow(
+            id=derived_file_id(self._batch.id, self._kind),
             tenant=self._batch.tenant,
             purpose="batch_output",
             filename=f"{self._batch.id}_{self._kind}.jsonl",
@@ -130,3 +127,4 @@ class _ResultWriter:
             created_at=now,
             expires_at=None if lifetime is None else now + lifetime,
         )
+        return row, self._draft

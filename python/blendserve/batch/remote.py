@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ from blendserve.batch.executor import (
     LineResult,
     LineSource,
 )
+from blendserve.batch.rests import with_rests
+
+# SGLang's server closes a connection that was idle for 5 s. One that this end keeps as long could
+# be closed just when a request is sent on it.
+_KEEPALIVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,19 @@ class EngineAddress:
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.token}"}
+
+
+def engine_client(timeout: float | None = None) -> httpx.AsyncClient:
+    """A client for an engine process, which is on this machine: no proxies, and no certificates.
+
+    To read those takes 30 ms, in which the event loop would stand still.
+    """
+    return httpx.AsyncClient(
+        timeout=timeout,
+        trust_env=False,
+        verify=False,
+        limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS),
+    )
 
 
 class RemoteExecutor:
@@ -85,13 +104,13 @@ class RemoteExecutor:
             "job_id": job_id,
             "path": str(lines.path),
             "max_line_bytes": lines.max_line_bytes,
-            "pending": _ranges(pending),
+            "pending": await asyncio.to_thread(_ranges, with_rests(pending)),
             "deadline": deadline,
         }
         ended = False
         try:
             async with (
-                httpx.AsyncClient(timeout=None, trust_env=False) as client,
+                engine_client() as client,
                 client.stream(
                     "POST", f"{address.url}/blendserve/jobs", json=job, headers=address.headers
                 ) as response,

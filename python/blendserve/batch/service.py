@@ -116,10 +116,9 @@ class BatchService:
                 param="file",
             )
         expires_after = _expires_after(upload)
-        file_id, now = new_file_id(), self.now()
-        self.store.directory.publish(draft, file_id)
+        now = self.now()
         row = FileRow(
-            id=file_id,
+            id=new_file_id(),
             tenant=tenant,
             purpose=purpose,
             filename=filename,
@@ -128,7 +127,7 @@ class BatchService:
             created_at=now,
             expires_at=None if expires_after is None else now + expires_after.seconds,
         )
-        return FileObject.of(self.store.add_file(row))
+        return FileObject.of(self.store.add_file(row, draft))
 
     def retrieve_file(self, file_id: str, tenant: str = "") -> FileObject:
         return FileObject.of(self._file(file_id, tenant))
@@ -137,7 +136,7 @@ class BatchService:
         """A file and its bytes, which stay readable even if it is deleted meanwhile."""
         row = self._file(file_id, tenant)
         try:
-            return FileObject.of(row), open(self.store.directory.file(row.id), "rb")
+            return FileObject.of(row), open(self.store.directory.content(row.sha256), "rb")
         except FileNotFoundError as error:
             raise not_found("file", file_id, param="file_id") from error
 

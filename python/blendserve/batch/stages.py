@@ -20,10 +20,11 @@ from blendserve.batch.limits import BatchLimits
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.objects import BatchFault
 from blendserve.batch.progress import Progress
-from blendserve.batch.publication import JournalIncomplete, Publication, publish_results
+from blendserve.batch.publication import JournalIncomplete, Results, write_results
 from blendserve.batch.reuse import reused_records
 from blendserve.batch.store import BatchStore
 from blendserve.batch.tables import BatchRow
+from blendserve.batch.turns import Turns
 from blendserve.batch.validation import ValidationStopped, validate_file
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Validation:
         try:
             verdict = await around.offload(
                 validate_file,
-                around.store.directory.file(row.input_file_id),
+                await around.offload(around.store.content_of, row.input_file_id),
                 row.endpoint,
                 around.executor,
                 around.limits,
@@ -112,7 +113,7 @@ class Validation:
         count = 0
         try:
             for group in reused_records(
-                around.store.directory,
+                around.store.content_of,
                 row,
                 around.store.answered_batches(row, fingerprint),
                 around.limits.max_line_bytes,
@@ -138,16 +139,18 @@ class Validation:
 
 
 class Running:
-    """Gives the engine what the journal does not have yet."""
+    """Gives the engine what the journals do not have yet, of several batches at once."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        self._run: tuple[str, BatchRun] | None = None
+        self._runs: dict[str, BatchRun] = {}
+        self._turns = Turns()
 
     def request_stop(self, should_stop: Callable[[str], bool]) -> None:
-        """Lets go of the batch that runs, if `should_stop` says so of its id. Loop thread only."""
-        if self._run is not None and should_stop(self._run[0]):
-            self._run[1].request_stop()
+        """Lets go of the running batches of whose ids `should_stop` says so. Loop thread only."""
+        for batch_id, run in self._runs.items():
+            if should_stop(batch_id):
+                run.request_stop()
 
     def pause(self, row: BatchRow, note: str) -> None:
         """Shows that a batch waits, and for what."""
@@ -174,7 +177,7 @@ class Running:
             try:
                 source = await around.offload(
                     FileLineSource,
-                    around.store.directory.file(row.input_file_id),
+                    await around.offload(around.store.content_of, row.input_file_id),
                     around.limits.max_line_bytes,
                 )
             except FileNotFoundError:
@@ -222,13 +225,16 @@ class Running:
             report,
             saved,
             deadline=float(row.expires_at),
+            turns=self._turns,
         )
-        self._run = (row.id, run)
+        self._runs[row.id] = run
         try:
             if not around.is_stopped(row.id) and await run.run():
                 await self._end(row, "completed", status="finalizing", finalizing_at=around.now())
+            else:
+                around.live[row.id] = replace(around.live[row.id], phase="waiting")
         finally:
-            self._run = None
+            del self._runs[row.id]
 
     async def _end(self, row: BatchRow, ending: str, **values: Any) -> None:
         store = self._around.store
@@ -245,52 +251,55 @@ class Publishing:
 
     async def carry_out(self, row: BatchRow) -> None:
         around = self._around
-        ending = row.ending or "completed"
-        publication: Publication | None = None
-        if row.total is not None:
-            try:
-                publication = await around.offload(
-                    lambda: publish_results(
-                        around.store.directory,
-                        row,
-                        max_line_bytes=around.limits.max_line_bytes,
-                        unfinished=_UNFINISHED.get(ending),
-                        now=around.now,
-                        in_order=around.in_order,
-                    )
-                )
-            except JournalIncomplete:
-                # The journal lost records since: the batch is not at its end after all.
-                await self._conclude(row, status="in_progress", ending=None, finalizing_at=None)
-                return
-        if publication is None:
-            await self._conclude(row, status=ending, **{f"{ending}_at": around.now()})
-        else:
-            await self._conclude_with(row, ending, publication)
+        try:
+            await around.offload(self._publish, row, row.ending or "completed")
+        except JournalIncomplete:
+            # The journal lost records since: the batch is not at its end after all.
+            values = {"status": "in_progress", "ending": None, "finalizing_at": None}
+            await around.offload(lambda: around.store.conclude(row.id, [], **values))
+            return
         around.live.pop(row.id, None)
         around.store.directory.journal(row.id).unlink(missing_ok=True)
 
-    async def _conclude_with(self, row: BatchRow, ending: str, publication: Publication) -> None:
-        tally, usage = publication.tally, publication.tally.usage
-        files = [file for file in (publication.output, publication.error) if file is not None]
-        await self._conclude(
-            row,
-            *files,
-            status=ending,
-            completed=tally.completed,
-            failed=tally.total - tally.completed,
-            input_tokens=usage.input_tokens,
-            cached_tokens=usage.cached_tokens,
-            output_tokens=usage.output_tokens,
-            reasoning_tokens=usage.reasoning_tokens,
-            output_file_id=publication.output and publication.output.id,
-            error_file_id=publication.error and publication.error.id,
-            **{f"{ending}_at": self._around.now()},
-        )
+    def _publish(self, row: BatchRow, ending: str) -> None:
+        around, store = self._around, self._around.store
+        if row.total is None:
+            store.conclude(row.id, [], status=ending, **{f"{ending}_at": around.now()})
+            return
+        with store.directory.draft() as outputs, store.directory.draft() as errors:
+            results = write_results(
+                row,
+                store.content_of(row.input_file_id),
+                store.directory.journal(row.id),
+                outputs,
+                errors,
+                max_line_bytes=around.limits.max_line_bytes,
+                unfinished=_UNFINISHED.get(ending),
+                now=around.now,
+                in_order=around.in_order,
+            )
+            files = [file for file in (results.output, results.error) if file is not None]
+            store.conclude(
+                row.id,
+                files,
+                status=ending,
+                **_final_values(results),
+                **{f"{ending}_at": around.now()},
+            )
 
-    async def _conclude(self, row: BatchRow, *files: Any, **values: Any) -> None:
-        store = self._around.store
-        await self._around.offload(lambda: store.conclude(row.id, files, **values))
+
+def _final_values(results: Results) -> dict[str, Any]:
+    tally, usage = results.tally, results.tally.usage
+    return {
+        "completed": tally.completed,
+        "failed": tally.total - tally.completed,
+        "input_tokens": usage.input_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "output_tokens": usage.output_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "output_file_id": results.output and results.output[0].id,
+        "error_file_id": results.error and results.error[0].id,
+    }
 
 
 def progress_of_tally(tally: Tally, *, recovered: int) -> Progress:

@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from blendserve.batch.directory import BatchDirectory, BatchDirectoryError
+from blendserve.batch.directory import BatchDirectory, BatchDirectoryError, Draft
 from blendserve.batch.errors import bad_request, conflict, not_found
 from blendserve.batch.tables import (
     SCHEMA_VERSION,
@@ -60,11 +61,17 @@ class BatchStore:
 
     # -- files
 
-    def add_file(self, row: FileRow) -> FileRow:
-        """Registers a file whose bytes are already published."""
-        with self._writing() as session:
+    def add_file(self, row: FileRow, draft: Draft) -> FileRow:
+        """Makes the draft, whose digest the row has, a file: durable, or OSError and not there."""
+        with self._publishing([(row, draft)]) as session:
             session.add(row)
         return row
+
+    def content_of(self, file_id: str) -> Path:
+        """Where the bytes of a file lie, if they are not deleted."""
+        with self._reading() as session:
+            query = select(FileRow.sha256).where(FileRow.id == file_id)
+            return self.directory.content(session.scalars(query).one())
 
     def find_file(self, file_id: str, now: int, tenant: str) -> FileRow | None:
         """The tenant's file, unless it is unknown, deleted or expired."""
@@ -104,20 +111,21 @@ class BatchStore:
 
     def delete_file(self, file_id: str, now: int) -> None:
         """Deletes a file. ApiError 404 if there is none, 409 while a batch reads it."""
-        with self._writing() as session:
-            row = session.scalar(
-                select(FileRow).where(FileRow.id == file_id, FileRow.deleted_at.is_(None))
-            )
-            if row is None:
-                raise not_found("file", file_id)
-            if (reader := _is_in_use(session, file_id)) is not None:
-                raise conflict(
-                    f"{file_id} is the input of {reader}, which has not ended. "
-                    "Cancel that batch, or wait for it, and then delete the file.",
-                    code="file_in_use",
+        with self._write_lock:
+            with self._transaction() as session:
+                row = session.scalar(
+                    select(FileRow).where(FileRow.id == file_id, FileRow.deleted_at.is_(None))
                 )
-            row.deleted_at = now
-        self.directory.file(file_id).unlink(missing_ok=True)
+                if row is None:
+                    raise not_found("file", file_id)
+                if (reader := _is_in_use(session, file_id)) is not None:
+                    raise conflict(
+                        f"{file_id} is the input of {reader}, which has not ended. "
+                        "Cancel that batch, or wait for it, and then delete the file.",
+                        code="file_in_use",
+                    )
+                row.deleted_at = now
+            self._remove_unowned([row.sha256])
 
     # -- batches
 
@@ -188,10 +196,10 @@ class BatchStore:
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
 
     def open_batches(self, status: str) -> Sequence[BatchRow]:
-        """Batches in `status` that head for no ending yet, oldest first."""
+        """Batches in `status` that head for no ending yet; whose window closes first is first."""
         query = select(BatchRow).where(BatchRow.status == status, BatchRow.ending.is_(None))
         with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.seq)).all()
+            return session.scalars(query.order_by(BatchRow.expires_at, BatchRow.seq)).all()
 
     def ending_batches(self) -> Sequence[BatchRow]:
         """Batches that head for an ending and are not there yet, oldest first."""
@@ -249,11 +257,13 @@ class BatchStore:
         with self._reading() as session:
             return session.scalar(query)
 
-    def conclude(self, batch_id: str, files: Sequence[FileRow], **values: Any) -> None:
+    def conclude(
+        self, batch_id: str, files: Sequence[tuple[FileRow, Draft]], **values: Any
+    ) -> None:
         """In one transaction: the result files come into being, and the batch ends."""
-        with self._writing() as session:
+        with self._publishing(files) as session:
             row = session.scalars(select(BatchRow).where(BatchRow.id == batch_id)).one()
-            session.add_all(files)
+            session.add_all(file for file, _ in files)
             _assign(row, values)
 
     # -- inside
@@ -265,9 +275,40 @@ class BatchStore:
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        session = Session(self._engine, expire_on_commit=False)
-        with self._write_lock, session, session.begin():
+        with self._write_lock, self._transaction() as session:
             yield session
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def _publishing(self, files: Sequence[tuple[FileRow, Draft]]) -> Iterator[Session]:
+        """A transaction in which the rows of these drafts are to be added."""
+        for _, draft in files:
+            draft.settle()
+        # From when the bytes are in place until a row owns them, nobody may delete the same bytes
+        # of another file: the lock spans both.
+        with self._write_lock:
+            try:
+                for row, draft in files:
+                    self.directory.publish(draft, row.sha256)
+                with self._transaction() as session:
+                    yield session
+            except Exception:
+                self._remove_unowned([row.sha256 for row, _ in files])
+                raise
+
+    def _remove_unowned(self, digests: Sequence[str]) -> None:
+        """Removes those of these bytes that no file has any more. Holds the write lock."""
+        query = select(FileRow.sha256).where(
+            FileRow.sha256.in_(digests), FileRow.deleted_at.is_(None)
+        )
+        with self._reading() as session:
+            owned = set(session.scalars(query))
+        for digest in set(digests) - owned:
+            self.directory.content(digest).unlink(missing_ok=True)
 
     def _prepare_schema(self) -> None:
         with self._engine.connect() as connection:
@@ -286,15 +327,15 @@ class BatchStore:
     def _remove_orphans(self) -> None:
         """Removes bytes that no object owns: a crash came between the two."""
         with self._reading() as session:
-            owned = set(session.scalars(select(FileRow.id).where(FileRow.deleted_at.is_(None))))
+            owned = set(session.scalars(select(FileRow.sha256).where(FileRow.deleted_at.is_(None))))
             unfinished = set(
                 session.scalars(
                     select(BatchRow.id).where(BatchRow.status.not_in(TERMINAL_STATUSES))
                 )
             )
-        for file_id in self.directory.stored_file_ids():
-            if file_id not in owned:
-                self.directory.file(file_id).unlink(missing_ok=True)
+        for digest in self.directory.stored_digests():
+            if digest not in owned:
+                self.directory.content(digest).unlink(missing_ok=True)
         for batch_id in self.directory.stored_journal_ids():
             if batch_id not in unfinished:
                 self.directory.journal(batch_id).unlink(missing_ok=True)
@@ -304,12 +345,12 @@ class BatchStore:
         with self._reading() as session:
             if session.scalar(query.limit(1)) is None:
                 return
-        with self._writing() as session:
-            rows = [row for row in session.scalars(query) if not _is_in_use(session, row.id)]
-            for row in rows:
-                row.deleted_at = now
-        for row in rows:
-            self.directory.file(row.id).unlink(missing_ok=True)
+        with self._write_lock:
+            with self._transaction() as session:
+                rows = [row for row in session.scalars(query) if not _is_in_use(session, row.id)]
+                for row in rows:
+                    row.deleted_at = now
+            self._remove_unowned([row.sha256 for row in rows])
 
 
 def _configure_connection(connection: Any, _record: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 BatchStatus = Literal[
     "validating",
@@ -31,7 +31,10 @@ class Base(DeclarativeBase):
 
 
 class FileRow(Base):
-    """A file. Deleted ones stay as tombstones, so that a page cursor naming one still works."""
+    """A file. Deleted ones stay as tombstones, so that a page cursor naming one still works.
+
+    Its bytes lie under their digest; files with the same bytes share them.
+    """
 
     __tablename__ = "files"
     __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012 - SQLAlchemy reads it as is
@@ -42,7 +45,7 @@ class FileRow(Base):
     purpose: Mapped[str]
     filename: Mapped[str]
     size_bytes: Mapped[int]
-    sha256: Mapped[str]
+    sha256: Mapped[str] = mapped_column(index=True)
     created_at: Mapped[int]
     expires_at: Mapped[int | None]
     deleted_at: Mapped[int | None]

@@ -23,6 +23,8 @@ _MAX_FIELD_BYTES = 4 * 1024
 _MAX_FIELDS = 16
 _WRITE_BLOCK_BYTES = 1 << 20
 _MAX_FILENAME_CHARS = 255
+# So much must come in the time that an upload may be silent; a drip would otherwise never end.
+_PACE_BYTES = 64 * 1024
 
 
 @dataclass
@@ -69,15 +71,31 @@ async def receive_upload(request: Request, draft: Draft, limits: BatchLimits) ->
 
 
 async def _timely(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+    clock = asyncio.get_running_loop().time
+    patience, received = idle_seconds, 0
     while True:
+        before = clock()
         try:
-            yield await asyncio.wait_for(anext(stream), idle_seconds)
+            chunk = await asyncio.wait_for(anext(stream), patience)
         except StopAsyncIteration:
             return
         except TimeoutError as error:
-            raise ApiError(
-                408, f"No data came for {idle_seconds:g} s.", code="upload_timeout"
-            ) from error
+            raise too_slow(idle_seconds) from error
+        # Only what the client lets us wait for, and not our own disk, wears the patience down.
+        patience -= clock() - before
+        yield chunk
+        received += len(chunk)
+        if received >= _PACE_BYTES:
+            patience, received = idle_seconds, 0
+
+
+def too_slow(idle_seconds: float) -> ApiError:
+    """The error of a request that falls silent, or comes a few bytes at a time."""
+    return ApiError(
+        408,
+        f"The request came too slowly: less than {_PACE_BYTES} bytes in {idle_seconds:g} s.",
+        code="upload_timeout",
+    )
 
 
 class _FormReceiver:

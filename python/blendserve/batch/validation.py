@@ -17,6 +17,7 @@ from blendserve.batch.executor import BatchLine, Executor, LineFault
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.lines import RawLine, iter_lines
 from blendserve.batch.objects import BatchFault
+from blendserve.batch.rests import with_rests
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class _Validator:
                 fault = LineFault("invalid_encoding", "The file is UTF-16; save it as UTF-8.")
                 return Verdict(0, None, [_named(fault, None)])
             file.seek(0)
-            for raw in iter_lines(file, self._limits.max_line_bytes):
+            for raw in with_rests(iter_lines(file, self._limits.max_line_bytes)):
                 if total % _STOP_CHECK_LINES == 0 and should_stop():
                     raise ValidationStopped
                 if total < self._limits.max_lines:

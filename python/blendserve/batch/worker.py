@@ -1,7 +1,7 @@
 """The loops that carry batches forward: one each for validating, running and publishing.
 
-What a batch needs next is read from its row, never from memory, so the loops do after a crash
-exactly what they do otherwise.
+Several batches run at once, those whose windows close first go first. What a batch needs next is
+read from its row, never from memory, so the loops do after a crash exactly what they do otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from blendserve.batch.tables import BatchRow
 
 logger = logging.getLogger(__name__)
 
+# A running batch makes room for one that has so many times less left of its completion window.
+_CLEARLY_SOONER = 2
+# Beside a thread for each running batch: validating, publishing, and looking around.
+_OTHER_THREADS = 3
+
 
 class BatchWorker:
     """Owns every batch that is not at its end. Create and use it in one event loop."""
@@ -39,6 +44,7 @@ class BatchWorker:
         in_order: bool = False,
     ) -> None:
         self._store = store
+        self._max_running = limits.max_running
         self._now = now
         self._retry_seconds = retry_seconds
         self._around = Surroundings(
@@ -47,7 +53,7 @@ class BatchWorker:
             limits=limits,
             now=now,
             offload=self._offload,
-            is_stopped=lambda batch_id: self._stopping or batch_id in self._interrupted,
+            is_stopped=self._is_stopped,
             on_saved=on_saved,
             in_order=in_order,
         )
@@ -55,14 +61,18 @@ class BatchWorker:
         self._running = Running(self._around)
         self._publishing = Publishing(self._around)
         self._held: set[str] = set()
+        self._runs: dict[str, asyncio.Task[None]] = {}
         self._interrupted: set[str] = set()
+        self._yielding: set[str] = set()
         self._retry_at: dict[str, float] = {}
         self._waits_for_engine = False
         self._recoveries = 0
         self._stopping = False
         self._wakes: list[asyncio.Event] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="blendserve-batch")
+        self._threads = ThreadPoolExecutor(
+            limits.max_running + _OTHER_THREADS, thread_name_prefix="blendserve-batch"
+        )
 
     @property
     def live(self) -> dict[str, Progress]:
@@ -87,7 +97,7 @@ class BatchWorker:
         self._stopping = True
         self._running.request_stop(lambda _: True)
         self.wake()
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, *self._runs.values())
         self._threads.shutdown()
 
     def wake(self) -> None:
@@ -106,6 +116,9 @@ class BatchWorker:
         self._waits_for_engine = False
         self._recoveries += 1
         self.wake()
+
+    def _is_stopped(self, batch_id: str) -> bool:
+        return self._stopping or batch_id in self._interrupted or batch_id in self._yielding
 
     async def _loop(self, step: Callable[[], Awaitable[bool]], wake: asyncio.Event) -> None:
         while not self._stopping:
@@ -143,21 +156,51 @@ class BatchWorker:
         return False
 
     async def _run_next(self) -> bool:
+        """Begins to run a batch. False if none waits, or none can begin now."""
         if self._waits_for_engine:
             return False
-        async with self._claim(await self._offload(self._store.open_batches, "in_progress")) as row:
-            if row is not None:
-                recoveries = self._recoveries
-                try:
-                    await self._running.carry_out(row)
-                except EngineUnavailable as error:
-                    self._wait_for_engine(row, error, recoveries)
-                except JournalUnwritable as error:
-                    logger.error("%s pauses, its results cannot be saved: %s", row.id, error)
-                    self._running.pause(row, f"results cannot be saved: {error}")
-                    self._back_off(row)
-                return True
-        return False
+        rows = await self._offload(self._store.open_batches, "in_progress")
+        waiting = [row for row in rows if row.id not in self._runs and self._is_free(row)]
+        if self._stopping or not waiting:
+            return False
+        if len(self._runs) == self._max_running:
+            self._make_room(waiting[0], [row for row in rows if row.id in self._runs])
+            return False
+        self._runs[waiting[0].id] = asyncio.create_task(self._run(waiting[0]))
+        return True
+
+    def _make_room(self, waiting: BatchRow, running: Sequence[BatchRow]) -> None:
+        """Lets go of the batch that has most time, if the waiting one has clearly less."""
+        if not running or self._yielding:
+            return
+        left = [row.expires_at - self._now() for row in (waiting, running[-1])]
+        if _CLEARLY_SOONER * left[0] <= left[1]:
+            self._yielding.add(running[-1].id)
+            self._running.request_stop(self._yielding.__contains__)
+
+    async def _run(self, row: BatchRow) -> None:
+        try:
+            async with self._claim([row]) as current:
+                if current is not None:
+                    await self._run_claimed(current)
+        except Exception as error:
+            logger.error("the batch store fails, trying again: %s", reason_of(error))
+            self._back_off(row)
+        finally:
+            del self._runs[row.id]
+            self._yielding.discard(row.id)
+            self.wake()
+
+    async def _run_claimed(self, row: BatchRow) -> None:
+        recoveries = self._recoveries
+        try:
+            await self._running.carry_out(row)
+        except EngineUnavailable as error:
+            self._wait_for_engine(row, error, recoveries)
+        except JournalUnwritable as error:
+            logger.error("%s pauses, its results cannot be saved: %s", row.id, error)
+            self._running.pause(row, f"results cannot be saved: {error}")
+            self._back_off(row)
 
     async def _publish_next(self) -> bool:
         overdue = await self._offload(self._store.expire_overdue, self._now())
@@ -172,7 +215,8 @@ class BatchWorker:
 
     def _wait_for_engine(self, row: BatchRow, error: EngineUnavailable, recoveries: int) -> None:
         # Unless the next engine came up while this one's last results were being saved.
-        self._waits_for_engine = self._recoveries == recoveries
+        if self._recoveries == recoveries:
+            self._waits_for_engine = True
         note = str(error) or "the engine is not available"
         logger.info("%s waits for an engine: %s", row.id, note)
         if row.total is not None:
@@ -181,9 +225,8 @@ class BatchWorker:
     @contextlib.asynccontextmanager
     async def _claim(self, rows: Sequence[BatchRow]) -> AsyncIterator[BatchRow | None]:
         """Holds the first of `rows` that nobody holds and that still is as it was read."""
-        clock = asyncio.get_running_loop().time()
         for row in rows:
-            if row.id in self._held or self._retry_at.get(row.id, 0.0) > clock:
+            if not self._is_free(row):
                 continue
             self._held.add(row.id)
             try:
@@ -206,6 +249,10 @@ class BatchWorker:
                 self._held.discard(row.id)
                 self.wake()
         yield None
+
+    def _is_free(self, row: BatchRow) -> bool:
+        due = self._retry_at.get(row.id, 0.0)
+        return row.id not in self._held and due <= asyncio.get_running_loop().time()
 
     def _back_off(self, row: BatchRow) -> None:
         self._retry_at[row.id] = asyncio.get_running_loop().time() + self._retry_seconds

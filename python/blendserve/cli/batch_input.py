@@ -89,13 +89,8 @@ def _ungzip(source: str, sink: BinaryIO) -> None:
 
 
 def _unzstd(source: str, sink: BinaryIO) -> None:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise InputError(
-            f"input {source}: .zst files need the package zstandard; install it, or unpack the "
-            "file first"
-        ) from error
+    import zstandard
+
     frame = None
     with open(source, "rb") as stream:
         while block := stream.read(_BLOCK_BYTES):

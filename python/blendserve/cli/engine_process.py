@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 from pydantic import ValidationError
 
-from blendserve.batch import EngineAddress, EngineInfo
+from blendserve.batch import EngineAddress, EngineInfo, engine_client
 from blendserve.cli.server_process import (
     PARENT_VARIABLE,
     TOKEN_VARIABLE,
@@ -31,6 +31,7 @@ _START_POLL_SECONDS = 0.5
 _STOP_SECONDS = 20.0
 # SGLang itself waits 20 s for a sign of its scheduler before it says that it is not healthy.
 _HEALTH_TIMEOUT_SECONDS = 25.0
+_INFO_TIMEOUT_SECONDS = 30.0
 _LOST_SECONDS = 3.0
 _MAX_PAUSE_SECONDS = 60.0
 _STEADY_SECONDS = 60.0
@@ -226,17 +227,17 @@ class EngineProcess:
     async def _is_healthy(self, address: EngineAddress) -> bool:
         timeout = min(_HEALTH_TIMEOUT_SECONDS, self._watch.hang_seconds or _HEALTH_TIMEOUT_SECONDS)
         try:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                answer = await client.get(f"{address.url}/health", timeout=timeout)
+            async with engine_client(timeout) as client:
+                answer = await client.get(f"{address.url}/health")
         except httpx.HTTPError:
             return False
         return answer.status_code == 200
 
     async def _info(self, address: EngineAddress) -> EngineInfo | None:
         try:
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with engine_client(_INFO_TIMEOUT_SECONDS) as client:
                 answer = await client.get(
-                    f"{address.url}/blendserve/engine", headers=address.headers, timeout=30
+                    f"{address.url}/blendserve/engine", headers=address.headers
                 )
             return EngineInfo.model_validate_json(answer.raise_for_status().content)
         except (httpx.HTTPError, ValidationError) as error:

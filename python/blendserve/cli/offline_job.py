@@ -163,7 +163,7 @@ class OfflineJob:
             if file_id is None:
                 target.unlink(missing_ok=True)
             else:
-                _place(self._store.directory.file(file_id), target)
+                _place(self._store.content_of(file_id), target)
         self._live.remove()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import httpx
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from blendserve.batch import ADMIN_SCOPE_KEY, RemoteExecutor
+from blendserve.batch import ADMIN_SCOPE_KEY, RemoteExecutor, engine_client
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 # Between two hops, not from end to end (RFC 9110, 7.6.1); the key is the front's own affair.
@@ -35,9 +35,7 @@ class EngineProxy:
 
     def __init__(self, executor: RemoteExecutor) -> None:
         self._executor = executor
-        self._client = httpx.AsyncClient(
-            timeout=None, trust_env=False, limits=httpx.Limits(max_connections=None)
-        )
+        self._client = engine_client()
 
     def router(self) -> APIRouter:
         """To be included last: it takes every path."""

@@ -10,7 +10,14 @@ from typing import Any
 import httpx
 from fastapi import APIRouter, Request
 
-from blendserve.batch import ADMIN_SCOPE_KEY, ApiError, BatchService, RemoteExecutor, tenant_of
+from blendserve.batch import (
+    ADMIN_SCOPE_KEY,
+    ApiError,
+    BatchService,
+    RemoteExecutor,
+    engine_client,
+    tenant_of,
+)
 from blendserve.cli.engine_process import EngineState
 
 # Any number of pages may look; the engine is asked this often.
@@ -27,7 +34,7 @@ class StatusBoard:
         self._service = service
         self._executor = executor
         self._engine = engine
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._client = engine_client(_TIMEOUT_SECONDS)
         self._lock = asyncio.Lock()
         self._counters: dict[str, Any] = {"schedulers": [], "jobs": [], "dispatch": None}
         self._read_at = -_MAX_AGE_SECONDS
