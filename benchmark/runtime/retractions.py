@@ -12,11 +12,11 @@ service does it: when the sample is in, and at every doubling of answers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--requests", type=int, default=6000)
     parser.add_argument("--kv-tokens", type=int, default=60_000)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     engine = BareScheduler(
@@ -187,15 +188,15 @@ def main() -> None:
         *("--max-running-requests", "2048"),
     )
     results = {}
-    for trace in TRACES:
-        for known in (True, False):
-            begun = time.monotonic()
-            result = Run(engine, trace, options.requests, seed=0, known=known).run()
-            results[f"{trace}+mmlu, {'known' if known else 'sampled'}"] = result
-            print(f"{trace:12} known={known} {result} {time.monotonic() - begun:.0f} s", flush=True)
+    for trace, known in itertools.product(TRACES, (True, False)):
+        runs = [
+            Run(engine, trace, options.requests, seed, known).run() for seed in range(options.seeds)
+        ]
+        results[f"{trace}+mmlu, {'known' if known else 'sampled'}"] = runs
+        print(f"{trace:12} known={known} {runs}", flush=True)
     record = {
         "command": "python benchmark/runtime/retractions.py "
-        f"--requests {options.requests} --kv-tokens {options.kv_tokens}",
+        f"--requests {options.requests} --kv-tokens {options.kv_tokens} --seeds {options.seeds}",
         "machine": platform.platform(),
         "results": results,
     }

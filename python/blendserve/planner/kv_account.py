@@ -15,6 +15,8 @@ from .kv_forecast import KVForecast
 # anew; memory kept in vain is only lent a little later.
 _COMMON_ERROR = 0.25
 _DEVIATIONS = 1.0
+# A request that has outlived its estimate goes on for this part of what it has produced.
+_OVERDUE_PART = 0.5
 
 
 # Made for every head at every decision: not frozen, which would double the time to make one.
@@ -73,6 +75,8 @@ class _Booking:
     private_tokens: float
     booked_tokens: float
     deviation: float
+    reserved_tokens: float
+    """Output tokens that memory has been reserved for so far."""
     left_to_limit: float
     """Output tokens that it may still produce beyond those that memory is reserved for."""
 
@@ -134,6 +138,7 @@ class KVAccount:
             candidate.private_tokens,
             account_tokens(candidate.private_tokens, reserved),
             candidate.output_deviation,
+            reserved,
             candidate.max_output_tokens - reserved,
         )
         self._bookings[key] = booking
@@ -168,13 +173,16 @@ class KVAccount:
         """Every running request has produced a token. True if one has outlived its estimate.
 
         Such a request is a long decode after all: it counts on the right from now on, and memory
-        is reserved for as much more as the estimate was uncertain.
+        is reserved for as much more as the estimate was uncertain, or for half of what it has
+        produced: the longer something runs, the longer it is likely to go on.
         """
         overdue = self._forecast.advance()
         for key, held_tokens in overdue.items():
             booking = self._bookings[key]
             self._book(booking.side, -booking.booked_tokens, -1)
-            more = min(max(booking.deviation, 1.0), max(booking.left_to_limit, 1.0))
+            more = max(booking.deviation, _OVERDUE_PART * booking.reserved_tokens, 1.0)
+            more = min(more, max(booking.left_to_limit, 1.0))
+            booking.reserved_tokens += more
             booking.left_to_limit -= more
             booking.side = Side.RIGHT
             booking.booked_tokens += more / 2
