@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_workloads import LLAMA_ON_A100, jobs, mixed_job
-from planner_workloads import shared_tokens as in_common
 
 from blendserve.planner import (
     Admission,
@@ -98,31 +97,6 @@ def test_scanners_meet_and_name_every_request_once(job, turns, data):
     assert scanner.target_density == math.inf
     with pytest.raises(IndexError):
         scanner.take(LEFT)
-
-
-@given(jobs(), st.lists(st.tuples(st.sampled_from(Side), st.booleans(), st.integers(0, 99))))
-def test_a_head_shares_that_much_with_the_request_taken_before_it_on_its_side(job, turns):
-    plan = make_plan(job, LLAMA_ON_A100)
-    scanner = DualScanner(plan)
-    position = {int(r): k for k, r in enumerate(plan.order)}
-    last = dict.fromkeys(Side)
-    for side, out_of_turn, pick in turns:
-        if scanner.exhausted:
-            break
-        if out_of_turn:
-            scanner.remove(pick)
-            continue
-        head, shared = scanner.head(side), scanner.shared_tokens(side)
-        if last[side] is None:
-            assert shared == 0
-        else:
-            assert shared <= in_common(job.token_ids[last[side]], job.token_ids[head])
-            before, after = sorted((position[last[side]], position[head]))
-            if after - before == 1:
-                assert shared == plan.shared_with_previous[after]
-        last[side] = scanner.take(side)
-    if scanner.exhausted:
-        assert [scanner.shared_tokens(side) for side in Side] == [0, 0]
 
 
 def test_a_scanner_is_the_same_in_another_process_and_leaves_the_tree_behind():

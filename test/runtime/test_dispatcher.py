@@ -140,13 +140,6 @@ def test_ranks_count_the_requests_of_a_side_whoever_they_belong_to(dispatcher):
         assert turns
 
 
-def test_a_turn_says_whether_the_request_before_was_of_the_same_job(dispatcher):
-    a, b = job("a", 9, 8, 5, *[1.0] * 30), job("b", 7, 3, *[1.5] * 30)
-    dispatched(dispatcher, a, b)
-    assert [turn.follows for turn in a.turns if turn.side is LEFT][:3] == [False, True, False]
-    assert not next(turn for turn in b.turns if turn.side is LEFT).follows
-
-
 def test_the_target_is_that_of_all_that_is_left_of_all_jobs(dispatcher):
     a, b = job("a", 9, 7), job("b", 2)
     dispatched(dispatcher, a, b)
@@ -221,7 +214,7 @@ def test_lines_without_a_plan_need_no_credits(dispatcher):
     for side in Side:
         CREDITS[0].sent(side, DEPTH)
     busy = job("busy", *[1.0] * 10)
-    busy.turns.append(Turn(LEFT, 0, 1.0, False))  # in flight, so the credits are not settled
+    busy.turns.append(Turn(LEFT, 0, 1.0))  # in flight, so the credits are not settled
     assert dispatched(dispatcher, busy, plain) == {LEFT: [], RIGHT: []}
     assert plain.unplanned == 0
 

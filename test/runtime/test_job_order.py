@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import Counter
 from contextlib import aclosing
 
 import pytest
 from job_server import (
-    COST_MODEL,
     FIRST_DEPTH,
     FakeLines,
     Run,
     chat,
     finished,
     mixed,
-    planner_job,
 )
 
 from blendserve.batch.executor import BatchLine
-from blendserve.planner import PlannerConfig, Side, make_plan
+from blendserve.planner import Side
 from blendserve.runtime import job_runner
 
 
@@ -92,32 +89,3 @@ def test_a_tag_says_how_far_a_guess_may_be_off():
     first_story = next(sent for sent in run.server.sent if sent.index % 2 == 0)
     assert first_story.tag is not None
     assert first_story.tag.output_deviation > 10
-
-
-def test_a_tag_says_what_a_prompt_shares_with_the_one_before_it_on_its_side():
-    lines = mixed(120, ignore_eos=True)
-    run = finished(lines)
-    for side in Side:
-        sent = [sent for sent in run.server.sent if sent.tag and sent.tag.side is side]
-        assert sent[0].tag.shared_tokens == 0
-        for before, after in itertools.pairwise(sent):
-            first, second = (lines[each.index]["prompt"] for each in (before, after))
-            same = itertools.takewhile(
-                lambda pair: pair[0] == pair[1], zip(first, second, strict=False)
-            )
-            assert after.tag.shared_tokens == len(list(same))
-        assert sum(each.tag.shared_tokens for each in sent) > len(sent)
-
-
-def test_what_follows_a_sample_is_not_known_to_share_anything():
-    lines = mixed(200)
-    run = finished(lines, config=PlannerConfig(sample_fraction=0.05))
-    sample = make_plan(planner_job(lines), COST_MODEL, PlannerConfig(0.05)).sample.tolist()
-    for side in Side:
-        tags = {
-            sent.index: sent.tag for sent in run.server.sent if sent.tag and sent.tag.side is side
-        }
-        sampled = [index for index in tags if index in sample]
-        assert {tags[index].shared_tokens for index in sampled} <= {0}
-        following = list(tags)[len(sampled)]
-        assert tags[following].shared_tokens == 0

@@ -26,7 +26,6 @@ tags = st.builds(
     target_density=densities,
     output_tokens=st.floats(0, 1e7),
     output_deviation=st.floats(0, 1e7),
-    shared_tokens=st.integers(0, 10**7),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

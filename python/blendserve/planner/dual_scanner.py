@@ -14,8 +14,6 @@ from .plan import Plan
 # as it holds nothing from step to step; but its prompts need room while they are prefilled. A
 # twentieth of the pool holds several prefill chunks on a GPU, and costs the other side little.
 PREFILL_ONLY_SHARE = 0.05
-# No prompt is longer.
-_MANY_TOKENS = 1 << 62
 
 
 class Side(StrEnum):
@@ -40,7 +38,6 @@ class DualScanner:
         # from the process that plans to the one that walks.
         self._order = plan.order
         self._density = plan.density
-        self._shared = plan.shared_with_previous
         self._compute_seconds = plan.compute_seconds
         self._memory_seconds = plan.memory_seconds
         n = len(plan.order)
@@ -58,8 +55,6 @@ class DualScanner:
         self._removed_compute = 0.0
         self._removed_memory = 0.0
         self._removed_between = 0
-        # Prompt tokens that each head has in common with the request last taken on its side.
-        self._in_common = dict.fromkeys(Side, 0)
 
     @property
     def exhausted(self) -> bool:
@@ -87,7 +82,6 @@ class DualScanner:
         request = self.head(side)
         if request is None:
             raise IndexError("the plan is exhausted")
-        self._in_common[side] = _MANY_TOKENS
         self.remove(request)
         return request
 
@@ -103,26 +97,14 @@ class DualScanner:
         while self._low <= self._high and self._gone[self._low]:
             self._count_removed(self._low, -1)
             self._low += 1
-            self._pass(Side.LEFT, self._low)
         while self._low <= self._high and self._gone[self._high]:
             self._count_removed(self._high, -1)
-            self._pass(Side.RIGHT, self._high)
             self._high -= 1
         return True
-
-    def _pass(self, side: Side, link: int) -> None:
-        """A cursor crosses from one request to the next; `link` is the later of the two."""
-        if link < len(self._shared):
-            self._in_common[side] = min(self._in_common[side], int(self._shared[link]))
 
     def density(self, side: Side) -> float | None:
         """Compute density of the head of a side, None when nothing is left."""
         return None if self.exhausted else float(self._density[self._cursor(side)])
-
-    def shared_tokens(self, side: Side) -> int:
-        """Prompt tokens that the head of a side has in common, at least, with the request taken
-        before it on this side; 0 when none was, or nothing is left."""
-        return 0 if self.exhausted else self._in_common[side]
 
     @property
     def remaining_seconds(self) -> tuple[float, float]:

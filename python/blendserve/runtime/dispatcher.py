@@ -34,13 +34,11 @@ class Turn:
     Attributes:
         side, rank: the queue, and the request's number in it.
         target_density: of what all jobs have left to send.
-        follows: whether the request of the rank before was this job's.
     """
 
     side: Side
     rank: int
     target_density: float
-    follows: bool
 
 
 @dataclass(frozen=True)
@@ -211,8 +209,7 @@ class Dispatcher:
             return True
         for side in sorted(Side, key=self.credits.available, reverse=True):
             if self.credits.available(side) > 0 and (job := self._choose(side)) is not None:
-                follows = self._last[side] is job
-                turn = Turn(side, self._ranks[side], self.target_density, follows)
+                turn = Turn(side, self._ranks[side], self.target_density)
                 self._ranks[side] += 1
                 self._last[side] = job
                 job.send(turn)

@@ -180,8 +180,6 @@ class JobRunner:
         self._unseen = {p for p in named if p in plan.scanner or p in self._sent}
         self._sample_is_out = bool(self._unseen)
         self.view.sampled += len(named)
-        # Whether the scanner took the last request that this job sent on a side.
-        self._walked = dict.fromkeys(Side, False)
         self.view.plans += 1
         self.view.total_work_tokens = plan.total_work_tokens
         self._look()
@@ -258,15 +256,12 @@ class JobRunner:
         scanner, side = self._scanner, turn.side
         sample = self._sampled(side)
         if sample is not None:
-            position, density, shared = sample, self._density_of(sample), 0
+            position, density = sample, self._density_of(sample)
             scanner.remove(position)
             self._sample[side].popleft()
         else:
-            known = turn.follows and self._walked[side]
-            shared = scanner.shared_tokens(side) if known else 0
             density = scanner.density(side) or 0.0
             position = scanner.take(side)
-        self._walked[side] = sample is None
         plan = self._plan_now
         deviation = float(plan.output_deviation[position])
         timetable = plan.timetable
@@ -277,7 +272,6 @@ class JobRunner:
             target_density=turn.target_density,
             output_tokens=float(plan.output_tokens[position]),
             output_deviation=deviation,
-            shared_tokens=shared,
             use=UseTag(
                 job=self.job_id,
                 side=side,

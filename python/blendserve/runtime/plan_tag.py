@@ -15,7 +15,7 @@ from blendserve.planner import Side
 from blendserve.runtime.next_use import UseTag
 
 _PREFIX = "blendserve_"
-_NUMBERS = ("rank", "density", "target", "output_tokens", "output_deviation", "shared_tokens")
+_NUMBERS = ("rank", "density", "target", "output_tokens", "output_deviation")
 # JSON has no infinity; a density this high is compute-bound on any hardware.
 _LARGEST_DENSITY = 1e12
 
@@ -31,8 +31,6 @@ class PlanTag:
         target_density: density of what was left of the job when it was dispatched.
         output_tokens: estimated output length.
         output_deviation: standard deviation of that estimate in tokens; 0 where it is exact.
-        shared_tokens: prompt tokens in common with the request of the rank before on this side; 0
-            for the first, and where it is not known.
         use: who needs its prefixes next; the radix cache reads that from the request by itself.
     """
 
@@ -42,7 +40,6 @@ class PlanTag:
     target_density: float
     output_tokens: float
     output_deviation: float = 0.0
-    shared_tokens: int = 0
     use: UseTag | None = None
 
     def to_params(self) -> dict[str, str | int | float]:
@@ -54,7 +51,6 @@ class PlanTag:
             f"{_PREFIX}target": _finite(self.target_density),
             f"{_PREFIX}output_tokens": float(self.output_tokens),
             f"{_PREFIX}output_deviation": float(self.output_deviation),
-            f"{_PREFIX}shared_tokens": self.shared_tokens,
             **(self.use.to_params() if self.use is not None else {}),
         }
 
@@ -71,16 +67,8 @@ class PlanTag:
             return None
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             return None
-        rank, density, target_density, output_tokens, output_deviation, shared_tokens = numbers
-        return cls(
-            side,
-            int(rank),
-            density,
-            target_density,
-            output_tokens,
-            output_deviation,
-            int(shared_tokens),
-        )
+        rank, density, target_density, output_tokens, output_deviation = numbers
+        return cls(side, int(rank), density, target_density, output_tokens, output_deviation)
 
 
 def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:
