@@ -76,8 +76,9 @@ class CentralPlan:
         return self.scanner.remaining
 
     def rest(self) -> tuple[float, float]:
-        """(compute after sharing, memory) seconds of what no replica has taken."""
-        return self.scanner.remaining_seconds
+        """A replica's part of what none has taken: (compute after sharing, memory) seconds."""
+        compute, memory = self.scanner.remaining_seconds
+        return compute / len(self._leases), memory / len(self._leases)
 
     def head(self, side: Side, replica: int) -> int | None:
         """The next request of a side for a replica; the sample comes before all else."""
