@@ -38,7 +38,6 @@ RESULTS = ROOT / "benchmark" / "results" / "simulator"
 
 TRACES = ("trace1", "trace2", "trace3", "trace4")
 ALL = tuple(Overlap)
-SINGLE_QUEUE = (Policy.FCFS, Policy.LONGEST, Policy.BATCHLLM, Policy.DISAGGREGATED)
 ABLATIONS = tuple(BlendOptions.__dataclass_fields__)
 SMALL_GRID = ((0.8, 1.0, 1.2, 1.4), (0.05, 0.25, 0.45))
 SEQUENCE_TOKENS = 1_024  # Of the paper's check of its cost model.
@@ -153,9 +152,10 @@ def tasks(scale: float) -> Iterator[Task]:
                 Run(Policy.RANDOM, ALL, trace_points=400),
                 Run(Policy.BLEND_PAPER, ALL, trace_points=400),
                 Run(Policy.BLEND, ALL, sampling=1.0),
-                *(Run(policy, ALL) for policy in SINGLE_QUEUE),
             ],
         )
+    for name in TRACES:
+        yield Task("policies", name, small, [Run(policy, ALL) for policy in Policy])
     for name in TRACES:
         yield Task("dp", name, large, [Run(Policy.BLEND, replicas=k) for k in (2, 4)])
     everything = [Run(policy, ALL) for policy in Policy]
