@@ -28,8 +28,10 @@ from .lengths import LengthBook
 
 Ints = NDArray[np.int64]
 
-# Replicas take runs of so many requests, so that those that share a prefix stay together.
+# Replicas take runs of so many requests, so that those that share a prefix stay together; fewer
+# where they are large, a thousandth of a replica's part of what is left: the last must end together.
 LEASE_REQUESTS = 16
+LEASE_PART = 0.001
 # A family is what stands under one node right below the root, if it has as many requests as the
 # sample covers; all others are one family. Its lengths are known once so many of it have ended.
 KNOWN_ANSWERS = 4
@@ -94,9 +96,16 @@ class CentralPlan:
             return self.scanner.head(side)
         lease = self._leases[replica][side]
         if not lease:
-            for _ in range(min(self._lease, self.scanner.remaining)):
-                lease.append(self.scanner.take(side))
+            self._extend(lease, side)
         return lease[0] if lease else None
+
+    def _extend(self, lease: deque[int], side: Side) -> None:
+        before = sum(self.scanner.remaining_seconds)
+        most = before * LEASE_PART / len(self._leases)
+        while self.scanner.remaining and len(lease) < self._lease:
+            lease.append(self.scanner.take(side))
+            if before - sum(self.scanner.remaining_seconds) > most:
+                break
 
     def density(self, request: int) -> float:
         return float(self.plan.request_density[request])
