@@ -158,8 +158,9 @@ def tasks(scale: float) -> Iterator[Task]:
         )
     for name in TRACES:
         yield Task("policies", name, small, [Run(policy, ALL) for policy in Policy])
-    for name in TRACES:
-        yield Task("dp", name, large, [Run(Policy.BLEND, replicas=k) for k in (2, 4)])
+    for replicas in (4, 2):
+        for name in TRACES:
+            yield Task("dp", name, large, [Run(Policy.BLEND, replicas=replicas)])
     everything = [Run(policy, ALL) for policy in Policy]
     # Corners and middle lines first: a run that is cut off has seen all of the grid.
     points = list(itertools.product(GRID_SHARINGS, GRID_DENSITIES))
