@@ -27,7 +27,6 @@ from sections_more import (
     section_sampling,
 )
 
-
 PLANNER_PAGE = ROOT / "docs" / "planner.md"
 MARKS = ("<!-- sharing -->\n", "<!-- end of sharing -->")
 

@@ -193,9 +193,8 @@ def section_baselines(runs: list[Run]) -> str:
         rows.append([NAMES[policy], *cells])
     if all(cell == "-" for row in rows for cell in row[1:]):
         return ""
-    return (
-        "## All policies: share of the practical optimum\n\n40,000 requests.\n\n"
-        + table(["policy", *TRACES], rows)
+    return "## All policies: share of the practical optimum\n\n40,000 requests.\n\n" + table(
+        ["policy", *TRACES], rows
     )
 
 

@@ -55,8 +55,9 @@ def choose_sample(tree: PrefixTree, count: int, seed: int, candidates: Bools | N
 
     Each subtree large enough to expect one gets its share: at least one, and the more, the less of
     their prompts its requests have in common (a few-shot exam is answered alike, a chat is not).
-    Smaller ones with COVERED_REQUESTS or more of their own kind have one in the sample. Within a subtree every request is as likely as any other, and the choice is spread
-    evenly over prompt lengths.
+    Smaller ones with COVERED_REQUESTS or more of their own kind have one in the sample. Within a
+    subtree every request is as likely as any other, and the choice is spread evenly over prompt
+    lengths.
     candidates: (n,) by request index, false where the length is known anyway; at least `count`.
     """
     leaves = _leaves(tree, candidates)
@@ -137,8 +138,9 @@ def _with_small_strata(tree: PrefixTree, leaves: Ints, count: int) -> tuple[Ints
     large[0] = True
     below = np.flatnonzero(~large & (members >= COVERED_REQUESTS))
     below = below[large[tree.parent[below]]]
-    unique = tree.subtree_sum(tree.length - tree.shared)[below] + tree.shared[tree.first[below]]
-    below = below[unique > COVERED_OWN_PART * tree.subtree_sum(tree.length)[below]]
+    length, shared = tree.length.astype(np.float64), tree.shared.astype(np.float64)
+    unique = tree.subtree_sum(length - shared)[below] + shared[tree.first[below]]
+    below = below[unique > COVERED_OWN_PART * tree.subtree_sum(length)[below]]
     covered = below[np.argsort(-members[below], kind="stable")][: int(COVERING_PART * count)]
     large[covered] = True
     return _deepest(tree, large)[tree.leaf_parent[leaves]], covered

@@ -29,7 +29,8 @@ from .lengths import LengthBook
 Ints = NDArray[np.int64]
 
 # Replicas take runs of so many requests, so that those that share a prefix stay together; fewer
-# where they are large, a thousandth of a replica's part of what is left: the last must end together.
+# where they are large, up to a thousandth of a replica's part of what is left, so that all replicas
+# end together.
 LEASE_REQUESTS = 16
 LEASE_PART = 0.001
 # A family is what stands under one node right below the root, if it has as many requests as the
@@ -150,7 +151,7 @@ class CentralPlan:
             longest[at] = max(longest[at], tokens)
         unknown = np.array(self._ended) < KNOWN_ANSWERS
         least = np.where(unknown, UNCERTAIN_GROWTH * np.maximum(longest, UNCERTAIN_TOKENS), 0.0)
-        return np.maximum(self.book.means(), least[family])
+        return np.asarray(np.maximum(self.book.means(), least[family]))
 
     def _draw_second_part(self) -> None:
         """More of the sample, once the first part has shown where lengths vary."""

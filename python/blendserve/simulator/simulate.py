@@ -307,7 +307,7 @@ class Simulation:
             tree=self.tree,
             sampled=first,
         )
-        return np.concatenate((first, plan.sample))
+        return np.concatenate((np.array(first, dtype=np.int64), plan.sample))
 
     def _sampled_book(self, setting: Setting, outcomes: int = OUTCOMES) -> LengthBook:
         """What the answers of a sample say, for policies that do not run it themselves."""
