@@ -21,6 +21,7 @@ from sections_more import (
     section_ablation,
     section_costs,
     section_dp,
+    section_effort,
     section_grids,
     section_models,
     section_reasoning,
@@ -55,6 +56,7 @@ def page() -> str:
         section_models(load("models")),
         section_reasoning(load("reasoning")),
         section_costs(),
+        section_effort(table2),
         "## Interference\n\nNanoFlow's table, which `interference` uses: beside a GEMM that keeps "
         "the rest of the GPU.\n\n" + plot_interference(),
         (Path(__file__).parent / "differences.md").read_text(),

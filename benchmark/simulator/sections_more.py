@@ -213,3 +213,24 @@ def plot_interference() -> str:
     axes.set_xlabel("share of the GPU for decode attention")
     axes.set_ylabel("its speed")
     return save(figure, "interference")
+
+
+def section_effort(runs: list[Run]) -> str:
+    """CPU time and memory of the largest runs."""
+    rows = []
+    for policy in dict.fromkeys(run["policy"] for run in runs):
+        found = [run for run in runs if run["policy"] == policy]
+        cpu = max(run["cpu_seconds"] + run["prepare_cpu_seconds"] for run in found)
+        rows.append(
+            [
+                NAMES[policy],
+                f"{max(run['requests'] for run in found):,}",
+                f"{cpu:.0f}",
+                f"{max(run['peak_gib'] for run in found):.2f}",
+            ]
+        )
+    head = ["policy", "requests", "CPU seconds, workload and tree included", "peak GiB"]
+    return (
+        "## What a simulation takes\n\nThe four traces, the worst of them; all overlap models in "
+        "one run, one core.\n\n" + table(head, rows)
+    )
