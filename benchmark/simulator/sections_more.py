@@ -64,13 +64,10 @@ def section_dp(runs: list[Run], main: list[Run]) -> str:
         first = one(main, workload=name, policy="blend")
         if first is None:
             continue
-        cells, tokens = [], [first["throughput"]]
-        for replicas in (2, 4):
-            run = one(runs, workload=name, replicas=replicas)
-            if run is not None:
-                tokens.append(run["throughput"])
-        cells = [f"{value:,.0f}" for value in tokens] + ["-"] * (3 - len(tokens))
-        gain = f"{tokens[2] / tokens[0]:.3f}" if len(tokens) == 3 else "-"
+        found = {1: first} | {k: one(runs, workload=name, replicas=k) for k in (2, 4)}
+        cells = [f"{run['throughput']:,.0f}" if run else "-" for run in found.values()]
+        four = found[4]
+        gain = f"{four['throughput'] / first['throughput']:.3f}" if four else "-"
         paper = PAPER_DP[name]
         reported = " / ".join(f"{value:,}" for value in paper)
         rows.append([name, *cells, gain, reported, f"{paper[2] / paper[0]:.3f}"])
