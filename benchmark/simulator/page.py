@@ -72,6 +72,6 @@ def ratio(a: Run, b: Run) -> float:
 
 def save(figure: Any, name: str) -> str:
     PLOTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.png", dpi=100)
+    figure.savefig(PLOTS / f"{name}.png", dpi=80)
     pyplot.close(figure)
     return f"![{name}](paper/{name}.png)\n"

@@ -1,5 +1,5 @@
-"""Writes docs/paper.md and its plots from the results of run.py: the paper's figures, ours, and why
-they differ."""
+"""Writes docs/paper.md and its plots, and the table of kept sharing in docs/planner.md, from the
+results of run.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from page import PAGE, ROOT, load
 from sections_main import (
+    kept_sharing,
     plot_balance,
     plot_main,
     section_baselines,
@@ -20,14 +21,19 @@ from sections_more import (
     section_ablation,
     section_costs,
     section_dp,
+    section_effort,
     section_grids,
     section_models,
     section_reasoning,
     section_sampling,
 )
 
+PLANNER_PAGE = ROOT / "docs" / "planner.md"
+MARKS = ("<!-- sharing -->\n", "<!-- end of sharing -->")
 
-def main() -> None:
+
+def page() -> str:
+    """The text of docs/paper.md."""
     table2 = load("table2")
     parts = [
         "# The paper's evaluation, on the modelled engine\n",
@@ -40,8 +46,8 @@ def main() -> None:
         section_main(table2),
         plot_main(table2),
         section_sharing(table2),
-        section_baselines(table2),
-        "## Balance over a run\n\n" + plot_balance(table2),
+        section_baselines(load("policies")),
+        plot_balance(table2),
         section_grid(load("grid")),
         section_grids(load("grids")),
         section_dp(load("dp"), table2),
@@ -50,12 +56,26 @@ def main() -> None:
         section_models(load("models")),
         section_reasoning(load("reasoning")),
         section_costs(),
+        section_effort(table2),
         "## Interference\n\nNanoFlow's table, which `interference` uses: beside a GEMM that keeps "
         "the rest of the GPU.\n\n" + plot_interference(),
         (Path(__file__).parent / "differences.md").read_text(),
     ]
-    PAGE.write_text("\n".join(part for part in parts if part))
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return "\n".join(part for part in parts if part)
+
+
+def planner_page() -> str:
+    """docs/planner.md with the table of the sharing that is kept written anew."""
+    text = PLANNER_PAGE.read_text()
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + kept_sharing() + MARKS[1] + after
+
+
+def main() -> None:
+    PAGE.write_text(page())
+    PLANNER_PAGE.write_text(planner_page())
+    print(f"wrote {PAGE.relative_to(ROOT)} and the table of sharing in {PLANNER_PAGE.name}")
 
 
 if __name__ == "__main__":

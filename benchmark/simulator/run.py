@@ -8,6 +8,7 @@ What is in the results already is not run again, unless --fresh: so a run that w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -38,10 +39,10 @@ RESULTS = ROOT / "benchmark" / "results" / "simulator"
 
 TRACES = ("trace1", "trace2", "trace3", "trace4")
 ALL = tuple(Overlap)
-SINGLE_QUEUE = (Policy.FCFS, Policy.LONGEST, Policy.BATCHLLM, Policy.DISAGGREGATED)
 ABLATIONS = tuple(BlendOptions.__dataclass_fields__)
+COARSE_SHARINGS, COARSE_DENSITIES = (0.05, 0.25, 0.45), (0.8, 0.95, 1.1, 1.3, 1.4)
 SMALL_GRID = ((0.8, 1.0, 1.2, 1.4), (0.05, 0.25, 0.45))
-SEQUENCE_TOKENS = 1_024  # Of the paper's check of its cost model.
+WILDCHAT_SHARINGS = (0.25, 0.35, 0.45)
 
 # Public config.json values of the paper's other models.
 OTHER_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -153,18 +154,24 @@ def tasks(scale: float) -> Iterator[Task]:
                 Run(Policy.RANDOM, ALL, trace_points=400),
                 Run(Policy.BLEND_PAPER, ALL, trace_points=400),
                 Run(Policy.BLEND, ALL, sampling=1.0),
-                *(Run(policy, ALL) for policy in SINGLE_QUEUE),
             ],
         )
     for name in TRACES:
-        yield Task("dp", name, large, [Run(Policy.BLEND, replicas=k) for k in (2, 4)])
+        yield Task("policies", name, small, [Run(policy, ALL) for policy in Policy])
+    for replicas in (4, 2):
+        for name in TRACES:
+            yield Task("dp", name, large, [Run(Policy.BLEND, replicas=replicas)])
     everything = [Run(policy, ALL) for policy in Policy]
-    for sharing in GRID_SHARINGS:
-        for density in GRID_DENSITIES:
-            yield Task("grid", f"burstgpt:{density:g}:{sharing:g}", small, everything)
+    # Corners and middle lines first: a run that is cut off has seen all of the grid.
+    points = list(itertools.product(GRID_SHARINGS, GRID_DENSITIES))
+    for sharing, density in sorted(
+        points, key=lambda at: at not in set(itertools.product(COARSE_SHARINGS, COARSE_DENSITIES))
+    ):
+        yield Task("grid", f"burstgpt:{density:g}:{sharing:g}", small, everything)
     compared = [Run(policy, ALL) for policy in (Policy.DFS, Policy.BLEND_PAPER, Policy.BLEND)]
     for trace in ("sharegpt", "wildchat", "azure-code"):
-        for sharing in SMALL_GRID[1]:
+        # WildChat's prompts share more than 20 % as they are.
+        for sharing in WILDCHAT_SHARINGS if trace == "wildchat" else SMALL_GRID[1]:
             for density in SMALL_GRID[0]:
                 yield Task("grids", f"{trace}:{density:g}:{sharing:g}", small, compared)
     for name in TRACES:

@@ -64,13 +64,10 @@ def section_dp(runs: list[Run], main: list[Run]) -> str:
         first = one(main, workload=name, policy="blend")
         if first is None:
             continue
-        cells, tokens = [], [first["throughput"]]
-        for replicas in (2, 4):
-            run = one(runs, workload=name, replicas=replicas)
-            if run is not None:
-                tokens.append(run["throughput"])
-        cells = [f"{value:,.0f}" for value in tokens] + ["-"] * (3 - len(tokens))
-        gain = f"{tokens[2] / tokens[0]:.3f}" if len(tokens) == 3 else "-"
+        found = {1: first} | {k: one(runs, workload=name, replicas=k) for k in (2, 4)}
+        cells = [f"{run['throughput']:,.0f}" if run else "-" for run in found.values()]
+        four = found[4]
+        gain = f"{four['throughput'] / first['throughput']:.3f}" if four else "-"
         paper = PAPER_DP[name]
         reported = " / ".join(f"{value:,}" for value in paper)
         rows.append([name, *cells, gain, reported, f"{paper[2] / paper[0]:.3f}"])
@@ -213,3 +210,24 @@ def plot_interference() -> str:
     axes.set_xlabel("share of the GPU for decode attention")
     axes.set_ylabel("its speed")
     return save(figure, "interference")
+
+
+def section_effort(runs: list[Run]) -> str:
+    """CPU time and memory of the largest runs."""
+    rows = []
+    for policy in dict.fromkeys(run["policy"] for run in runs):
+        found = [run for run in runs if run["policy"] == policy]
+        cpu = max(run["cpu_seconds"] + run["prepare_cpu_seconds"] for run in found)
+        rows.append(
+            [
+                NAMES[policy],
+                f"{max(run['requests'] for run in found):,}",
+                f"{cpu:.0f}",
+                f"{max(run['peak_gib'] for run in found):.2f}",
+            ]
+        )
+    head = ["policy", "requests", "CPU seconds, workload and tree included", "peak GiB"]
+    return (
+        "## What a simulation takes\n\nThe four traces, the worst of them; all overlap models in "
+        "one run, one core.\n\n" + table(head, rows)
+    )

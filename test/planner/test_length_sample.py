@@ -58,6 +58,19 @@ def test_a_sample_covers_every_large_subtree():
         assert sorted(int(r) // 100 for r in sample) == list(range(20))
 
 
+def test_a_small_subtree_of_its_own_kind_has_one_in_the_sample():
+    """Videos among chats, and as many turns of one conversation, which are no kind of their own."""
+    chats = [np.array([1, 10_000 + k, *range(20)], dtype=np.int32) for k in range(4_000)]
+    videos = [np.array([2, 20_000 + k, *range(k, k + 20)], dtype=np.int32) for k in range(12)]
+    turns = [np.arange(50_000, 50_050 + 40 * k, dtype=np.int32) for k in range(12)]
+    tree = PrefixTree.build(chats + videos + turns)
+    drawn = np.array([choose_sample(tree, 40, seed) for seed in range(8)])
+    kind = np.digitize(drawn, [4_000, 4_012])
+    assert ((kind == 1).sum(axis=1) == 1).all()
+    assert (kind == 2).mean() < 0.02
+    assert len(set(drawn[kind == 1].tolist())) > 2
+
+
 def test_known_lengths_are_not_sampled():
     tree = PrefixTree.build([np.array([k % 3, k], dtype=np.int32) for k in range(40)])
     only = np.arange(40) != 4

@@ -83,7 +83,7 @@ def test_blending_keeps_the_sharing_of_a_depth_first_order(job, capacity):
 
 
 def test_ours_is_faster_than_the_orders_it_improves_on():
-    simulation = Simulation(mixed_workload(1_500))
+    simulation = Simulation(mixed_workload(6_000))
     times = {
         policy: simulation.run(setting(policy, capacity=60_000, sampling=0.05))[0].seconds
         for policy in (Policy.DFS, Policy.RANDOM, Policy.BLEND_PAPER, Policy.BLEND)
@@ -101,7 +101,7 @@ def test_every_addition_can_be_switched_off(off):
 
 
 def test_replicas_share_the_work():
-    simulation = Simulation(mixed_workload(2_000, longest=600))
+    simulation = Simulation(mixed_workload(4_000, longest=600))
     one, three = (
         simulation.run(Setting(LLAMA_ON_A100, capacity=30_000, sampling=0.05, replicas=replicas))[0]
         for replicas in (1, 3)

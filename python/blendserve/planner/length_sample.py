@@ -20,6 +20,13 @@ FIRST_PART = 0.3
 TWO_PART_REQUESTS = 128
 # Requests of a subtree vary in length at least as if this part of their prompts were their own.
 MIN_OWN_PART = 0.1
+# A subtree too small to expect a request in the first part gets one all the same, if it has this
+# many, with more of their prompts their own than shared (which turns of a conversation have not): a
+# few requests of their own kind, such as videos among chats, can hold most of a job's work. The
+# largest such subtrees come first, and get no more than this part of the sample.
+COVERED_REQUESTS = 10
+COVERED_OWN_PART = 0.5
+COVERING_PART = 0.25
 # No stratum is taken to vary less than this part of the one that varies most.
 LEAST_SPREAD = 1e-3
 
@@ -48,21 +55,24 @@ def choose_sample(tree: PrefixTree, count: int, seed: int, candidates: Bools | N
 
     Each subtree large enough to expect one gets its share: at least one, and the more, the less of
     their prompts its requests have in common (a few-shot exam is answered alike, a chat is not).
-    Within such a subtree every request is as likely as any other, and the choice is spread evenly
-    over prompt lengths.
+    Smaller ones with COVERED_REQUESTS or more of their own kind have one in the sample. Within a
+    subtree every request is as likely as any other, and the choice is spread evenly over prompt
+    lengths.
     candidates: (n,) by request index, false where the length is known anyway; at least `count`.
     """
     leaves = _leaves(tree, candidates)
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    node = _strata(tree, leaves, len(leaves) / count)
+    node, covered = _with_small_strata(tree, leaves, count)
     length = tree.length[leaves]
     common = np.divide(tree.depth[node], length, out=np.zeros(len(leaves)), where=length > 0)
-    _, stratum = np.unique(node, return_inverse=True)
+    nodes, stratum = np.unique(node, return_inverse=True)
     members = np.bincount(stratum)
     own_part = np.maximum(1 - np.bincount(stratum, weights=common) / members, MIN_OWN_PART)
     weight = members * own_part
-    low = np.minimum(1.0, count * members / members.sum())
+    small = np.isin(nodes, covered)
+    others = max(int(members[~small].sum()), 1)
+    low = np.where(small, 1.0, np.minimum(1.0, (count - len(covered)) * members / others))
     shares = _shares(weight, low, members.astype(np.float64), count)
     return _draw(tree, leaves, stratum, shares, length, np.random.default_rng((seed, 1)))
 
@@ -117,14 +127,39 @@ def _leaves(tree: PrefixTree, candidates: Bools | None) -> Ints:
 
 def _strata(tree: PrefixTree, leaves: Ints, least: float) -> Ints:
     """(k,) the smallest subtree around each leaf with at least `least` of the given leaves."""
+    return _deepest(tree, _members(tree, leaves) >= least)[tree.leaf_parent[leaves]]
+
+
+def _with_small_strata(tree: PrefixTree, leaves: Ints, count: int) -> tuple[Ints, Ints]:
+    """The strata that expect one of `count` samples, with the largest subtrees right below them as
+    strata of their own; and the nodes of those."""
+    members = _members(tree, leaves)
+    large = members >= len(leaves) / count
+    large[0] = True
+    below = np.flatnonzero(~large & (members >= COVERED_REQUESTS))
+    below = below[large[tree.parent[below]]]
+    length, shared = tree.length.astype(np.float64), tree.shared.astype(np.float64)
+    unique = tree.subtree_sum(length - shared)[below] + shared[tree.first[below]]
+    below = below[unique > COVERED_OWN_PART * tree.subtree_sum(length)[below]]
+    covered = below[np.argsort(-members[below], kind="stable")][: int(COVERING_PART * count)]
+    large[covered] = True
+    return _deepest(tree, large)[tree.leaf_parent[leaves]], covered
+
+
+def _members(tree: PrefixTree, leaves: Ints) -> Ints:
+    """(m,) how many of the given leaves are below each node."""
     counted = np.zeros(tree.num_leaves + 1, dtype=np.int64)
     counted[leaves + 1] = 1
     counted = np.cumsum(counted)
-    large = counted[tree.end] - counted[tree.first] >= least
+    return np.asarray(counted[tree.end] - counted[tree.first])
+
+
+def _deepest(tree: PrefixTree, marked: Bools) -> Ints:
+    """(m,) the deepest marked node on the path to each node; the root, if there is none."""
     deepest = np.zeros(tree.num_nodes, dtype=np.int64)
     for nodes in tree.levels[1:]:
-        deepest[nodes] = np.where(large[nodes], nodes, deepest[tree.parent[nodes]])
-    return deepest[tree.leaf_parent[leaves]]
+        deepest[nodes] = np.where(marked[nodes], nodes, deepest[tree.parent[nodes]])
+    return deepest
 
 
 def _shares(weight: Floats | Ints, low: Floats, high: Floats, count: int) -> Floats:

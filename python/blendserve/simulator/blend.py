@@ -281,11 +281,13 @@ class BlendScheduler:
         booked = account_tokens(candidate.private_tokens, output)
         self._running[request] = (candidate.side, booked)
         self._account[candidate.side] += booked
+        self._unknown += self._central.unknown(request)
         if candidate.side is Side.LEFT:
             heapq.heappush(self._outlived, (int(engine.now + output) + 1, request))
 
     def _unbook(self, request: int) -> Side:
         side, booked = self._running.pop(request)
+        self._unknown = max(self._unknown - self._central.unknown(request), 0)
         self._account[side] -= booked
         return side
 

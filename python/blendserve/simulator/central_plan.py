@@ -16,8 +16,11 @@ from blendserve.planner import (
     PlannerConfig,
     PrefixTree,
     Side,
+    choose_second_sample,
     make_plan,
+    sample_size,
 )
+from blendserve.planner.pacing import UNCERTAIN_GROWTH, UNCERTAIN_TOKENS
 from blendserve.planner.plan import COVERED_REQUESTS
 
 from .foresight import Foresight
@@ -25,8 +28,11 @@ from .lengths import LengthBook
 
 Ints = NDArray[np.int64]
 
-# Replicas take runs of so many requests, so that those that share a prefix stay together.
+# Replicas take runs of so many requests, so that those that share a prefix stay together; fewer
+# where they are large, up to a thousandth of a replica's part of what is left, so that all replicas
+# end together.
 LEASE_REQUESTS = 16
+LEASE_PART = 0.001
 # A family is what stands under one node right below the root, if it has as many requests as the
 # sample covers; all others are one family. Its lengths are known once so many of it have ended.
 KNOWN_ANSWERS = 4
@@ -67,8 +73,9 @@ class CentralPlan:
         self._ended = [0] * tree.num_nodes  # Requests of each family.
         if not online:
             job = self._with_lengths(book.means() if lengths is None else lengths)
+        self._sampled: set[int] = set()
+        self.sample: deque[int] = deque()
         self._adopt(make_plan(job, cost_model, config, tree=tree))
-        self.sample: deque[int] = deque(self.plan.sample.tolist() if online else ())
 
     @property
     def waiting(self) -> int:
@@ -76,8 +83,9 @@ class CentralPlan:
         return self.scanner.remaining
 
     def rest(self) -> tuple[float, float]:
-        """(compute after sharing, memory) seconds of what no replica has taken."""
-        return self.scanner.remaining_seconds
+        """A replica's part of what none has taken: (compute after sharing, memory) seconds."""
+        compute, memory = self.scanner.remaining_seconds
+        return compute / len(self._leases), memory / len(self._leases)
 
     def head(self, side: Side, replica: int) -> int | None:
         """The next request of a side for a replica; the sample comes before all else."""
@@ -89,9 +97,16 @@ class CentralPlan:
             return self.scanner.head(side)
         lease = self._leases[replica][side]
         if not lease:
-            for _ in range(min(self._lease, self.scanner.remaining)):
-                lease.append(self.scanner.take(side))
+            self._extend(lease, side)
         return lease[0] if lease else None
+
+    def _extend(self, lease: deque[int], side: Side) -> None:
+        before = sum(self.scanner.remaining_seconds)
+        most = before * LEASE_PART / len(self._leases)
+        while self.scanner.remaining and len(lease) < self._lease:
+            lease.append(self.scanner.take(side))
+            if before - sum(self.scanner.remaining_seconds) > most:
+                break
 
     def density(self, request: int) -> float:
         return float(self.plan.request_density[request])
@@ -119,19 +134,57 @@ class CentralPlan:
             return
         self.book.learn(self._finished, running)
         self.informed = True
-        job = self._with_lengths(self.book.means())
+        job = self._with_lengths(self._cautious(running))
+        self._draw_second_part()
         plan = make_plan(
             job, self._cost_model, self._config, exclude=self._started, tree=self._tree
         )
         self._adopt(plan)
 
+    def _cautious(self, running: Mapping[int, int]) -> NDArray[np.float64]:
+        """(n,) expected lengths; of families of which nothing is known yet, so long that they stand
+        at the memory end: short ones would lose little there, long ones all at the other."""
+        family = np.array(self._family)
+        longest = np.zeros(self._tree.num_nodes)
+        for request, tokens in running.items():
+            at = self._family[request]
+            longest[at] = max(longest[at], tokens)
+        unknown = np.array(self._ended) < KNOWN_ANSWERS
+        least = np.where(unknown, UNCERTAIN_GROWTH * np.maximum(longest, UNCERTAIN_TOKENS), 0.0)
+        return np.asarray(np.maximum(self.book.means(), least[family]))
+
+    def _draw_second_part(self) -> None:
+        """More of the sample, once the first part has shown where lengths vary."""
+        n = self._tree.num_leaves
+        size = sample_size(n, self._config.sample_fraction, self._config.min_sample)
+        if len(self._sampled) >= size:
+            return
+        sampled, free = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
+        sampled[list(self._sampled)] = True
+        free[list(self._started)] = False
+        more = choose_second_sample(
+            self._tree,
+            size,
+            self._config.seed,
+            sampled,
+            self.book.deviations(),
+            self.book.means(),
+            free & ~sampled,
+        )
+        self._name_sample(more)
+
+    def _name_sample(self, requests: Ints) -> None:
+        self.sample.extend(requests.tolist())
+        self._sampled.update(requests.tolist())
+
     def _with_lengths(self, lengths: NDArray[np.float64] | Ints) -> Job:
-        """The job with these lengths as known ones: the book has learnt all there is."""
+        """The job with these lengths as known ones, so that none is sampled."""
         known = np.rint(lengths).astype(np.int64)
         return Job(self._job.token_ids, self._job.max_output_tokens, known)
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan
+        self._name_sample(plan.sample)
         self.scanner = DualScanner(plan)
         for leases in self._leases:
             for lease in leases.values():

@@ -66,6 +66,10 @@ class LengthBook:
     def means(self) -> Floats:
         return self._mean
 
+    def deviations(self) -> Floats:
+        """Of each length, as far as it is known: its standard deviation."""
+        return self._model.deviation()
+
     def outcomes(self, request: int) -> list[float]:
         """Lengths it may have, ascending and equally likely."""
         found: list[float] = self._table[request].tolist()

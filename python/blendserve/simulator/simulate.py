@@ -52,7 +52,12 @@ class Policy(StrEnum):
 
 
 # Steps of the first replica after which the job is planned again.
-REPLAN_STEPS = (64, 256, 512, 2_048, *(4_096 * 2**k for k in range(12)))
+REPLAN_STEPS = (
+    *(64, 256, 512, 1_024),
+    *range(2_048, 16_384, 2_048),
+    *range(16_384, 65_536, 8_192),
+    *range(65_536, 2**21, 32_768),
+)
 # Prefill and decode devices that `disaggregated` tries; the best counts.
 SPLITS = tuple((x, y) for x in range(1, 5) for y in range(1, 5))
 
@@ -288,8 +293,21 @@ class Simulation:
         return LengthBook(self.tree, self.output, limits, known, outcomes)
 
     def _sample(self, setting: Setting) -> Ints:
+        """Both parts of it, the second one chosen with the answers of the first."""
         config = PlannerConfig(sample_fraction=setting.sampling, seed=setting.seed)
-        return make_plan(self.job, setting.cost_model, config, tree=self.tree).sample
+        plan = make_plan(self.job, setting.cost_model, config, tree=self.tree)
+        first = plan.sample.tolist()
+        observed = dict(zip(first, self.output[first].tolist(), strict=True))
+        plan = make_plan(
+            self.job,
+            setting.cost_model,
+            config,
+            observed,
+            exclude=first,
+            tree=self.tree,
+            sampled=first,
+        )
+        return np.concatenate((np.array(first, dtype=np.int64), plan.sample))
 
     def _sampled_book(self, setting: Setting, outcomes: int = OUTCOMES) -> LengthBook:
         """What the answers of a sample say, for policies that do not run it themselves."""
