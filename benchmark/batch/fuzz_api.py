@@ -1,6 +1,6 @@
 """schemathesis over our routes' OpenAPI: thousands of requests, no 5xx, no hang.
 
-    pip install schemathesis
+    pip install schemathesis==4.32.5
     python benchmark/batch/fuzz_api.py --requests 2000 --json benchmark/results/batch-fuzz.json
 
 Too slow for the tests: it takes minutes. A smaller fuzz of the same routes, by hypothesis alone, is
