@@ -71,7 +71,7 @@ def resident_mb() -> dict[str, float]:
     found: dict[str, float] = {}
     for child in children:
         words = child.cmdline()
-        name = next((w for w in words if w.startswith(("sglang::", "blendserve"))), words[0])
+        name = next((w for w in words if w.startswith(("sglang::", "blendserve"))), Path(words[0]).name)
         found[name] = found.get(name, 0.0) + child.memory_info().rss / 2**20
     return found
 
