@@ -71,7 +71,8 @@ def resident_mb() -> dict[str, float]:
     found: dict[str, float] = {}
     for child in children:
         words = child.cmdline()
-        name = next((w for w in words if w.startswith(("sglang::", "blendserve"))), Path(words[0]).name)
+        named = [word for word in words if word.startswith(("sglang::", "blendserve"))]
+        name = named[0] if named else Path(words[0]).name
         found[name] = found.get(name, 0.0) + child.memory_info().rss / 2**20
     return found
 
