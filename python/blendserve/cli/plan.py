@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from blendserve.cli.arguments import positive
 from blendserve.cli.job_file import Encoder, JobFile, JobFileError, read_job_file
 from blendserve.planner import (
     HARDWARE,
@@ -111,8 +112,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME|FILE.json",
         help="device of a replica, or a file of its measured ceilings",
     )
-    parser.add_argument("--tp", type=_positive, default=1, help="devices per replica (default: 1)")
-    parser.add_argument("--dp", type=_positive, default=1, help="replicas (default: 1)")
+    parser.add_argument("--tp", type=positive, default=1, help="devices per replica (default: 1)")
+    parser.add_argument("--dp", type=positive, default=1, help="replicas (default: 1)")
     parser.add_argument(
         "--kv-cache-dtype",
         choices=_KV_CACHE_DTYPES,
@@ -121,7 +122,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--kv-tokens",
-        type=_positive,
+        type=positive,
         help="tokens of KV cache per replica (default: 0.9 of the memory, less the weights)",
     )
     parser.add_argument(
@@ -141,13 +142,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the tree and the run")
     parser.add_argument("--order", type=Path, metavar="JSONL", help="write the planned order")
     return parser.parse_args(list(argv))
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return value
 
 
 def _fraction(text: str) -> float:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from blendserve.cli.arguments import positive
 from blendserve.cli.job_file import JobFileError
 from blendserve.cli.workload_file import read_workload
 from blendserve.planner import (
@@ -84,13 +85,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME|FILE",
         help='a name, lines {"id", "input_ids", "output_len"}, or a .csv of lengths',
     )
-    parser.add_argument("--requests", type=_positive, default=40_000, help="of a named workload")
+    parser.add_argument("--requests", type=positive, default=40_000, help="of a named workload")
     parser.add_argument(
         "--model-spec", required=True, metavar="NAME|PATH", help="model, config.json or its folder"
     )
     parser.add_argument("--hardware", required=True, metavar="NAME", help="device of a replica")
-    parser.add_argument("--tp", type=_positive, default=1, help="devices per replica (default: 1)")
-    parser.add_argument("--kv-tokens", type=_positive, help="tokens of KV cache per replica")
+    parser.add_argument("--tp", type=positive, default=1, help="devices per replica (default: 1)")
+    parser.add_argument("--kv-tokens", type=positive, help="tokens of KV cache per replica")
     parser.add_argument(
         "--policy",
         type=_policies,
@@ -105,7 +106,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=Overlap.INTERFERENCE,
         help="how compute and memory operators share the device (default: interference)",
     )
-    parser.add_argument("--dp", type=_positive, default=1, help="replicas, for the policy blend")
+    parser.add_argument("--dp", type=positive, default=1, help="replicas, for the policy blend")
     parser.add_argument(
         "--sampling",
         type=_fraction,
@@ -120,13 +121,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.dp > 1 and options.policy != [Policy.BLEND]:
         parser.error("--dp is simulated for the policy blend only: give --policy blend")
     return options
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return value
 
 
 def _fraction(text: str) -> float:

@@ -20,8 +20,6 @@ from .transform import transform
 # Up to this limit an output is taken as known for the choice of the sample: next to any prompt, it
 # does not change which side a request belongs to.
 PINNED_OUTPUT_TOKENS = 16
-# A subtree right below the root with this many requests has one in the sample.
-COVERED_REQUESTS = 10
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from blendserve.planner import (
     make_plan,
     sample_size,
 )
+from blendserve.planner.length_sample import COVERED_REQUESTS
 from blendserve.planner.pacing import UNCERTAIN_GROWTH, UNCERTAIN_TOKENS
-from blendserve.planner.plan import COVERED_REQUESTS
 
 from .foresight import Foresight
 from .lengths import LengthBook
