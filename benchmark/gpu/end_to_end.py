@@ -86,8 +86,9 @@ def planned(
             side=Side.LEFT if on_left else Side.RIGHT,
             rank=position if on_left else len(prompts) - 1 - position,
             density=float(plan.density[position]),
-            target_density=plan.target_density,
             output_tokens=float(outputs[request]),
+            compute_seconds=float(plan.compute_seconds[position]),
+            memory_seconds=float(plan.memory_seconds[position]),
         ).to_params()
     return plan.order.tolist(), tags
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "runtime"))
-os.environ["BLENDSERVE_ENABLED"] = "1"
+os.environ.setdefault("BLENDSERVE_ENABLED", "1")
 
 from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
 
@@ -35,6 +35,7 @@ from blendserve.simulator.exam import exam
 from blendserve.simulator.traces import trace_lengths
 
 TRACES = ("sharegpt", "lmsys", "burstgpt", "azure-conv")
+COST_MODEL = CostModel(MODEL_SPECS["llama-3.1-8b"], HARDWARE["a100-80g-sxm"])
 LIMIT, LONGEST_PROMPT, SYSTEM_PROMPT, QUEUED = 4096, 2000, 12, 64
 
 
@@ -61,13 +62,17 @@ class Run:
     """One job through the scheduler."""
 
     def __init__(
-        self, engine: BareScheduler, trace: str, requests: int, seed: int, known: bool
+        self,
+        engine: BareScheduler,
+        prompts: list[np.ndarray],
+        output: np.ndarray,
+        name: str,
+        known: bool,
     ) -> None:
-        self.engine, self.known = engine, known
-        self.prompts, self.output = make_job(trace, requests, seed)
-        self.name = f"{trace}-{seed}-{known}"
-        cost_model = CostModel(MODEL_SPECS["llama-3.1-8b"], HARDWARE["a100-80g-sxm"])
-        self.planner = PlanWorker(cost_model, PlannerConfig())
+        self.engine, self.known, self.name = engine, known, name
+        self.prompts, self.output = prompts, output
+        requests = len(prompts)
+        self.planner = PlanWorker(COST_MODEL, PlannerConfig())
         self.planner.append(
             self.name,
             PromptBatch(
@@ -162,9 +167,12 @@ class Run:
             side,
             rank=len(self.sent),
             density=float(plan.density[k]),
-            target_density=scanner.target_density if not scanner.exhausted else 1.0,
             output_tokens=float(plan.output_tokens[k]),
             output_deviation=float(plan.output_deviation[k]),
+            compute_seconds=float(plan.compute_seconds[k]),
+            memory_seconds=float(plan.memory_seconds[k]),
+            rest_compute_seconds=scanner.remaining_seconds[0],
+            rest_memory_seconds=scanner.remaining_seconds[1],
             use=use,
         )
         self.sent[f"{k}"] = k
@@ -190,7 +198,10 @@ def main() -> None:
     results = {}
     for trace, known in itertools.product(TRACES, (True, False)):
         runs = [
-            Run(engine, trace, options.requests, seed, known).run() for seed in range(options.seeds)
+            Run(
+                engine, *make_job(trace, options.requests, seed), f"{trace}-{seed}-{known}", known
+            ).run()
+            for seed in range(options.seeds)
         ]
         results[f"{trace}+mmlu, {'known' if known else 'sampled'}"] = runs
         print(f"{trace:12} known={known} {runs}", flush=True)

@@ -116,9 +116,10 @@ class Job:
             Side(side),
             k,
             density=50.0 if side == "left" else 0.1,
-            target_density=1.0,
             output_tokens=float(output),
             output_deviation=output / 4,
+            rest_compute_seconds=1000.0,
+            rest_memory_seconds=1000.0,
         )
         rid = f"{side}-{k:08d}"
         engine.submit(rid, prompt.tolist(), output, tag=tag if self.planned else None)

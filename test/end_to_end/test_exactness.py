@@ -77,9 +77,10 @@ def call_generate(server: Server, rank: int, line: dict[str, Any], planned: bool
             side=Side.LEFT if density > 60 else Side.RIGHT,
             rank=rank,
             density=density,
-            target_density=60.0,
             output_tokens=body["max_tokens"] * 0.8,
             output_deviation=2.0,
+            rest_compute_seconds=60.0,
+            rest_memory_seconds=1.0,
         )
         sampling["custom_params"] = tag.to_params()
     request = {"text": prompt, "sampling_params": sampling, "rid": f"rid-{rank:04d}"}

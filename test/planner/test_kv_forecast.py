@@ -43,6 +43,19 @@ def test_the_peak_is_the_exact_one_or_a_bucket_above(running):
 
 
 @quick
+@given(st.lists(st.tuples(st.integers(1, 256), st.integers(0, 500)), min_size=1, max_size=40))
+def test_the_profile_is_what_the_running_requests_hold_step_by_step(running):
+    forecast = forecast_of(running)
+    tokens, steps = forecast.profile()
+    assert steps == 1
+    assert len(tokens) == max(remaining for remaining, _ in running)
+    for step, held_then in enumerate(tokens, start=1):
+        alive = [(remaining, held) for remaining, held in running if remaining >= step]
+        assert held_then == pytest.approx(sum(held + step for _, held in alive))
+    assert forecast.remaining_tokens() == sum(remaining for remaining, _ in running)
+
+
+@quick
 @given(requests, st.integers(1, 600))
 def test_time_passes_as_if_it_were_built_anew(running, steps):
     forecast = forecast_of(running)

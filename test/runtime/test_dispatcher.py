@@ -143,7 +143,7 @@ def test_ranks_count_the_requests_of_a_side_whoever_they_belong_to(dispatcher):
 def test_the_target_is_that_of_all_that_is_left_of_all_jobs(dispatcher):
     a, b = job("a", 9, 7), job("b", 2)
     dispatched(dispatcher, a, b)
-    assert a.turns[0].target_density == (9 + 7 + 2) / 3
+    assert a.turns[0].waiting_seconds == (9 + 7 + 2, 3)
     assert dispatcher.target_density == math.inf
 
 

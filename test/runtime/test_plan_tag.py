@@ -14,7 +14,7 @@ from blendserve.runtime.plan_tag import PlanTag
 
 quick = settings(deadline=None, database=None)
 
-TAG = PlanTag(Side.LEFT, rank=3, density=2.5, target_density=1.25, output_tokens=40.0)
+TAG = PlanTag(Side.LEFT, rank=3, density=2.5, output_tokens=40.0)
 
 # The tag's densities stop where anything is compute-bound; see the test of infinities.
 densities = st.floats(0, 1e12, exclude_max=True)
@@ -23,9 +23,12 @@ tags = st.builds(
     side=st.sampled_from(Side),
     rank=st.integers(0, 10**9),
     density=densities,
-    target_density=densities,
     output_tokens=st.floats(0, 1e7),
     output_deviation=st.floats(0, 1e7),
+    compute_seconds=st.floats(0, 1e9),
+    memory_seconds=st.floats(0, 1e9),
+    rest_compute_seconds=st.floats(0, 1e9),
+    rest_memory_seconds=st.floats(0, 1e9),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -57,12 +60,11 @@ def test_the_clients_own_params_beside_it_do_no_harm(tag, others):
 @quick
 @given(tags)
 def test_an_infinite_density_arrives_as_one_above_every_finite_one(tag):
-    infinite = PlanTag(tag.side, tag.rank, math.inf, math.inf, tag.output_tokens)
+    infinite = PlanTag(tag.side, tag.rank, math.inf, tag.output_tokens)
     arrived = PlanTag.from_params(through_json(infinite))
     assert arrived is not None
     assert math.isfinite(arrived.density)
     assert arrived.density > tag.density
-    assert arrived.target_density > tag.target_density
     assert (arrived.side, arrived.rank, arrived.output_tokens) == (
         tag.side,
         tag.rank,
@@ -101,7 +103,7 @@ def test_a_tag_with_a_malformed_value_is_none(key, value):
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + 400 * "0"])
-@pytest.mark.parametrize("name", ["rank", "density", "target", "output_tokens"])
+@pytest.mark.parametrize("name", ["rank", "density", "output_tokens", "rest_memory_seconds"])
 def test_a_tag_with_a_number_that_is_not_finite_is_none(name, number):
     # As the text of a body: Python's parser takes all of these.
     params = json.loads(json.dumps(TAG.to_params())[:-1] + f', "blendserve_{name}": {number}}}')
@@ -109,7 +111,7 @@ def test_a_tag_with_a_number_that_is_not_finite_is_none(name, number):
 
 
 @pytest.mark.parametrize("number", [-1, -0.5, "-3", -(10**400)])
-@pytest.mark.parametrize("name", ["rank", "density", "target", "output_tokens"])
+@pytest.mark.parametrize("name", ["rank", "density", "output_tokens", "rest_memory_seconds"])
 def test_a_tag_with_a_negative_number_is_none(name, number):
     assert PlanTag.from_params({**TAG.to_params(), f"blendserve_{name}": number}) is None
 

@@ -40,7 +40,7 @@ class FakeReq:
 
 
 def planned(rid, side=LEFT, estimate=8.0, deviation=0.0, **req):
-    tag = PlanTag(side, 0, 1.0, 1.0, output_tokens=estimate, output_deviation=deviation)
+    tag = PlanTag(side, 0, 1.0, output_tokens=estimate, output_deviation=deviation)
     return PlannedRequest(FakeReq(rid, **req), tag)
 
 

@@ -204,7 +204,7 @@ def _dry_run(source: Path, server_flags: Sequence[str], as_json: bool) -> int:
 
 
 def _this_machine() -> str:
-    from blendserve.runtime.executor import choose_hardware
+    from blendserve.runtime.device import choose_hardware
 
     try:
         return choose_hardware("auto").name

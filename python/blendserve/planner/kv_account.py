@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .dual_scanner import Side
 from .kv_forecast import KVForecast
+from .prefix_tree import Floats
 
 # Room beside the expected growth, where lengths are estimates. They can all be off together, as
 # the mean of a subtree is: this part of every estimate. And each can be off by itself: this many
@@ -128,6 +129,15 @@ class KVAccount:
     def growth_tokens(self) -> float:
         """Free tokens that the running requests need at the most until all have ended."""
         return self._forecast.peak_tokens()
+
+    def remaining_tokens(self) -> float:
+        """Output tokens that the running requests are expected to produce yet."""
+        return self._forecast.remaining_tokens()
+
+    def profile(self) -> tuple[Floats, int]:
+        """(tokens, steps): what the running requests alone will hold at the end of each of the next
+        stretches of so many decode steps."""
+        return self._forecast.profile()
 
     def start(self, key: Hashable, candidate: Candidate) -> None:
         """Book a request that starts now; takes its prompt from `free_tokens`."""

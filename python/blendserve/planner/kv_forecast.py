@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .prefix_tree import Floats
+
 _BUCKETS = 256
 
 
@@ -65,6 +67,7 @@ class KVForecast:
         self._demand = np.zeros(_BUCKETS)
         self._members: list[dict[Hashable, None]] = [{} for _ in range(_BUCKETS)]
         self._held = 0.0
+        self._last_steps = 0.0  # Sum over the requests of the step at which each ends.
         self._variance = 0.0
 
     def __len__(self) -> int:
@@ -108,6 +111,7 @@ class KVForecast:
         after = demand[bucket + 1 :]
         np.add(after, entry.held, out=after)
         self._held -= entry.held
+        self._last_steps -= entry.end
         self._variance = max(self._variance - entry.variance, 0.0)
 
     def _count(self, entry: _Entry) -> None:
@@ -120,6 +124,7 @@ class KVForecast:
         after = demand[bucket + 1 :]
         np.subtract(after, entry.held, out=after)
         self._held += entry.held
+        self._last_steps += entry.end
         self._variance += entry.variance
 
     def hold(self, key: Hashable, tokens: float) -> None:
@@ -157,6 +162,17 @@ class KVForecast:
     def held_tokens(self) -> float:
         """KV tokens that the running requests give back at their ends, as of now."""
         return self._held + len(self._entries) * self._clock
+
+    def remaining_tokens(self) -> float:
+        """Output tokens that the running requests are expected to produce yet, all together."""
+        return max(self._last_steps - len(self._entries) * self._clock, 0.0)
+
+    def profile(self) -> tuple[Floats, int]:
+        """(tokens, steps): what the running requests will hold at the end of each of the next
+        stretches of so many steps, until the last one has ended."""
+        tokens = np.maximum(self._held + self._demand, 0.0) if self._entries else np.empty(0)
+        alive = np.flatnonzero(tokens > 0.5)
+        return tokens[: alive[-1] + 1 if len(alive) else 0], self._width
 
     def peak_tokens(self) -> float:
         """The most free tokens that the running requests will take at any time from now on."""
@@ -198,7 +214,7 @@ class KVForecast:
         self._ends = (np.arange(_BUCKETS) + self._first + 1.0) * self._width
         self._members = [{} for _ in range(_BUCKETS)]
         self._demand[:] = 0.0
-        self._held = self._variance = 0.0
+        self._held = self._last_steps = self._variance = 0.0
         for key, entry in self._entries.items():
             self._members[self._bucket(entry.end)][key] = None
             self._count(entry)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cost_model import CostModel
 from .prefix_tree import Floats
 
 # While something runs longer than anything has so far, the memory work that is left is a guess on
@@ -20,6 +21,10 @@ UNCERTAIN_DENSITY = 1.5
 UNCERTAIN_GROWTH = 4
 UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
+# Steps after which the density of what is left is looked at again.
+PACE_STEPS = 64
+# Part of the memory that decodes are taken to fill while there are more to come.
+FULL_PART = 0.75
 _BISECTIONS = 20
 
 
@@ -33,6 +38,16 @@ class StepPace:
     context_seconds: float
     weight_seconds: float
     chunk_tokens: int
+
+    @staticmethod
+    def of(cost_model: CostModel, chunk_tokens: int) -> StepPace:
+        device, model = cost_model.hardware, cost_model.model
+        return StepPace(
+            token_seconds=float(cost_model.compute_seconds(0, 1)),
+            context_seconds=model.kv_bytes_per_token / device.bandwidth_bytes,
+            weight_seconds=model.weight_bytes / device.bandwidth_bytes,
+            chunk_tokens=chunk_tokens,
+        )
 
     def prefill_tokens(self, density: float, context_tokens: int, decodes: int) -> int:
         """Prompt tokens that give a step of so many decodes, which attend to context_tokens in

@@ -33,12 +33,12 @@ class Turn:
 
     Attributes:
         side, rank: the queue, and the request's number in it.
-        target_density: of what all jobs have left to send.
+        waiting_seconds: (compute, memory) of what all jobs have left to send, this one included.
     """
 
     side: Side
     rank: int
-    target_density: float
+    waiting_seconds: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,12 @@ class Dispatcher:
     @property
     def target_density(self) -> float:
         """Of what has not been sent, of all jobs together; inf where nothing of it decodes."""
+        compute, memory = self._waiting_seconds()
+        return compute / memory if memory > 0 else math.inf
+
+    def _waiting_seconds(self) -> tuple[float, float]:
         seconds = [job.waiting_seconds for job in self._jobs]
-        memory = sum(memory for _, memory in seconds)
-        return sum(compute for compute, _ in seconds) / memory if memory > 0 else math.inf
+        return sum(compute for compute, _ in seconds), sum(memory for _, memory in seconds)
 
     @property
     def pace(self) -> float:
@@ -209,7 +212,7 @@ class Dispatcher:
             return True
         for side in sorted(Side, key=self.credits.available, reverse=True):
             if self.credits.available(side) > 0 and (job := self._choose(side)) is not None:
-                turn = Turn(side, self._ranks[side], self.target_density)
+                turn = Turn(side, self._ranks[side], self._waiting_seconds())
                 self._ranks[side] += 1
                 self._last[side] = job
                 job.send(turn)

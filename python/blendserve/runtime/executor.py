@@ -10,18 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
-import torch
-
 from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSource
 from blendserve.config import Settings
-from blendserve.planner import (
-    CostModel,
-    Hardware,
-    ModelSpec,
-    PlannerConfig,
-    hardware,
-)
+from blendserve.planner import PlannerConfig
 from blendserve.runtime.credits import Credits
+from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.feedback import ReportReceiver, SchedulerReport
 from blendserve.runtime.job_runner import JobRunner, Threads
@@ -34,13 +27,6 @@ from blendserve.runtime.prompts import PromptReader
 
 # How old what GET /metrics shows may be.
 _METRICS_SECONDS = 1.0
-# Names under which torch reports the chips of the planner's hardware table.
-_CHIPS = {
-    "A100": "a100-80g-sxm",
-    "H100": "h100-80g-sxm",
-    "H200": "h200-141g-sxm",
-    "L40S": "l40s",
-}
 
 
 class BlendExecutor:
@@ -64,10 +50,8 @@ class BlendExecutor:
         # On the one object that serves all requests: SGLang's own method stays as it is.
         tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, pacer)
         self._reader = PromptReader(app, tokenizer_manager)
-        model = ModelSpec.from_config(tokenizer_manager.model_config.hf_config.to_dict())
-        ranks = int(server_args.tp_size or 1)
         self._planner = PlannerProcess(
-            CostModel(model, choose_hardware(settings.hardware).scaled(ranks)),
+            cost_model_of(tokenizer_manager.model_config, server_args.tp_size, settings),
             PlannerConfig(
                 sample_fraction=settings.sample_fraction,
                 sharing_preserved=settings.sharing_preserved,
@@ -192,19 +176,3 @@ class BlendExecutor:
         # SGLang sends what a request has said so far every few dozen tokens, streamed or not.
         state = self._tokenizer_manager.rid_to_state.get(rid)
         return len(state.output_ids) if state is not None else 0
-
-
-def choose_hardware(name: str) -> Hardware:
-    """The row of the hardware table to plan for; "auto" asks torch which device there is."""
-    if name != "auto":
-        return hardware(name)
-    if not torch.cuda.is_available():
-        return hardware("cpu")
-    device = torch.cuda.get_device_name()
-    for chip, row in _CHIPS.items():
-        if chip in device:
-            return hardware(row)
-    raise ValueError(
-        f"No row of the hardware table fits {device!r}. Set BLENDSERVE_HARDWARE to one of: "
-        + ", ".join(sorted(_CHIPS.values()))
-    )

@@ -265,13 +265,19 @@ class JobRunner:
         plan = self._plan_now
         deviation = float(plan.output_deviation[position])
         timetable = plan.timetable
+        compute = float(plan.compute_seconds[position])
+        memory = float(plan.memory_seconds[position])
+        rest_compute, rest_memory = turn.waiting_seconds
         tag = PlanTag(
             side=side,
             rank=turn.rank,
             density=density,
-            target_density=turn.target_density,
             output_tokens=float(plan.output_tokens[position]),
             output_deviation=deviation,
+            compute_seconds=compute,
+            memory_seconds=memory,
+            rest_compute_seconds=max(rest_compute - compute, 0.0),
+            rest_memory_seconds=max(rest_memory - memory, 0.0),
             use=UseTag(
                 job=self.job_id,
                 side=side,
@@ -286,9 +292,10 @@ class JobRunner:
         if task is None:
             return
         self._dispatcher.credits.sent(side, sequences)
-        seconds = float(plan.work_seconds[position])
-        self._sent_seconds += seconds
-        self._sent[position] = _Sent(task, side, seconds, tag.output_tokens if deviation else None)
+        self._sent_seconds += compute + memory
+        self._sent[position] = _Sent(
+            task, side, compute + memory, tag.output_tokens if deviation else None
+        )
         self._look()
 
     def send_unplanned(self) -> bool:

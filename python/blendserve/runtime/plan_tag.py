@@ -15,7 +15,10 @@ from blendserve.planner import Side
 from blendserve.runtime.next_use import UseTag
 
 _PREFIX = "blendserve_"
-_NUMBERS = ("rank", "density", "target", "output_tokens", "output_deviation")
+_NUMBERS = (
+    *("rank", "density", "output_tokens", "output_deviation"),
+    *("compute_seconds", "memory_seconds", "rest_compute_seconds", "rest_memory_seconds"),
+)
 # JSON has no infinity; a density this high is compute-bound on any hardware.
 _LARGEST_DENSITY = 1e12
 
@@ -28,18 +31,24 @@ class PlanTag:
         side: the scanner that dispatched it.
         rank: position in dispatch order of that side, from 0; smaller goes first.
         density: compute density of its leaf, as the scanner sees it.
-        target_density: density of what was left of the job when it was dispatched.
         output_tokens: estimated output length.
         output_deviation: standard deviation of that estimate in tokens; 0 where it is exact.
+        compute_seconds, memory_seconds: that it will take by the cost model, what it shares with
+            the request before it in the plan left out.
+        rest_compute_seconds, rest_memory_seconds: those of all that had not been dispatched of any
+            job right after it.
         use: who needs its prefixes next; the radix cache reads that from the request by itself.
     """
 
     side: Side
     rank: int
     density: float
-    target_density: float
     output_tokens: float
     output_deviation: float = 0.0
+    compute_seconds: float = 0.0
+    memory_seconds: float = 0.0
+    rest_compute_seconds: float = 0.0
+    rest_memory_seconds: float = 0.0
     use: UseTag | None = None
 
     def to_params(self) -> dict[str, str | int | float]:
@@ -48,9 +57,12 @@ class PlanTag:
             f"{_PREFIX}side": self.side.value,
             f"{_PREFIX}rank": self.rank,
             f"{_PREFIX}density": _finite(self.density),
-            f"{_PREFIX}target": _finite(self.target_density),
             f"{_PREFIX}output_tokens": float(self.output_tokens),
             f"{_PREFIX}output_deviation": float(self.output_deviation),
+            f"{_PREFIX}compute_seconds": float(self.compute_seconds),
+            f"{_PREFIX}memory_seconds": float(self.memory_seconds),
+            f"{_PREFIX}rest_compute_seconds": float(self.rest_compute_seconds),
+            f"{_PREFIX}rest_memory_seconds": float(self.rest_memory_seconds),
             **(self.use.to_params() if self.use is not None else {}),
         }
 
@@ -67,8 +79,12 @@ class PlanTag:
             return None
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             return None
-        rank, density, target_density, output_tokens, output_deviation = numbers
-        return cls(side, int(rank), density, target_density, output_tokens, output_deviation)
+        rank, density, output_tokens, output_deviation, *seconds = numbers
+        compute, memory, rest_compute, rest_memory = seconds
+        return cls(
+            *(side, int(rank), density, output_tokens, output_deviation),
+            *(compute, memory, rest_compute, rest_memory),
+        )
 
 
 def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:

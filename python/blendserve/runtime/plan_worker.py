@@ -80,8 +80,8 @@ class JobPlan:
         density: compute density; nan where the request is not planned.
         output_tokens, output_deviation: estimated output length and its standard deviation.
         prefill_tokens: prompt tokens that the plan does not find in the cache, and
-        work_seconds: compute and memory seconds by the cost model; both as of the last plan that
-            had the request in it.
+        compute_seconds, memory_seconds: by the cost model, after sharing; all three as of the last
+            plan that had the request in it.
         bound_seconds: what the planned requests take at least, by the cost model: all compute that
             the best sharing leaves, or all memory traffic, whichever is longer.
         total_work_tokens: prefill and output tokens of all requests, ended ones included.
@@ -95,7 +95,8 @@ class JobPlan:
     output_tokens: Floats
     output_deviation: Floats
     prefill_tokens: Ints
-    work_seconds: Floats
+    compute_seconds: Floats
+    memory_seconds: Floats
     bound_seconds: float
     total_work_tokens: float
     prompt_tokens: int
@@ -201,12 +202,13 @@ class _PlannedJob:
         self._tree = plan.tree
         self._tokens = array("i")
         self._prefill = np.zeros(n, dtype=np.int64)
-        self._work = np.zeros(n)
+        self._compute, self._memory = np.zeros(n), np.zeros(n)
 
     def _as_walked(self, plan: Plan, cost_model: CostModel) -> JobPlan:
         lengths = _view(self._lengths, np.int64)
         self._prefill[plan.order] = lengths[plan.order] - plan.shared_with_previous
-        self._work[plan.order] = plan.compute_seconds + plan.memory_seconds
+        self._compute[plan.order] = plan.compute_seconds
+        self._memory[plan.order] = plan.memory_seconds
         dense = plan.request_density[plan.sample] >= plan.target_density
         # Numbers go on behind what was sent, and not behind what was only planned.
         first_due = 0
@@ -222,7 +224,8 @@ class _PlannedJob:
             output_tokens=plan.estimated_output_tokens,
             output_deviation=plan.output_deviation,
             prefill_tokens=self._prefill.copy(),
-            work_seconds=self._work.copy(),
+            compute_seconds=self._compute.copy(),
+            memory_seconds=self._memory.copy(),
             bound_seconds=_bound_seconds(plan, cost_model),
             total_work_tokens=float(self._prefill.sum() + plan.estimated_output_tokens.sum()),
             prompt_tokens=plan.prompt_tokens,

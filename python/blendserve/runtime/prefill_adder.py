@@ -45,11 +45,13 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
         all_planned: no online request runs.
         chunk_limit: most tokens of a planned request's prompt to continue with in this batch; None
             for SGLang's own limit.
+        step_tokens: most prompt tokens of this batch; None for SGLang's own limit.
     """
 
     growth_tokens: ClassVar[float] = 0.0
     all_planned: ClassVar[bool] = False
     chunk_limit: ClassVar[int | None] = None
+    step_tokens: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -68,6 +70,9 @@ class BlendPrefillAdder(PrefillAdder):  # type: ignore[misc]
             summed = SimpleNamespace(reqs=[] if one is None else [one])
         super().__init__(page_size, tree_cache, token_to_kv_pool_allocator, summed, *args, **kwargs)
         self.running_batch = running_batch
+        most, own = BlendPrefillAdder.step_tokens, self.rem_chunk_tokens
+        if most is not None and own is not None:
+            self.rem_chunk_tokens: int | None = min(own, most)
 
     def _get_running_request_total_token_offset(self, req: Any) -> float:
         if not is_planned(req):

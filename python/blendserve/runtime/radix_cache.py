@@ -26,7 +26,9 @@ from sglang.srt.mem_cache.registry import (
     register_radix_cache_backend,
 )
 
-from blendserve.planner import CostModel, ModelSpec, NextUse, Side
+from blendserve.config import load_settings
+from blendserve.planner import CostModel, NextUse, Side
+from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.eviction_order import NEVER, EvictionOrder, NodeFuture
 from blendserve.runtime.next_use import UseTag
 
@@ -287,13 +289,9 @@ def create_radix_cache(ctx: Any) -> Any:
     if reason is not None:
         logger.warning("blendserve: %s, so SGLang's own radix cache is used", reason)
         return default_radix_cache_factory(ctx)
-    # Imported here: the executor's module is the front process's, and needs this one's packages.
-    from blendserve.config import load_settings
-    from blendserve.runtime.executor import choose_hardware
-
-    model = ModelSpec.from_config(ctx.model_config.hf_config.to_dict())
-    hardware = choose_hardware(load_settings().hardware).scaled(ctx.tp_size)
-    return BlendRadixCache(ctx.params, CostModel(model, hardware))
+    return BlendRadixCache(
+        ctx.params, cost_model_of(ctx.model_config, ctx.tp_size, load_settings())
+    )
 
 
 def unsuitable(ctx: Any) -> str | None:

@@ -13,6 +13,7 @@ of this happened costs a few comparisons, whatever the number of running request
 from __future__ import annotations
 
 import gc
+import math
 from typing import Any
 
 from sglang.srt.managers import scheduler as scheduler_module
@@ -21,7 +22,8 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 
 from blendserve import __version__
 from blendserve.config import load_settings
-from blendserve.planner import Admission, Side
+from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepPace
+from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.online import OnlineTraffic
 from blendserve.runtime.plan_tag import PlanTag, without_tag
@@ -35,12 +37,15 @@ from blendserve.runtime.prefill_adder import (
 from blendserve.runtime.radix_cache import use_tag
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
+from blendserve.runtime.step_pacer import StepPacer
 from blendserve.runtime.trace import StepTrace
 
 # Objects, and young and old generations, after which Python collects garbage.
 _GC_THRESHOLDS = (50_000, 20, 100)
 # Steps after which a report is sent even if nothing was taken from the queues.
 _REPORT_STEPS = 16
+# On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
+_GPU_TOKEN_MULTIPLE = 128
 
 
 class BlendScheduler(Scheduler):  # type: ignore[misc]
@@ -57,21 +62,35 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         gc.set_threshold(*_GC_THRESHOLDS)
         settings = load_settings()
         self.blend = SideQueues(self.max_total_num_tokens)
-        self.blend_admission = Admission()
-        self.blend_target_density = 1.0
+        self.blend_admission, self.blend_paced = Admission(), PacedAdmission()
+        # (compute, memory) seconds of what the front process has not sent yet, as of the latest
+        # request; this replica's part.
+        self.blend_rest = (0.0, 0.0)
         self.blend_online = OnlineTraffic(settings.online_share)
         # Whether anything has changed since no more could start.
         self.blend_changed = False
-        self.blend_report = SchedulerReport(dp_rank=getattr(self, "dp_rank", None) or 0)
+        ranks = _parallel_ranks(self)
+        self.blend_report = SchedulerReport(dp_rank=ranks.dp_rank or ranks.attn_dp_rank)
         self.blend_reported = (0, 0)
-        # One rank of a tensor-parallel group speaks for all: they take the same decisions.
-        speaks = getattr(self, "tp_rank", 0) == 0
+        # One rank of a replica speaks for all: they take the same decisions.
+        speaks = ranks.attn_tp_rank == 0 and ranks.pp_rank == 0
         address = settings.feedback_address
         self.blend_sender = ReportSender(address) if address and speaks else None
         self.blend_trace = (
             StepTrace(settings.trace_file) if settings.trace_file and speaks else None
         )
         watch_releases(self.tree_cache, self._released)
+
+    def init_chunked_prefill(self) -> None:
+        super().init_chunked_prefill()
+        # Where steps are not mixed, prefill has no decodes to overlap with.
+        self.blend_pacer: StepPacer | None = None
+        if self.is_mixed_chunk:
+            cost_model = cost_model_of(self.model_config, self.server_args.tp_size, load_settings())
+            self.blend_pacer = StepPacer(
+                StepPace.of(cost_model, int(self.chunked_prefill_size)),
+                multiple=_GPU_TOKEN_MULTIPLE if self.device == "cuda" else 1,
+            )
 
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the front process refuses to serve without.
@@ -108,6 +127,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         setattr(req, PLAN_ATTRIBUTE, tag)
         use_tag(req)  # It is kept on the request for the radix cache.
         req.sampling_params.custom_params = without_tag(params)
+        replicas = max(self.server_args.dp_size, 1)
+        self.blend_rest = (tag.rest_compute_seconds / replicas, tag.rest_memory_seconds / replicas)
         self.blend.add(PlannedRequest(req, tag))
 
     def abort_request(self, recv_req: Any) -> None:
@@ -148,7 +169,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
                     self.blend_changed = True
         report.prefill_tokens += prefilled
         report.decode_tokens += decoded
-        if decoded and self.blend.account.decode_step():
+        if decoded and self.blend.decode_step():
             self.blend_changed = True
         if self.blend_trace is not None:
             self.blend_trace.step(self, batch, prefilled, decoded)
@@ -172,6 +193,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         online_waits = bool(self.waiting_queue)
         BlendPrefillAdder.chunk_limit = self._chunk_limit(running_batch)
+        # Online requests get all that a step can take.
+        BlendPrefillAdder.step_tokens = None if online_waits else self._step_tokens(running_batch)
         offered: list[PlannedRequest] = []
         # Online requests go first, alone: a prefill batch is the longest step there is.
         may_offer = not online_waits and not running_batch.batch_is_full
@@ -187,6 +210,29 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             self._take_back(offered, plan.batch_to_run)
         return plan
 
+    def _step_tokens(self, running_batch: Any) -> int | None:
+        """Prompt tokens of the next step; None for as many as SGLang takes."""
+        if self.blend_pacer is None or not (self.blend.running or len(self.blend)):
+            return None
+        tokens = self.blend_pacer.prefill_tokens(
+            self.blend, self.blend_rest, self._chunks_to_come(), len(running_batch.reqs)
+        )
+        page = int(self.page_size)
+        return -(-tokens // page) * page
+
+    @property
+    def blend_target_density(self) -> float:
+        """Of what is left of all jobs."""
+        if self.blend_pacer is not None:
+            return self.blend_pacer.target_density
+        seconds = zip(self.blend_rest, self.blend.waiting_seconds, strict=True)
+        compute, memory = (rest + waiting for rest, waiting in seconds)
+        return compute / memory if memory > 0 else math.inf
+
+    def _choose(self, left: Candidate | None, right: Candidate | None) -> Side | None:
+        admission = self.blend_admission if self.blend_pacer is None else self.blend_paced
+        return admission.choose(left, right, self.blend.account, self.blend_target_density)
+
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         account = self.blend.account
@@ -196,7 +242,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
             left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
-            side = self.blend_admission.choose(left, right, account, self.blend_target_density)
+            side = self._choose(left, right)
             if side is None:
                 # Nothing more, until something changes.
                 self.blend_changed = False
@@ -219,7 +265,6 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
                 self.blend.put_back(request)
                 self.blend_changed = True
             elif id(request.req) in admitted:
-                self.blend_target_density = request.tag.target_density
                 report.prompt_tokens += len(request.req.origin_input_ids)
                 report.cached_tokens += cached_tokens(request.req)
             else:
@@ -245,6 +290,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             if self.is_mixed_chunk:
                 budget -= len(running_batch.reqs)
         budget *= self.blend_online.batch_share
+        if BlendPrefillAdder.step_tokens is not None:
+            budget = min(budget, BlendPrefillAdder.step_tokens)
         return budget - self._chunks_to_come()
 
     def _chunks_to_come(self) -> int:
@@ -293,3 +340,10 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         report.account_tokens["left"] = account.left_tokens
         report.account_tokens["right"] = account.right_tokens
         self.blend_sender.send(report)
+
+
+def _parallel_ranks(scheduler: Any) -> Any:
+    """SGLang's object with the ranks of this process."""
+    if hasattr(scheduler_module, "get_parallel"):
+        return scheduler_module.get_parallel()
+    return scheduler.ps  # Up to 0.5.20.

@@ -55,6 +55,7 @@ class SideQueues:
 
     Attributes:
         account: memory that the running requests hold and will take.
+        waiting_seconds: (compute, memory) of what waits, by the cost model.
         taken: requests of each side that have left its queue for good, so far.
         retractions: times that a running request lost its memory.
     """
@@ -65,6 +66,11 @@ class SideQueues:
         self.account = KVAccount(total_tokens)
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
         self.retractions = 0
+        self.waiting_seconds = (0.0, 0.0)
+        # Contexts of the decoding requests, less the decode steps so far: so they need not be
+        # touched while they grow.
+        self._contexts: dict[str, int] = {}
+        self._contexts_sum = self._decode_steps = 0
         self._prompts = StartedPrompts()
         # The heads as they were last seen, while nothing has happened that would change them.
         self._heads: dict[Side, tuple[PlannedRequest, SharedPrefix, Candidate]] = {}
@@ -75,6 +81,7 @@ class SideQueues:
 
     def add(self, request: PlannedRequest) -> None:
         """Append a new arrival to its side."""
+        self._count_waiting(request, +1)
         self.waiting[request.tag.side].append(request)
 
     def candidate(self, side: Side) -> Candidate | None:
@@ -99,6 +106,7 @@ class SideQueues:
         side = candidate.side
         request, shared, _ = self._heads.pop(side)
         self.waiting[side].popleft()
+        self._count_waiting(request, -1)
         rid = request.req.rid
         for other, head in tuple(self._heads.items()):
             if head[0].prompt.beginning == request.prompt.beginning:
@@ -131,6 +139,7 @@ class SideQueues:
     def _requeue(self, request: PlannedRequest) -> None:
         # It counted as taken; the front process must not send another one in its place.
         self.taken[request.tag.side] -= 1
+        self._count_waiting(request, +1)
         self.waiting[request.tag.side].appendleft(request)
 
     def prefilled(self, rid: str) -> bool:
@@ -138,13 +147,28 @@ class SideQueues:
         news = self._prompts.prefilled(rid)
         if news:
             self._heads.clear()
+            req = self.running[rid].req
+            context = len(req.origin_input_ids) + len(req.output_ids) - self._decode_steps
+            self._contexts[rid] = context
+            self._contexts_sum += context
         return news
+
+    def decode_step(self) -> bool:
+        """Every decoding request has one more token. True if one has outlived its estimate."""
+        self._decode_steps += 1
+        return self.account.decode_step()
+
+    @property
+    def context_tokens(self) -> int:
+        """Sum of the contexts of the decoding requests."""
+        return self._contexts_sum + len(self._contexts) * self._decode_steps
 
     def finish(self, rid: str) -> bool:
         """A request has ended or lost its memory. False if it was not a running planned one."""
         if self.running.pop(rid, None) is None:
             return False
         self._heads.clear()
+        self._contexts_sum -= self._contexts.pop(rid, 0)
         self.account.end(rid)
         self._prompts.end(rid)
         return True
@@ -163,4 +187,13 @@ class SideQueues:
                     request for request in queue if not matches(request.req.rid)
                 )
                 self.taken[side] += len(removed)
+                for request in removed:
+                    self._count_waiting(request, -1)
                 yield from removed
+
+    def _count_waiting(self, request: PlannedRequest, sign: int) -> None:
+        compute, memory = self.waiting_seconds
+        self.waiting_seconds = (
+            max(compute + sign * request.tag.compute_seconds, 0.0),
+            max(memory + sign * request.tag.memory_seconds, 0.0),
+        )

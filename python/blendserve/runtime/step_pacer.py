@@ -1,0 +1,77 @@
+"""How much prefill each mixed step carries beside its decodes.
+
+SGLang fills a step with as many prompt tokens as its chunk size allows. So the compute of a job is
+spent in the first half of the run, and the decodes of the second half have none to hide behind.
+Here every step gets the prompt tokens that its decodes balance, at the density of what is left.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from blendserve.planner import StepPace, rest_density
+from blendserve.planner.pacing import FULL_PART, PACE_STEPS
+from blendserve.runtime.side_queues import SideQueues
+
+
+class StepPacer:
+    """The step budgets of one scheduler.
+
+    Args:
+        pace: costs of a step.
+        multiple: the tokens of a step, decodes included, are rounded up to a multiple of this.
+
+    Attributes:
+        target_density: of all that is left: not sent yet, waiting, and running.
+    """
+
+    def __init__(self, pace: StepPace, multiple: int) -> None:
+        self._pace, self._multiple = pace, multiple
+        self.target_density = self._density = math.inf
+        self._look_in = 0
+
+    def prefill_tokens(
+        self,
+        blend: SideQueues,
+        rest_seconds: tuple[float, float],
+        backlog_tokens: int,
+        decodes: int,
+    ) -> int:
+        """Prompt tokens for the next step, at least one.
+
+        Args:
+            blend: the requests that wait and run.
+            rest_seconds: (compute, memory) of what has not been sent to the scheduler.
+            backlog_tokens: still to be computed of prompts that have begun.
+            decodes: requests that the step decodes.
+        """
+        self._look_in -= 1
+        if self._look_in < 0:
+            self._look_in = PACE_STEPS - 1
+            self._look_ahead(blend, rest_seconds, backlog_tokens)
+        pace = self._pace
+        tokens = pace.prefill_tokens(self._density, blend.context_tokens, decodes)
+        batch = -(-(tokens + decodes) // self._multiple) * self._multiple
+        return max(min(batch, pace.chunk_tokens) - decodes, 1)
+
+    def _look_ahead(
+        self, blend: SideQueues, rest_seconds: tuple[float, float], backlog_tokens: int
+    ) -> None:
+        pace, account = self._pace, blend.account
+        tokens, steps = account.profile()
+        tail_seconds = tokens * pace.context_seconds
+        compute = rest_seconds[0] + blend.waiting_seconds[0]
+        compute += (account.remaining_tokens() + backlog_tokens) * pace.token_seconds
+        memory = rest_seconds[1] + blend.waiting_seconds[1]
+        everything = memory + float(tail_seconds.sum()) * steps
+        self.target_density = compute / everything if everything > 0 else math.inf
+        self._density = rest_density(
+            compute,
+            memory,
+            tail_seconds,
+            np.full(len(tokens), float(steps)),
+            pace.weight_seconds,
+            FULL_PART * account.total_tokens * pace.context_seconds,
+        )
