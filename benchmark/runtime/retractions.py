@@ -29,7 +29,7 @@ from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, PlannerConfig, Side
 from blendserve.runtime.next_use import UseTag
-from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 from blendserve.simulator.exam import exam
 from blendserve.simulator.traces import trace_lengths
@@ -141,6 +141,11 @@ class Run:
                 running_tokens=np.array(list(running.values()), dtype=np.int64),
             ),
         )
+        self.updates = tuple(
+            LengthUpdate(rid, float(plan.output_tokens[k]), float(plan.output_deviation[k]))
+            for rid, k in self.sent.items()
+            if rid not in self.engine.finished and not self.known
+        )
         self.started = []
         self.sample = {side: list(plan.sample[side][::-1]) for side in Side}
         self.sample_out = {f"{k}" for side in Side for k in plan.sample[side]}
@@ -174,7 +179,9 @@ class Run:
             rest_compute_seconds=scanner.remaining_seconds[0],
             rest_memory_seconds=scanner.remaining_seconds[1],
             use=use,
+            updates=self.updates,
         )
+        self.updates = ()
         self.sent[f"{k}"] = k
         self.started.append(k)
         length = int(self.output[k])

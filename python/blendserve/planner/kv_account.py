@@ -168,6 +168,26 @@ class KVAccount:
             self._forecast.hold(key, -shared)
             self._bookings[key].private_tokens = tokens
 
+    def revise(
+        self, key: Hashable, done_tokens: int, output_tokens: float, deviation: float
+    ) -> bool:
+        """A running request that has produced done_tokens is expected to produce output_tokens in
+        all, known to so much. False for one that is not running."""
+        booking = self._bookings.get(key)
+        if booking is None:
+            return False
+        limit = booking.reserved_tokens + booking.left_to_limit
+        left = max(output_tokens - done_tokens, deviation, 1.0) * (1.0 + _COMMON_ERROR)
+        left = max(min(left, limit - done_tokens), 1.0)
+        self._forecast.add(key, left, self._forecast.held_by(key), deviation)
+        booking.deviation = deviation
+        booking.reserved_tokens = done_tokens + left
+        booking.left_to_limit = max(limit - booking.reserved_tokens, 0.0)
+        before = booking.booked_tokens
+        booking.booked_tokens = account_tokens(booking.private_tokens, booking.reserved_tokens)
+        self._book(booking.side, booking.booked_tokens - before, 0)
+        return True
+
     def end(self, key: Hashable) -> bool:
         """A request has ended or lost its memory; False for one that was not running."""
         booking = self._bookings.pop(key, None)

@@ -159,6 +159,10 @@ class KVForecast:
             self._first += 1
         return overdue
 
+    def held_by(self, key: Hashable) -> float:
+        """KV tokens that one of them gives back at its end, as of now. Raises KeyError."""
+        return self._entries[key].held + self._clock
+
     def held_tokens(self) -> float:
         """KV tokens that the running requests give back at their ends, as of now."""
         return self._held + len(self._entries) * self._clock

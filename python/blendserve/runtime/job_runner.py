@@ -26,7 +26,7 @@ from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.next_use import UseTag
-from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag
 from blendserve.runtime.plan_worker import JobPlan, News, Planner
 from blendserve.runtime.prompts import PromptReader
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Lines without a plan that may be with the server at a time; no credits bound them.
 _MAX_UNPLANNED = 64
+# New lengths of requests sent before, told with one request.
+_MAX_UPDATES = 64
 # Answers that may wait to be taken before sending pauses: a disk can be slower than the engine.
 _MAX_UNREAD = 1024
 
@@ -106,6 +108,8 @@ class JobRunner:
         )
         self._closed = False
         self._sent: dict[int, _Sent] = {}
+        # What the scheduler has yet to be told.
+        self._updates: deque[LengthUpdate] = deque()
         self._unplanned = 0
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
@@ -197,12 +201,27 @@ class JobRunner:
         self._replan_at = 2 * max(self.view.observed, self.view.sampled)
         try:
             self._adopt(await self._plan(self._news()))
+            self._tell_lengths()
         except Exception:
             # The job goes on with the plan that it has.
             self._learning = False
             logger.exception("%s is not planned again", self.job_id)
         self._replanning = None
         self._dispatcher.wake()
+
+    def _tell_lengths(self) -> None:
+        """The scheduler is told what the new plan expects of requests that it has already."""
+        plan = self._plan_now
+        self._updates = deque(
+            LengthUpdate(
+                sent.task.get_name(),
+                float(plan.output_tokens[position]),
+                float(plan.output_deviation[position]),
+            )
+            for position, sent in self._sent.items()
+            # SGLang makes ids of its own where one line asks for several sequences.
+            if sent.estimate is not None and self._work.sequences[position] == 1
+        )
 
     def _news(self) -> News:
         running = [
@@ -285,6 +304,7 @@ class JobRunner:
                 since=timetable.first_due,
                 next_uses=tuple(timetable.next_uses(position)),
             ),
+            updates=self._some_updates(),
         )
         self._started.append(position)
         sequences = self._work.sequences[position]
@@ -297,6 +317,10 @@ class JobRunner:
             task, side, compute + memory, tag.output_tokens if deviation else None
         )
         self._look()
+
+    def _some_updates(self) -> tuple[LengthUpdate, ...]:
+        count = min(len(self._updates), _MAX_UPDATES)
+        return tuple(self._updates.popleft() for _ in range(count))
 
     def send_unplanned(self) -> bool:
         if self._closed or not self._work.unplannable or self._unplanned >= _MAX_UNPLANNED:

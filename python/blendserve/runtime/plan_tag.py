@@ -14,13 +14,32 @@ from typing import Any
 from blendserve.planner import Side
 from blendserve.runtime.next_use import UseTag
 
+# Set on SGLang's request object when it arrives with a plan tag: the tag.
+PLAN_ATTRIBUTE = "blendserve_plan"
 _PREFIX = "blendserve_"
+# As text: "rid:tokens:deviation", separated by blanks.
+_UPDATES = "blendserve_updates"
 _NUMBERS = (
     *("rank", "density", "output_tokens", "output_deviation"),
     *("compute_seconds", "memory_seconds", "rest_compute_seconds", "rest_memory_seconds"),
 )
 # JSON has no infinity; a density this high is compute-bound on any hardware.
 _LARGEST_DENSITY = 1e12
+
+
+@dataclass(frozen=True)
+class LengthUpdate:
+    """What a new plan expects of a request that was sent before it.
+
+    Attributes:
+        rid: SGLang's id of the request.
+        output_tokens: expected output, what it has produced so far included.
+        output_deviation: standard deviation of that.
+    """
+
+    rid: str
+    output_tokens: float
+    output_deviation: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,8 @@ class PlanTag:
         rest_compute_seconds, rest_memory_seconds: those of all that had not been dispatched of any
             job right after it.
         use: who needs its prefixes next; the radix cache reads that from the request by itself.
+        updates: of other requests. They travel with this one because only what comes as a request
+            reaches all tensor-parallel ranks at the same step.
     """
 
     side: Side
@@ -50,6 +71,7 @@ class PlanTag:
     rest_compute_seconds: float = 0.0
     rest_memory_seconds: float = 0.0
     use: UseTag | None = None
+    updates: tuple[LengthUpdate, ...] = ()
 
     def to_params(self) -> dict[str, str | int | float]:
         """Scalars for ``custom_params``."""
@@ -64,6 +86,7 @@ class PlanTag:
             f"{_PREFIX}rest_compute_seconds": float(self.rest_compute_seconds),
             f"{_PREFIX}rest_memory_seconds": float(self.rest_memory_seconds),
             **(self.use.to_params() if self.use is not None else {}),
+            **({_UPDATES: _written(self.updates)} if self.updates else {}),
         }
 
     @classmethod
@@ -74,6 +97,7 @@ class PlanTag:
         try:
             numbers = [float(params[f"{_PREFIX}{name}"]) for name in _NUMBERS]
             side = Side(params[f"{_PREFIX}side"])
+            updates = _read(str(params.get(_UPDATES, "")))
         except (KeyError, TypeError, ValueError, OverflowError):
             # A client wrote these keys itself. Its request is served, as any online request.
             return None
@@ -84,6 +108,7 @@ class PlanTag:
         return cls(
             *(side, int(rank), density, output_tokens, output_deviation),
             *(compute, memory, rest_compute, rest_memory),
+            updates=updates,
         )
 
 
@@ -95,6 +120,24 @@ def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     rest = {key: value for key, value in params.items() if not key.startswith(_PREFIX)}
     return rest if rest.keys() - {"__req__"} else None
+
+
+def _written(updates: tuple[LengthUpdate, ...]) -> str:
+    return " ".join(
+        f"{update.rid}:{update.output_tokens:g}:{update.output_deviation:g}" for update in updates
+    )
+
+
+def _read(text: str) -> tuple[LengthUpdate, ...]:
+    """Raises ValueError for a text that `_written` did not write."""
+    updates = []
+    for item in text.split():
+        rid, tokens, deviation = item.rsplit(":", 2)
+        update = LengthUpdate(rid, float(tokens), float(deviation))
+        if not (0 <= update.output_tokens < math.inf and 0 <= update.output_deviation < math.inf):
+            raise ValueError(item)
+        updates.append(update)
+    return tuple(updates)
 
 
 def _finite(density: float) -> float:

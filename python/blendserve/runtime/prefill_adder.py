@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
-# Set on SGLang's request object when it arrives with a plan tag: the tag.
-PLAN_ATTRIBUTE = "blendserve_plan"
+from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE
 
 
 def is_planned(req: Any) -> bool:

@@ -26,9 +26,8 @@ from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepP
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.online import OnlineTraffic
-from blendserve.runtime.plan_tag import PlanTag, without_tag
+from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, without_tag
 from blendserve.runtime.prefill_adder import (
-    PLAN_ATTRIBUTE,
     BlendPrefillAdder,
     cached_tokens,
     is_planned,
@@ -130,6 +129,8 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         replicas = max(self.server_args.dp_size, 1)
         self.blend_rest = (tag.rest_compute_seconds / replicas, tag.rest_memory_seconds / replicas)
         self.blend.add(PlannedRequest(req, tag))
+        if tag.updates:
+            self.blend.learn(tag.updates)
 
     def abort_request(self, recv_req: Any) -> None:
         # SGLang knows how to abort what stands in its waiting queue, so ours goes there first.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from blendserve.planner import Candidate, KVAccount, Side
-from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
 from blendserve.runtime.started_prompts import Prompt, SharedPrefix, StartedPrompts
 
 
@@ -100,6 +100,23 @@ class SideQueues:
                 )
             head = self._heads[side] = (request, shared, candidate)
         return head[2]
+
+    def learn(self, updates: Sequence[LengthUpdate]) -> None:
+        """A new plan expects other lengths of requests that were sent before it."""
+        waiting = {request.req.rid: request for queue in self.waiting.values() for request in queue}
+        for update in updates:
+            request = self.running.get(update.rid) or waiting.get(update.rid)
+            if request is None:
+                continue  # It has ended on the way.
+            request.tag = replace(
+                request.tag,
+                output_tokens=update.output_tokens,
+                output_deviation=update.output_deviation,
+            )
+            setattr(request.req, PLAN_ATTRIBUTE, request.tag)  # For a retraction.
+            done = len(request.req.output_ids)
+            self.account.revise(update.rid, done, update.output_tokens, update.output_deviation)
+        self._heads.clear()
 
     def start(self, candidate: Candidate) -> PlannedRequest:
         """Take the head of a side into the running set and book its memory."""

@@ -21,7 +21,7 @@ class StepPacer:
 
     Args:
         pace: costs of a step.
-        multiple: the tokens of a step, decodes included, are rounded up to a multiple of this.
+        multiple: the tokens of a step, decodes included, are rounded to a multiple of this.
 
     Attributes:
         target_density: of all that is left: not sent yet, waiting, and running.
@@ -53,7 +53,7 @@ class StepPacer:
             self._look_ahead(blend, rest_seconds, backlog_tokens)
         pace = self._pace
         tokens = pace.prefill_tokens(self._density, blend.context_tokens, decodes)
-        batch = -(-(tokens + decodes) // self._multiple) * self._multiple
+        batch = max(round((tokens + decodes) / self._multiple), 1) * self._multiple
         return max(min(batch, pace.chunk_tokens) - decodes, 1)
 
     def _look_ahead(
