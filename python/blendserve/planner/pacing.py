@@ -49,6 +49,12 @@ class StepPace:
             chunk_tokens=chunk_tokens,
         )
 
+    def seconds(self, tokens: int, context_tokens: int) -> tuple[float, float]:
+        """(compute, memory) seconds of a step with so many tokens in its GEMMs, whose decodes attend
+        to context_tokens in all; prefill attention left out."""
+        compute = max(tokens * self.token_seconds, self.weight_seconds) if tokens else 0.0
+        return compute, context_tokens * self.context_seconds
+
     def prefill_tokens(self, density: float, context_tokens: int, decodes: int) -> int:
         """Prompt tokens that give a step of so many decodes, which attend to context_tokens in
         all, this density (inf: a full chunk); as many as the weight read hides at least, and at

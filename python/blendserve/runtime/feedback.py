@@ -31,6 +31,8 @@ class SchedulerReport:
         prompt_tokens, cached_tokens: prompt tokens of the planned requests that were admitted, and
             those of them that came out of the cache.
         retractions: planned requests that were thrown out of the running batch.
+        compute_seconds, memory_seconds: of all steps by the cost model: GEMMs, and the attention of
+            planned decodes.
     """
 
     dp_rank: int = 0
@@ -46,6 +48,8 @@ class SchedulerReport:
     cached_tokens: int = 0
     retractions: int = 0
     steps: int = 0
+    compute_seconds: float = 0.0
+    memory_seconds: float = 0.0
     target_density: float = 0.0
 
 

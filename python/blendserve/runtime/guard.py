@@ -24,6 +24,7 @@ _ATTENTION = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", 
 # between them, one must be there.
 EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.managers.scheduler.Scheduler.init_running_status": ("self",),
+    "sglang.srt.managers.scheduler.Scheduler.init_chunked_prefill": ("self",),
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": ("self",),
     "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": (
         "self",

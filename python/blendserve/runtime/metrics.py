@@ -31,6 +31,8 @@ _COUNTERS = (
     ("cached_tokens", "cached_tokens", "Those of them that came out of the cache."),
     ("retractions", "retractions", "Planned requests thrown out of the running batch."),
     ("steps", "steps", "Steps of the scheduler."),
+    ("compute_seconds", "step_compute_seconds", "Compute of all steps by the cost model."),
+    ("memory_seconds", "step_memory_seconds", "Decode attention of all steps by the cost model."),
 )
 
 

@@ -82,14 +82,13 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
+        cost_model = cost_model_of(self.model_config, self.server_args.tp_size, load_settings())
+        self.blend_pace = StepPace.of(cost_model, self.chunked_prefill_size or 0)
         # Where steps are not mixed, prefill has no decodes to overlap with.
         self.blend_pacer: StepPacer | None = None
         if self.is_mixed_chunk:
-            cost_model = cost_model_of(self.model_config, self.server_args.tp_size, load_settings())
-            self.blend_pacer = StepPacer(
-                StepPace.of(cost_model, int(self.chunked_prefill_size)),
-                multiple=_GPU_TOKEN_MULTIPLE if self.device == "cuda" else 1,
-            )
+            multiple = _GPU_TOKEN_MULTIPLE if self.device == "cuda" else 1
+            self.blend_pacer = StepPacer(self.blend_pace, multiple)
 
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the front process refuses to serve without.
@@ -170,6 +169,11 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
                     self.blend_changed = True
         report.prefill_tokens += prefilled
         report.decode_tokens += decoded
+        compute, memory = self.blend_pace.seconds(
+            prefilled + decoded, self.blend.context_tokens if decoded else 0
+        )
+        report.compute_seconds += compute
+        report.memory_seconds += memory
         if decoded and self.blend.decode_step():
             self.blend_changed = True
         if self.blend_trace is not None:
