@@ -15,6 +15,7 @@ commands:
   run-batch   run a file of requests offline, and write the answers to a file
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
+  trace       sum up, and draw, what the steps of a server did
 
 Every SGLang flag works under its own name with `serve` and `run-batch`.
 `blendserve COMMAND --help` lists all.
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run-batch": _run_batch,
         "plan": _plan,
         "simulate": _simulate,
+        "trace": _trace,
     }
     command = commands.get(args[0])
     if command is None:
@@ -76,3 +78,9 @@ def _simulate(argv: list[str]) -> int:
     from blendserve.cli.simulate import main as simulate
 
     return simulate(argv)
+
+
+def _trace(argv: list[str]) -> int:
+    from blendserve.cli.trace import main as trace
+
+    return trace(argv)

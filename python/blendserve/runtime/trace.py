@@ -18,6 +18,8 @@ class TraceStep(msgspec.Struct):
             requests of the context that they attended to at the end of the chunk.
         decode_requests, decode_context_tokens: requests that produced a token, and the sum of
             their contexts.
+        compute_seconds, memory_seconds: of the step by the cost model: GEMMs, and the attention of
+            the decodes.
         left_tokens, right_tokens: KV memory booked per side.
         free_tokens: free and evictable KV tokens.
         target_density: of what is left of the job.
@@ -29,6 +31,8 @@ class TraceStep(msgspec.Struct):
     prefill_context_tokens: int
     decode_requests: int
     decode_context_tokens: int
+    compute_seconds: float
+    memory_seconds: float
     left_tokens: float
     right_tokens: float
     free_tokens: int
@@ -48,6 +52,8 @@ class StepTrace:
         """Write what a batch did, after its result was processed."""
         contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs]
         split = len(contexts) - decoded
+        decode_context = sum(contexts[split:])
+        compute, memory = scheduler.blend_pace.seconds(prefilled + decoded, decode_context)
         account = scheduler.blend.account
         line = TraceStep(
             step=scheduler.blend_report.steps,
@@ -55,7 +61,9 @@ class StepTrace:
             prefill_tokens=prefilled,
             prefill_context_tokens=sum(contexts[:split]),
             decode_requests=decoded,
-            decode_context_tokens=sum(contexts[split:]),
+            decode_context_tokens=decode_context,
+            compute_seconds=compute,
+            memory_seconds=memory,
             left_tokens=account.left_tokens,
             right_tokens=account.right_tokens,
             free_tokens=int(
