@@ -12,10 +12,15 @@ from .cost_model import CostModel
 from .prefix_tree import Floats
 
 # While something runs longer than anything has so far, the memory work that is left is a guess on
-# the low side. Until then no step takes more compute than this per memory second: a job that does
-# turn out compute-bound loses little in that time, one that does not would have spent the compute
-# that its long decodes need beside them.
-UNCERTAIN_DENSITY = 1.5
+# the low side. Until then no step takes more compute than this per memory second (but what the
+# weight read hides): a job that does turn out compute-bound loses little in that time, one that
+# does not would have spent the compute that its long decodes need beside them. And short steps
+# bring the answers sooner.
+UNCERTAIN_DENSITY = 0.8
+# The memory side fills memory until the compute that balances it is so many times the weight read.
+# With more, steps only get longer: so do the lives of the requests that run longest, which a job
+# ends with, waiting for the weights; and less memory is left to take in what outgrows its estimate.
+FILLING_WEIGHTS = 1.2
 # And until then, each of them may grow to so many times the longest so far (of so many tokens at
 # least); together they must not take more than half of the memory.
 UNCERTAIN_GROWTH = 4
@@ -65,6 +70,12 @@ class StepPace:
         compute_seconds = max(density * memory_seconds, self.weight_seconds)
         tokens = min(compute_seconds / self.token_seconds, float(self.chunk_tokens))
         return max(int(tokens) - decodes, 1)
+
+    def filling_tokens(self, density: float) -> float:
+        """KV tokens beyond which the memory side gains nothing, at this density; inf for 0."""
+        if density <= 0:
+            return math.inf
+        return FILLING_WEIGHTS * self.weight_seconds / density / self.context_seconds
 
 
 def enough_unknown(running: int, longest_tokens: int, total_tokens: int) -> bool:

@@ -115,6 +115,7 @@ class BlendScheduler:
         self._target = self._pace_density = 0.0
         self._unknown = self._longest = 0
         self._look_due = 0
+        self._loaded = False  # With its part of all memory work that is left.
 
     # -- the engine's questions -----------------------------------------------------------------
 
@@ -145,7 +146,14 @@ class BlendScheduler:
             return None
         kv = _Pool(engine, self._memory, heads, self._account[Side.LEFT], self._account[Side.RIGHT])
         if self._options.paced:
-            side = self._paced.choose(left, right, kv, self._target, self._hold_right(engine))
+            side = self._paced.choose(
+                left,
+                right,
+                kv,
+                self._target,
+                self._hold_right(engine),
+                self._pace.filling_tokens(self._pace_density),
+            )
         else:
             side = self._admission.choose(left, right, kv, self._target)
         if side is None:
@@ -221,20 +229,23 @@ class BlendScheduler:
         context = engine.prompt[request] + done
         return (
             rest * self._costs.token_seconds,
-            max((context + rest / 2) * rest, 1.0) * self._costs.context_seconds,
+            max(sum((context + more / 2) * more for more in lengths) / len(lengths), 1.0)
+            * self._costs.context_seconds,
             rest,
         )
 
     def _hold_right(self, engine: Engine) -> bool:
-        return self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
+        return self._loaded or (
+            self._unknown > 0
+            and enough_unknown(self._unknown, self._longest, engine.capacity)
+        )
 
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
         costs, central = self._costs, self._central
-        compute, memory = central.rest()
-        compute += engine.prefill_backlog * costs.token_seconds
+        compute, memory = engine.prefill_backlog * costs.token_seconds, 0.0
         self._longest = self._unknown = 0
-        waiting_memory = memory
+        waiting_memory = 0.0
         for request, done in self.running(engine).items():
             more_compute, more_memory, _ = self._rest_of(engine, request)
             compute += more_compute
@@ -244,6 +255,11 @@ class BlendScheduler:
             if central.unknown(request):
                 self._unknown += 1
                 self._longest = max(self._longest, done)
+        waiting = central.rest(self._replica, compute, memory)
+        self._loaded = waiting[1] <= 0 < central.waiting
+        compute += waiting[0]
+        memory += waiting[1]
+        waiting_memory += waiting[1]
         self._target = self._pace_density = compute / memory if memory > 0 else math.inf
         if self._options.paced:
             tokens, alive = self._memory.forecast.profile(engine.now)

@@ -27,6 +27,7 @@ from .foresight import Foresight
 from .lengths import LengthBook
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 # Replicas take runs of so many requests, so that those that share a prefix stay together; fewer
 # where they are large, up to a thousandth of a replica's part of what is left, so that all replicas
@@ -67,6 +68,7 @@ class CentralPlan:
         self._leases: list[dict[Side, deque[int]]] = [
             {side: deque() for side in Side} for _ in range(replicas)
         ]
+        self._running_work = np.zeros((2, replicas))
         self._started: set[int] = set()
         self._finished: dict[int, int] = {}
         self._family = _families(tree)
@@ -75,6 +77,9 @@ class CentralPlan:
             job = self._with_lengths(book.means() if lengths is None else lengths)
         self._sampled: set[int] = set()
         self.sample: deque[int] = deque()
+        # (n,) memory seconds of each request that its mean length does not show; of all that wait.
+        self._spread = np.zeros(tree.num_leaves)
+        self._spread_left = 0.0
         self._adopt(make_plan(job, cost_model, config, tree=tree))
 
     @property
@@ -82,10 +87,15 @@ class CentralPlan:
         """Requests that no replica has taken."""
         return self.scanner.remaining
 
-    def rest(self) -> tuple[float, float]:
-        """A replica's part of what none has taken: (compute after sharing, memory) seconds."""
-        compute, memory = self.scanner.remaining_seconds
-        return compute / len(self._leases), memory / len(self._leases)
+    def rest(self, replica: int, compute: float, memory: float) -> tuple[float, float]:
+        """A replica's part of what none has taken, (compute after sharing, memory) seconds, such
+        that all end together. compute, memory: what its running requests have yet to do."""
+        self._running_work[:, replica] = compute, memory
+        waiting_compute, waiting_memory = self.scanner.remaining_seconds
+        running_compute, load = self._running_work
+        parts = _even_shares(waiting_memory + self._spread_left, load)
+        even = _even_shares(waiting_compute, load + parts + running_compute)
+        return float(even[replica]), float(parts[replica])
 
     def head(self, side: Side, replica: int) -> int | None:
         """The next request of a side for a replica; the sample comes before all else."""
@@ -114,6 +124,7 @@ class CentralPlan:
     def take(self, request: int, side: Side, replica: int) -> None:
         """A replica starts this request, its head."""
         self._started.add(request)
+        self._spread_left -= self._spread[request]
         if self._foresight is not None:
             self._foresight.started(request)
         if not self.scanner.remove(request):
@@ -140,6 +151,9 @@ class CentralPlan:
             job, self._cost_model, self._config, exclude=self._started, tree=self._tree
         )
         self._adopt(plan)
+        # The mean of a square is the square of the mean, and the variance.
+        self._spread = self._cost_model.memory_seconds(0, self.book.deviations())
+        self._spread_left = float(self._spread[plan.order].sum())
 
     def _cautious(self, running: Mapping[int, int]) -> NDArray[np.float64]:
         """(n,) expected lengths; of families of which nothing is known yet, so long that they stand
@@ -204,3 +218,13 @@ def _families(tree: PrefixTree) -> list[int]:
     family[tree.requests] = top[tree.leaf_parent]
     found: list[int] = family.tolist()
     return found
+
+
+def _even_shares(work: float, load: Floats) -> Floats:
+    """(k,) parts of `work` that bring replicas with these loads as near together as may be."""
+    ascending = np.sort(load)
+    count = np.arange(1, len(load) + 1)
+    # The level that so many of the least loaded reach together.
+    level = (max(work, 0.0) + np.cumsum(ascending)) / count
+    reached = int(np.flatnonzero(level >= ascending)[-1])
+    return np.asarray(np.maximum(level[reached] - load, 0.0))

@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # Equally likely lengths that stand for a request's distribution in the memory test.
-OUTCOMES = 4
+OUTCOMES = 8
 
 
 class LengthBook:
