@@ -157,6 +157,16 @@ def test_the_rest_is_planned_again_with_the_lengths_of_the_sample(plans):
         expected = guess if sent.index in second.exclude else ANSWER_TOKENS
         assert sent.tag.output_tokens == pytest.approx(expected, rel=1e-3)
 
+    # The scheduler is told what is now expected of those that it had already.
+    told = {
+        update.rid: update for sent in run.server.sent if sent.tag for update in sent.tag.updates
+    }
+    for sent in run.server.sent:
+        if sent.index in second.exclude.difference(sample):
+            assert sent.task is not None
+            update = told[sent.task.get_name()]
+            assert update.output_tokens == pytest.approx(ANSWER_TOKENS, rel=1e-3)
+
 
 def test_a_plan_is_made_whenever_there_are_twice_as_many_answers(plans):
     lines = chat(200)

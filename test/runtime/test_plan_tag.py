@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner import Side
-from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag
 
 quick = settings(deadline=None, database=None)
 
@@ -29,6 +29,15 @@ tags = st.builds(
     memory_seconds=st.floats(0, 1e9),
     rest_compute_seconds=st.floats(0, 1e9),
     rest_memory_seconds=st.floats(0, 1e9),
+    updates=st.lists(
+        st.builds(
+            LengthUpdate,
+            rid=st.uuids().map(lambda rid: rid.hex),
+            output_tokens=st.integers(0, 10**5).map(float),
+            output_deviation=st.integers(0, 10**5).map(float),
+        ),
+        max_size=5,
+    ).map(tuple),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -119,3 +128,8 @@ def test_a_tag_with_a_negative_number_is_none(name, number):
 @pytest.mark.parametrize("side", ["LEFT", "middle", 0, True])
 def test_there_are_two_sides_only(side):
     assert PlanTag.from_params({**TAG.to_params(), "blendserve_side": side}) is None
+
+
+@pytest.mark.parametrize("updates", ["abc", "abc:1", "abc:1:x", "abc:nan:1", "abc:1:-2", ":"])
+def test_a_tag_with_updates_that_we_did_not_write_is_none(updates):
+    assert PlanTag.from_params({**TAG.to_params(), "blendserve_updates": updates}) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from blendserve.planner import Side
-from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
@@ -403,3 +403,37 @@ TestAnySequenceOfEvents = QueuesMachine.TestCase
 TestAnySequenceOfEvents.settings = settings(
     deadline=None, database=None, max_examples=40, stateful_step_count=30
 )
+
+
+# -- what a new plan expects
+
+
+def test_a_new_estimate_of_a_running_request_keeps_memory_for_what_is_left():
+    queues = queues_of(planned("a", estimate=8.0, deviation=1.0, max_new_tokens=900))
+    started = start(queues, LEFT)
+    started.req.output_ids = [5] * 6
+    for _ in range(6):
+        queues.decode_step()
+    assert queues.account.growth_tokens() < 10
+    queues.learn([LengthUpdate("a", 406.0, 0.0)])
+    assert 400 <= queues.account.growth_tokens() <= 400 * 1.5
+    queues.learn([LengthUpdate("a", 5000.0, 0.0)])
+    assert queues.account.growth_tokens() <= 900 - 6, "its limit is 900"
+    queues.finish("a")
+    assert queues.account.growth_tokens() == 0
+    assert queues.account.left_tokens == 0
+
+
+def test_a_new_estimate_of_a_waiting_request_counts_when_it_is_its_turn():
+    queues = queues_of(planned("a", estimate=8.0, max_new_tokens=900))
+    assert queues.candidate(LEFT).estimated_output_tokens == 8.0
+    queues.learn([LengthUpdate("a", 300.0, 20.0), LengthUpdate("long gone", 9.0, 0.0)])
+    assert queues.candidate(LEFT).estimated_output_tokens == 300.0
+    assert queues.candidate(LEFT).output_deviation == 20.0
+
+
+def test_a_retracted_request_comes_back_with_the_new_estimate():
+    queues = queues_of(planned("a", estimate=8.0, max_new_tokens=900))
+    request = start(queues, LEFT)
+    queues.learn([LengthUpdate("a", 300.0, 20.0)])
+    assert getattr(request.req, PLAN_ATTRIBUTE).output_tokens == 300.0

@@ -20,7 +20,7 @@ UNCERTAIN_DENSITY = 0.8
 # The memory side fills memory until the compute that balances it is so many times the weight read.
 # With more, steps only get longer: so do the lives of the requests that run longest, which a job
 # ends with, waiting for the weights; and less memory is left to take in what outgrows its estimate.
-FILLING_WEIGHTS = 1.2
+FILLING_WEIGHTS = 2.0
 # And until then, each of them may grow to so many times the longest so far (of so many tokens at
 # least); together they must not take more than half of the memory.
 UNCERTAIN_GROWTH = 4

@@ -235,8 +235,11 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         return compute / memory if memory > 0 else math.inf
 
     def _choose(self, left: Candidate | None, right: Candidate | None) -> Side | None:
-        admission = self.blend_admission if self.blend_pacer is None else self.blend_paced
-        return admission.choose(left, right, self.blend.account, self.blend_target_density)
+        account, target = self.blend.account, self.blend_target_density
+        if self.blend_pacer is None:
+            return self.blend_admission.choose(left, right, account, target)
+        filling = self.blend_pacer.filling_tokens
+        return self.blend_paced.choose(left, right, account, target, right_tokens=filling)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""

@@ -236,8 +236,7 @@ class BlendScheduler:
 
     def _hold_right(self, engine: Engine) -> bool:
         return self._loaded or (
-            self._unknown > 0
-            and enough_unknown(self._unknown, self._longest, engine.capacity)
+            self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
         )
 
     def _look_ahead(self, engine: Engine) -> None:
