@@ -55,8 +55,8 @@ class StepPace:
         )
 
     def seconds(self, tokens: int, context_tokens: int) -> tuple[float, float]:
-        """(compute, memory) seconds of a step with so many tokens in its GEMMs, its decodes attending
-        to context_tokens in all; prefill attention left out."""
+        """(compute, memory) seconds of a step with so many tokens in its GEMMs, whose decodes
+        attend to context_tokens in all; prefill attention left out."""
         compute = max(tokens * self.token_seconds, self.weight_seconds) if tokens else 0.0
         return compute, context_tokens * self.context_seconds
 
