@@ -272,13 +272,13 @@ def test_a_request_that_outlives_its_estimate_counts_on_the_right():
     kv = KVAccount(1000)
     head = replace(candidate(LEFT, output=4.0), output_deviation=10.0, max_output_tokens=12.0)
     kv.start("a", head)
-    # Uncertain: memory for a quarter more than the 4 expected tokens, and for the deviation.
-    assert (kv.left_tokens, kv.right_tokens) == (102.5, 0.0)
-    assert kv.growth_tokens() == 5.0 + 10.0
-    assert [kv.decode_step() for _ in range(5)] == [False] * 4 + [True]
+    # Uncertain: memory for half as much again as the 4 expected tokens, and two deviations.
+    assert (kv.left_tokens, kv.right_tokens) == (103.0, 0.0)
+    assert kv.growth_tokens() == 6.0 + 20.0
+    assert [kv.decode_step() for _ in range(6)] == [False] * 5 + [True]
     # Memory for as much more as it was uncertain, but never beyond its limit of 12.
     assert (kv.left_tokens, kv.right_tokens) == (0.0, 106.0)
-    assert kv.growth_tokens() == 7.0 + 10.0
+    assert kv.growth_tokens() == 6.0 + 20.0
     assert kv.end("a")
     assert not kv.end("a")
     assert kv.idle

@@ -14,8 +14,8 @@ from .prefix_tree import Floats
 # the mean of a subtree is: this part of every estimate. And each can be off by itself: this many
 # standard deviations of their sum. Outgrowing memory costs a retraction, which computes everything
 # anew; memory kept in vain is only lent a little later.
-_COMMON_ERROR = 0.25
-_DEVIATIONS = 1.0
+_COMMON_ERROR = 0.5
+_DEVIATIONS = 2.0
 # A request that has outlived its estimate goes on for this part of what it has produced.
 _OVERDUE_PART = 0.5
 
