@@ -3,9 +3,10 @@
     python benchmark/simulator/real_engine.py
 
 Job A runs on the real engine, blended; its trace of steps gives seconds per token, per context
-token and per weight read (least squares). Job B, of other subjects, other answer lengths and another pool,
-runs blended and through stock SGLang (FCFS), one server at a time; the simulator, with the fitted
-steps, predicts the ratio of the two times. Needs the data folder and a quiet machine.
+token and per weight read (least squares). Job B, of other subjects, other answer lengths and
+another pool, runs blended and through stock SGLang (FCFS), one server at a time; the simulator,
+with the fitted steps, predicts the ratio of the two times. Needs the data folder and a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmark" / "runtime"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "runtime"))
+
 import engine
 from tokenizers import Tokenizer
 
@@ -33,6 +34,7 @@ from blendserve.simulator.simulate import Policy, Setting, Simulation
 from blendserve.simulator.step_time import Overlap, StepCosts
 from blendserve.simulator.workloads import Workload
 
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmark" / "results" / "simulator" / "real-engine.json"
 CHUNK_TOKENS = 512
 ROUNDS = 20
