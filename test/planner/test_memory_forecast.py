@@ -102,6 +102,16 @@ def test_a_step_gets_the_prefill_that_its_decodes_balance():
     assert pace.prefill_tokens(0.1, 1_000, 500) == 1
 
 
+def test_memory_is_filled_until_its_compute_is_above_the_weight_read():
+    pace = StepPace(
+        token_seconds=1e-4, context_seconds=1e-7, weight_seconds=0.01, chunk_tokens=2_000
+    )
+    filling = pace.filling_tokens(1.5)
+    assert 1.0 < 1.5 * filling * pace.context_seconds / pace.weight_seconds < 2.0
+    assert pace.filling_tokens(0.75) == pytest.approx(2 * filling)
+    assert pace.filling_tokens(0.0) == math.inf
+
+
 def test_the_tail_keeps_what_its_weight_reads_will_take():
     none = np.empty(0)
     assert rest_density(30.0, 20.0, none, none, 0.008, 0.02) == pytest.approx(1.5, rel=1e-4)
@@ -142,6 +152,9 @@ def test_the_memory_side_goes_first_while_its_part_lasts():
     assert choose(left, head(RIGHT, 2.0), pool(900, 50, 50), 1.0) is LEFT
     assert choose(None, right, pool(900, 50, 50), 0.01) is RIGHT
     assert choose(left, right, pool(60, 400, 540), 1.0) is None
+    # And no more is filled than helps, until the left side is exhausted.
+    assert choose(left, right, pool(900, 50, 50), 1.0, right_tokens=300.0) is LEFT
+    assert choose(None, right, pool(900, 50, 50), 0.01, right_tokens=300.0) is RIGHT
 
 
 def test_an_idle_engine_starts_even_what_does_not_fit():

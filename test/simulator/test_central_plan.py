@@ -55,3 +55,37 @@ def test_replicas_take_short_requests_in_runs_and_long_ones_singly():
     left = plan.waiting
     assert plan.head(Side.LEFT, 0) < CHATS
     assert 1 < left - plan.waiting <= LEASE_REQUESTS
+
+
+def test_what_is_left_is_shared_out_so_that_replicas_end_together():
+    plan = central(online=False, replicas=2)
+    compute, memory = plan.scanner.remaining_seconds
+    assert np.allclose(plan.rest(0, 0.0, 0.0), (compute / 2, memory / 2))
+    # Replica 1 still has a quarter of the memory work running: it gets so much less of the rest.
+    running = memory / 4
+    mine = plan.rest(1, 0.0, running)
+    other = plan.rest(0, 0.0, 0.0)
+    assert np.isclose(mine[1] + running, other[1])
+    assert np.isclose(mine[1] + other[1], memory)
+    assert np.isclose(mine[0] + other[0], compute)
+    # More than its part of everything: it takes none, and less compute.
+    mine = plan.rest(1, 0.0, 2 * memory)
+    other = plan.rest(0, 0.0, 0.0)
+    assert mine[1] == 0.0
+    assert np.isclose(other[1], memory)
+    assert mine[0] < other[0]
+
+
+def test_the_memory_work_that_is_left_counts_the_spread_of_lengths():
+    plan = central(online=True)
+    running = run_sample(plan)
+    for request in running:
+        plan.finished(request)
+    plan.replan({})
+    by_means = plan.scanner.remaining_seconds[1]
+    counted = plan.rest(0, 0.0, 0.0)[1]
+    assert counted > by_means
+    request = plan.head(Side.RIGHT, 0)
+    plan.take(request, Side.RIGHT, 0)
+    spread = counted - by_means
+    assert plan.rest(0, 0.0, 0.0)[1] - plan.scanner.remaining_seconds[1] < spread

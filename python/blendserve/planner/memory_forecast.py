@@ -14,6 +14,9 @@ from .prefix_tree import Floats
 BIN_STEPS = 256
 # A request beyond all lengths that were expected of it goes on for this part of what it has done.
 OVERDUE_PART = 0.5
+# Steps of a job's end that were not reckoned with wait for weights, and cost several times what
+# compute costs that is left over then. So something is taken to run so many times as likely.
+TAIL_CAUTION = 2.0
 
 
 @dataclass
@@ -109,13 +112,15 @@ class MemoryForecast:
 
     def profile(self, now: int) -> tuple[Floats, Floats]:
         """(tokens, alive) per bin from now on, until nothing is expected to run: the demand, and
-        how likely it is that anything runs at all. A request that still runs then holds at least
-        what it has produced since now, so demand over that bounds how many there are."""
+        how likely it is, with caution, that anything runs at all. A request that still runs then
+        holds at least what it has produced since now, so demand over that bounds how many there
+        are."""
         first = now // BIN_STEPS
         tokens = self._demand[first:]
         last = np.flatnonzero(tokens > 1.0)
         tokens = tokens[: int(last[-1]) + 1 if len(last) else 0].copy()
-        return tokens, np.minimum(tokens / (self._times[first : first + len(tokens)] - now), 1.0)
+        since = self._times[first : first + len(tokens)] - now
+        return tokens, np.minimum(TAIL_CAUTION * tokens / since, 1.0)
 
     def _expect(self, request: int, running: _Running, now: int) -> None:
         done = now - running.started

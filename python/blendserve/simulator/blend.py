@@ -93,16 +93,22 @@ class BlendScheduler:
     code which of them may start."""
 
     def __init__(
-        self, central: CentralPlan, costs: StepCosts, options: BlendOptions, replica: int = 0
+        self,
+        central: CentralPlan,
+        costs: StepCosts,
+        options: BlendOptions,
+        replica: int = 0,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self._central = central
         self._costs = costs
         self._options = options
         self._replica = replica
+        self._chunk = chunk_tokens
         self._memory = MemoryTest(central.book)
         self._admission, self._paced = Admission(), PacedAdmission()
         self._pace = StepPace(
-            costs.token_seconds, costs.context_seconds, costs.weight_seconds, CHUNK_TOKENS
+            costs.token_seconds, costs.context_seconds, costs.weight_seconds, chunk_tokens
         )
         self._retracted = {side: _Retracted([]) for side in Side}
         # Side and booked tokens of running requests; sums per side; when the left ones outlive
@@ -121,7 +127,7 @@ class BlendScheduler:
 
     def prefill_budget(self, engine: Engine) -> int:
         if self._central.sample:
-            return max(CHUNK_TOKENS - engine.decoding, 1)
+            return max(self._chunk - engine.decoding, 1)
         if engine.now >= self._look_due:
             self._look_due = engine.now + PACE_STEPS
             self._look_ahead(engine)
@@ -286,8 +292,8 @@ class BlendScheduler:
                 output = max(self._central.book.mean(head), 1.0)
                 prompt = engine.prompt[head]
                 tokens += share / (prompt + output / 2) * prompt / output
-        batch = -(-int(min(tokens, CHUNK_TOKENS) + engine.decoding) // TOKEN_MULTIPLE)
-        return max(min(batch * TOKEN_MULTIPLE, CHUNK_TOKENS) - engine.decoding, 1)
+        batch = -(-int(min(tokens, self._chunk) + engine.decoding) // TOKEN_MULTIPLE)
+        return max(min(batch * TOKEN_MULTIPLE, self._chunk) - engine.decoding, 1)
 
     # -- memory accounts of the two sides ---------------------------------------------------------
 

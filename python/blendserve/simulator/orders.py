@@ -53,12 +53,15 @@ class MemoryTest:
 class OrderScheduler:
     """One queue in a given order; its head starts as soon as memory lasts."""
 
-    def __init__(self, order: Iterable[int], book: LengthBook) -> None:
+    def __init__(
+        self, order: Iterable[int], book: LengthBook, chunk_tokens: int = CHUNK_TOKENS
+    ) -> None:
         self._waiting = deque(order)
+        self._chunk = chunk_tokens
         self._memory = MemoryTest(book)
 
     def prefill_budget(self, engine: Engine) -> int:
-        return max(CHUNK_TOKENS - engine.decoding, 1)
+        return max(self._chunk - engine.decoding, 1)
 
     def patience(self, engine: Engine) -> int:
         return PATIENCE_STEPS if self._waiting else 1 << 30

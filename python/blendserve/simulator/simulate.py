@@ -27,7 +27,7 @@ from .engine import Engine, EngineStuck, Totals
 from .foresight import Foresight
 from .kv_cache import KVCache
 from .lengths import OUTCOMES, LengthBook
-from .orders import OrderScheduler
+from .orders import CHUNK_TOKENS, OrderScheduler
 from .step_time import Overlap, OverlapModel, StepCosts
 from .workloads import Workload
 
@@ -67,7 +67,8 @@ class Setting:
     """What to simulate beside the workload. sampling: part of the requests whose lengths are
     sampled; 1 means that all lengths are known. replicas: data-parallel, blend only. capacity:
     KV tokens of a replica, by default what the device has. curve: a measured interference curve,
-    (R, P(R)) pairs. trace_every: keep every so many steps of the first replica's trace."""
+    (R, P(R)) pairs. costs: measured terms of a step, in place of the cost model's. chunk_tokens: of
+    a step, decodes included. trace_every: keep every so many steps of the first replica's trace."""
 
     cost_model: CostModel
     policy: Policy = Policy.BLEND
@@ -77,6 +78,8 @@ class Setting:
     capacity: int | None = None
     options: BlendOptions = field(default_factory=BlendOptions)
     curve: tuple[tuple[float, float], ...] | None = None
+    costs: StepCosts | None = None
+    chunk_tokens: int = CHUNK_TOKENS
     seed: int = 0
     trace_every: int = 0
 
@@ -89,6 +92,10 @@ class Setting:
             raise ValueError("several replicas are simulated for the policy blend only")
         if not self.overlaps or (self.replicas > 1 and len(self.overlaps) > 1):
             raise ValueError("give one overlap model; with a single replica, one or more")
+
+    @property
+    def step_costs(self) -> StepCosts:
+        return StepCosts.of(self.cost_model) if self.costs is None else self.costs
 
     def overlap_model(self, overlap: Overlap) -> OverlapModel:
         return (
@@ -134,7 +141,7 @@ class Simulation:
 
     def bound(self, setting: Setting, overlap: Overlap) -> Bound:
         """Of the time of any run under this setting, whatever the policy."""
-        costs = StepCosts.of(setting.cost_model)
+        costs = setting.step_costs
         model = setting.overlap_model(overlap)
         return lower_bound(self.tree, self.output, costs, model, setting.replicas)
 
@@ -186,7 +193,8 @@ class Simulation:
             return self._blend(setting)
         book = self._sampled_book(setting)
         engine = self._engine(setting, KVCache(self.tree, _capacity(setting)))
-        return [engine.run(OrderScheduler(self.order(setting, book).tolist(), book))]
+        order = self.order(setting, book).tolist()
+        return [engine.run(OrderScheduler(order, book, setting.chunk_tokens))]
 
     def order(self, setting: Setting, book: LengthBook) -> Ints:
         """Request indices in the order of a policy with one queue."""
@@ -240,12 +248,14 @@ class Simulation:
             lengths,
             foresight,
         )
-        costs = StepCosts.of(setting.cost_model)
+        costs = setting.step_costs
         engines, schedulers = [], []
         for replica in range(setting.replicas):
             cache = KVCache(self.tree, _capacity(setting), foresight)
             engines.append(self._engine(setting, cache))
-            schedulers.append(BlendScheduler(central, costs, options, replica))
+            schedulers.append(
+                BlendScheduler(central, costs, options, replica, setting.chunk_tokens)
+            )
         run_together(engines, schedulers, central, len(self.output))
         return [engine.totals for engine in engines]
 
@@ -258,7 +268,7 @@ class Simulation:
         found = []
         for output, received in ((ones, False), (self.output, True)):
             engine = self._engine(setting, KVCache(self.tree, _capacity(setting)), output, received)
-            found.append(engine.run(OrderScheduler(order, book)))
+            found.append(engine.run(OrderScheduler(order, book, setting.chunk_tokens)))
         prefill, decode = found
         decode.cached_tokens = 0  # What it received was found, or computed, by the others.
         seconds, detail = [], []
@@ -281,7 +291,7 @@ class Simulation:
             self.tree,
             self.output if output is None else output,
             len(self.output),
-            StepCosts.of(setting.cost_model),
+            setting.step_costs,
             [setting.overlap_model(overlap) for overlap in setting.overlaps],
             cache,
             received=received,

@@ -1,0 +1,189 @@
+"""The simulator against the real CPU engine: step times fitted on one job, another one predicted.
+
+    python benchmark/simulator/real_engine.py
+
+Job A runs on the real engine, blended; its trace of steps gives seconds per token, per context
+token and per weight read (least squares). Job B, of other subjects, other answer lengths and
+another pool, runs blended and through stock SGLang (FCFS), one server at a time; the simulator,
+with the fitted steps, predicts the ratio of the two times. Needs the data folder and a quiet
+machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "runtime"))
+
+import engine
+from tokenizers import Tokenizer
+
+from blendserve.planner import HARDWARE, CostModel, FlatTokens, model_spec
+from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
+from blendserve.simulator.blend import BlendOptions
+from blendserve.simulator.simulate import Policy, Setting, Simulation
+from blendserve.simulator.step_time import Overlap, StepCosts
+from blendserve.simulator.workloads import Workload
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmark" / "results" / "simulator" / "real-engine.json"
+CHUNK_TOKENS = 512
+ROUNDS = 20
+# Seed, subjects, questions of each, open prompts, tokens of an open answer, pool / shared prefixes.
+JOBS = {"A": (0, 20, 4, 20, 160, 0.25), "B": (1, 12, 8, 16, 120, 0.4)}
+# The runtime's policy: partitioned admission, eviction by next use.
+RUNTIME = BlendOptions(online=False, paced=False)
+
+
+def job(name: str, model: str) -> tuple[list[dict[str, Any]], int]:
+    """Lines and KV pool of a job."""
+    seed, *sizes, share = JOBS[name]
+    engine.SUBJECTS, engine.QUESTIONS, engine.OPEN_PROMPTS, engine.OPEN_TOKENS = sizes
+    lines = engine.make_lines(seed)
+    return lines, int(share * engine.shared_prefix_tokens(engine.prefix_tree(lines, model)))
+
+
+def flags(pool: int) -> tuple[str, ...]:
+    return (*engine.COMMON, "--max-total-tokens", str(pool))
+
+
+def fit_steps(trace: Path) -> tuple[StepCosts, float, int]:
+    """Terms of a step, the part of the variance of step times that they explain, and of how many
+    steps: max(weight, tokens x token) + context x context, as the simulator charges it.
+
+    Gaps in which the engine waited for requests are left out.
+    """
+    steps = [json.loads(line) for line in trace.read_text().splitlines()]
+    seconds = np.diff([step["seconds"] for step in steps])
+    tokens = np.array([step["prefill_tokens"] + step["decode_requests"] for step in steps[1:]])
+    context = np.array([step["decode_context_tokens"] for step in steps[1:]])
+    usual = seconds < 5 * np.median(seconds) + tokens * np.median(seconds / tokens)
+    seconds, tokens, context = seconds[usual], tokens[usual], context[usual]
+    floor = tokens <= np.median(tokens)
+    for _ in range(ROUNDS):  # Which steps wait for weights, and what each kind takes, in turn.
+        columns = np.stack((floor, np.where(floor, 0, tokens), context), axis=1).astype(float)
+        active = [k for k in range(3) if columns[:, k].any()]
+        while True:  # No term is negative.
+            found = np.zeros(3)
+            found[active] = np.linalg.lstsq(columns[:, active], seconds, rcond=None)[0]
+            if (found >= 0).all():
+                break
+            active.remove(int(found.argmin()))
+        floor = tokens * found[1] < found[0]
+    weight, token, attention = found.tolist()
+    fitted = np.maximum(weight, tokens * token) + context * attention
+    explained = 1 - float(np.var(seconds - fitted) / np.var(seconds))
+    return StepCosts(token, 0.0, attention, weight), explained, len(seconds)
+
+
+def workload(lines: list[dict[str, Any]], model: str, name: str) -> Workload:
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    encoded = tokenizer.encode_batch([line["body"]["prompt"] for line in lines])
+    output = np.array([line["body"]["max_tokens"] for line in lines], dtype=np.int64)
+    return Workload(
+        name=name,
+        prompts=FlatTokens.of([np.array(one.ids, dtype=np.int32) for one in encoded]),
+        output_tokens=output,
+        max_output_tokens=output,
+        source=np.zeros(len(lines), dtype=np.int64),
+        sources=("mmlu and open prompts",),
+    )
+
+
+def predict(work: Workload, pool: int, costs: StepCosts, model: str) -> dict[str, Any]:
+    cost_model = CostModel(model_spec(model), HARDWARE["a100-80g-sxm"])  # For densities only.
+    found = {}
+    for policy in (Policy.BLEND, Policy.FCFS):
+        setting = Setting(
+            cost_model,
+            policy,
+            (Overlap.SEQUENTIAL,),
+            sampling=1.0,
+            capacity=pool,
+            options=RUNTIME,
+            costs=costs,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+        result = Simulation(work).run(setting)[0]
+        cached = round(result.sharing * sum(map(len, work.prompts)))
+        found[policy.value] = {"seconds": result.seconds, "cached_tokens": cached}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--step", choices=("fit", "blend", "fcfs"), action="append")
+    options = parser.parse_args()
+    model = resolve_model_path(MODEL_NAME)
+    record = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    for step in options.step or ("fit", "blend", "fcfs"):
+        with tempfile.TemporaryDirectory() as folder:
+            measure(step, model, Path(folder), record)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    compare(model, record)
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+def measure(step: str, model: str, folder: Path, record: dict[str, Any]) -> None:
+    lines, pool = job("A" if step == "fit" else "B", model)
+    if step == "fcfs":
+        command = (*flags(pool), "--schedule-policy", "fcfs")
+        record["fcfs"] = engine.run_stock(lines, model, command, folder)
+        return
+    trace = folder / "trace.jsonl"
+    os.environ["BLENDSERVE_TRACE_FILE"] = str(trace)
+    found = engine.run_blended(lines, (*flags(pool),), folder)
+    del os.environ["BLENDSERVE_TRACE_FILE"]
+    if step == "blend":
+        record["blend"] = found
+        return
+    costs, explained, steps = fit_steps(trace)
+    record |= {
+        "command": "python benchmark/simulator/real_engine.py",
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "model": MODEL_NAME,
+        "calibration": {
+            **found,
+            "pool_tokens": pool,
+            "weight_seconds": costs.weight_seconds,
+            "token_seconds": costs.token_seconds,
+            "context_seconds": costs.context_seconds,
+            "steps": steps,
+            "variance_explained": explained,
+        },
+    }
+
+
+def compare(model: str, record: dict[str, Any]) -> None:
+    fitted = record["calibration"]
+    costs = StepCosts(
+        fitted["token_seconds"], 0.0, fitted["context_seconds"], fitted["weight_seconds"]
+    )
+    lines, pool = job("B", model)
+    record["pool_tokens"] = pool
+    record["predicted"] = found = predict(workload(lines, model, "B"), pool, costs, model)
+    if "blend" not in record or "fcfs" not in record:
+        return
+    measured = record["fcfs"]["seconds"] / record["blend"]["seconds"]
+    predicted = found["fcfs"]["seconds"] / found["blend"]["seconds"]
+    record["ratio"] = {
+        "measured": measured,
+        "predicted": predicted,
+        "error": predicted / measured - 1,
+    }
+
+
+if __name__ == "__main__":
+    main()
