@@ -17,19 +17,20 @@ from blendserve.planner import (
 )
 from blendserve.planner.kv_account import account_tokens
 from blendserve.planner.memory_forecast import BIN_STEPS
-from blendserve.planner.pacing import UNCERTAIN_DENSITY, enough_unknown
+from blendserve.planner.pacing import (
+    FULL_PART,
+    PACE_STEPS,
+    UNCERTAIN_DENSITY,
+    enough_unknown,
+)
 
 from .central_plan import CentralPlan
 from .engine import Engine
 from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
 from .step_time import StepCosts
 
-# Steps after which the density of what is left is looked at again.
-PACE_STEPS = 64
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
-# Part of the memory that decodes are taken to fill while there are more to come.
-FULL_PART = 0.75
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
 
