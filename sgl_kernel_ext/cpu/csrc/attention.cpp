@@ -46,11 +46,12 @@ thread_local BlendScratch scratch;
 
 extern "C" void blend_attention(const BlendAttention* attention, int threads) {
   const BlendKernels& k = kernels();
+  BlendQueue queue;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < attention->item_count; ++i)
-      k.attend(*attention, attention->items[i], scratch);
+    int64_t item = queue.claim();
+    while (item < attention->item_count) item = k.attend(*attention, item, queue, scratch);
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < attention->merge_count; ++i) k.merge(*attention, i);
   }

@@ -39,42 +39,66 @@ inline void write_row(const float* from, float factor, int64_t n, bool bfloat16,
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(base)[offset + i] = from[i] * factor;
 }
 
-// Some slots of the tile to come, all heads of each. Slots need not follow each other, so the
-// machine cannot guess them; asking for them bit by bit, in whole rows, keeps memory busy while this
-// tile is computed.
+// The tile to come. Slots need not follow each other, so the machine cannot guess them; asking for
+// their lines one by one, at an even pace while this tile is computed, keeps memory busy throughout.
 struct Ahead {
+  static constexpr int64_t LINE = 64;
+  static constexpr int64_t WHOLE = 1 << 16;  // `due` and `pace` count lines in parts of this
+
   const char* keys;
   const char* values;
-  const int32_t* slots;
   int64_t slot_bytes;
-  int begin;
-  int end;
+  int64_t row_bytes;  // of a slot, those that will be read
+  const int32_t* slot;
+  const int32_t* end;
+  int64_t offset = 0;
+  int64_t due = 0;
+  int64_t pace = 0;
 
-  // Part `part` of `parts` equal parts.
-  inline void fetch(int part, int parts) const {
-    const int last = begin + (end - begin) * (part + 1) / parts;
-    for (int t = begin + (end - begin) * part / parts; t < last; ++t)
-      for (int64_t line = 0; line < slot_bytes; line += 64) {
-        __builtin_prefetch(keys + slots[t] * slot_bytes + line, 0, 2);
-        __builtin_prefetch(values + slots[t] * slot_bytes + line, 0, 2);
+  // Positions [begin, ...) of an item, at most a tile of them, asked for in so many steps.
+  Ahead(const BlendAttention& a, const BlendItem& item, int64_t begin, int64_t steps) {
+    const int64_t head_bytes = a.head_dim * (a.bfloat16 != 0 ? 2 : 4);
+    const int64_t first = item.kv_head < 0 ? 0 : item.kv_head * head_bytes;
+    const int64_t tokens = item.token_end - begin < TILE ? item.token_end - begin : TILE;
+    keys = static_cast<const char*>(a.key_pool) + first;
+    values = static_cast<const char*>(a.value_pool) + first;
+    slot_bytes = a.kv_heads * head_bytes;
+    row_bytes = item.kv_head < 0 ? slot_bytes : head_bytes;
+    slot = a.slots + item.table_row * a.slot_stride + begin;
+    end = slot + tokens;
+    pace = tokens * ((row_bytes + LINE - 1) / LINE) * WHOLE / (steps < 1 ? 1 : steps) + 1;
+  }
+
+  // NOTE: gcc takes a function that only prefetches for one without effect, and drops the calls.
+  __attribute__((always_inline)) inline void step() {
+    for (due += pace; due >= WHOLE && slot < end; due -= WHOLE) {
+      const int64_t at = *slot * slot_bytes + offset;
+      __builtin_prefetch(keys + at, 0, 2);
+      __builtin_prefetch(values + at, 0, 2);
+      offset += LINE;
+      if (offset >= row_bytes) {
+        offset = 0;
+        ++slot;
       }
+    }
   }
 };
 
 // scores[row][0..TILE) = queries[row] . keys[t], for few rows: keys are read where they lie.
 inline void score_direct(const float* queries, int rows, int width, const float* const* keys,
-                         int tokens, float* scores, const Ahead& ahead) {
+                         int tokens, float* scores, Ahead& ahead) {
   for (int t = 0; t < tokens; t += W) {
     const int block = tokens - t < W ? tokens - t : W;
     for (int row = 0; row < rows; ++row) {
       const float* query = queries + row * width;
-      ahead.fetch(t / W * rows + row, TILE / W * rows);
       vfloat part[W];
       if (block == W) {
         for (int i = 0; i < W; ++i) part[i] = load(query) * load(keys[t + i]);
+        ahead.step();
         for (int d = W; d < width; d += W) {
           const vfloat q = load(query + d);
           for (int i = 0; i < W; ++i) part[i] += q * load(keys[t + i] + d);
+          ahead.step();
         }
       } else {
         for (int i = 0; i < W; ++i) part[i] = splat(0.0f);
@@ -118,7 +142,7 @@ inline void score_tile(const float* queries, int width, const float* transposed,
 // accumulators[0..R)[0 .. C*W) += weights[0..R)[t] * values[t][0 .. C*W)
 template <int R, int C>
 inline void weigh_tile(const float* weights, const float* const* values, int offset, int tokens,
-                       float* accumulators, int width) {
+                       float* accumulators, int width, Ahead& ahead) {
   vfloat sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = load(accumulators + r * width + c * W);
@@ -129,6 +153,7 @@ inline void weigh_tile(const float* weights, const float* const* values, int off
       const vfloat weight = splat(weights[r * TILE + t]);
       for (int c = 0; c < C; ++c) sum[r][c] += weight * value[c];
     }
+    ahead.step();
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) store(accumulators + r * width + c * W, sum[r][c]);
@@ -136,11 +161,11 @@ inline void weigh_tile(const float* weights, const float* const* values, int off
 
 template <int R>
 inline void weigh_rows(const float* weights, const float* const* values, int tokens,
-                       float* accumulators, int width) {
+                       float* accumulators, int width, Ahead& ahead) {
   int d = 0;
   for (; d + 4 * W <= width; d += 4 * W)
-    weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width);
-  for (; d < width; d += W) weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width);
+    weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width, ahead);
+  for (; d < width; d += W) weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width, ahead);
 }
 
 template <int R>
@@ -153,16 +178,16 @@ struct RowBlocks {
     RowBlocks<R - 1>::score(queries, rows, width, transposed, scores);
   }
   static inline void weigh(const float* weights, int rows, const float* const* values, int tokens,
-                           float* accumulators, int width) {
+                           float* accumulators, int width, Ahead& ahead) {
     for (; rows >= R; rows -= R, weights += R * TILE, accumulators += R * width)
-      weigh_rows<R>(weights, values, tokens, accumulators, width);
-    RowBlocks<R - 1>::weigh(weights, rows, values, tokens, accumulators, width);
+      weigh_rows<R>(weights, values, tokens, accumulators, width, ahead);
+    RowBlocks<R - 1>::weigh(weights, rows, values, tokens, accumulators, width, ahead);
   }
 };
 template <>
 struct RowBlocks<0> {
   static inline void score(const float*, int, int, const float*, float*) {}
-  static inline void weigh(const float*, int, const float* const*, int, float*, int) {}
+  static inline void weigh(const float*, int, const float* const*, int, float*, int, Ahead&) {}
 };
 
 // Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
@@ -193,7 +218,9 @@ inline void soften(float* scores, float soft_cap, float* maximum, float* sums, f
   store(sums, total);
 }
 
-void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratch) {
+// See BlendKernels.
+int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, BlendScratch& scratch) {
+  const BlendItem& item = a.items[number];
   const int head_dim = static_cast<int>(a.head_dim);
   const int width = (head_dim + W - 1) / W * W;
   const int group = static_cast<int>(a.heads / a.kv_heads);
@@ -243,10 +270,20 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
 
   const int32_t* slots = a.slots + item.table_row * a.slot_stride;
   const int64_t slot_floats = a.kv_heads * a.head_dim;  // elements, whatever their type
-  const int64_t element = bfloat16 ? 2 : 4;
+  // Register tiles of `weigh` per position of a head.
+  const int weigh_steps =
+      (rows + ROW_BLOCK - 1) / ROW_BLOCK * (width / (4 * W) + width % (4 * W) / W);
+  int64_t next = a.item_count;
   for (int64_t begin = item.token_begin; begin < item.token_end; begin += TILE) {
     const int64_t left = item.token_end - begin;
     const int tokens = left < TILE ? static_cast<int>(left) : TILE;
+    const int64_t steps =
+        kv_heads * ((direct ? tokens / W * rows * (width / W) : 0) + tokens * weigh_steps);
+    const bool last = left <= TILE;
+    if (last) next = queue.claim();
+    const bool more = next < a.item_count;
+    Ahead ahead(a, last && more ? a.items[next] : item,
+                !last ? begin + TILE : (more ? a.items[next].token_begin : item.token_end), steps);
     for (int h = 0; h < kv_heads; ++h) {
       const float* keys[TILE];
       const float* values[TILE];
@@ -266,14 +303,6 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
       const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
       float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
       if (direct) {
-        // A decode item covers all heads, and each asks for its share of the next tile.
-        const int next = left < 2 * TILE ? static_cast<int>(left) - TILE : TILE;
-        const Ahead ahead = {static_cast<const char*>(a.key_pool),
-                             static_cast<const char*>(a.value_pool),
-                             slots + begin + TILE,
-                             slot_floats * element,
-                             next > 0 ? next * h / kv_heads : 0,
-                             next > 0 ? next * (h + 1) / kv_heads : 0};
         score_direct(head_queries, rows, width, keys, tokens, scores, ahead);
       } else {
         transpose_keys(keys, tokens, width, transposed);
@@ -295,7 +324,7 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
         soften(score, a.soft_cap, maxima + index, sums + index * W, accumulators + index * width,
                width);
       }
-      RowBlocks<ROW_BLOCK>::weigh(scores, rows, values, tokens, head_accumulators, width);
+      RowBlocks<ROW_BLOCK>::weigh(scores, rows, values, tokens, head_accumulators, width, ahead);
     }
   }
 
@@ -316,6 +345,7 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
           to[head_dim + 1] = sum;
         }
       }
+  return next;
 }
 
 // Joins the partial results of one query token by the log-sum-exp rule, in a fixed order.
