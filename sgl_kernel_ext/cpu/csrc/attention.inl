@@ -8,6 +8,12 @@ constexpr int DIRECT_ROWS = 6;     // up to here, transposing the keys costs mor
 constexpr float NOTHING = -1e30f;  // maximum of a row that has seen no key yet
 constexpr float MASKED = -__builtin_inff();
 
+// A width (head_dim, rounded up to whole vectors) that the compiler knows; others are plain ints.
+template <int N>
+struct Fixed {
+  constexpr operator int() const { return N; }
+};
+
 inline float from_bfloat16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;
@@ -85,7 +91,8 @@ struct Ahead {
 };
 
 // scores[row][0..TILE) = queries[row] . keys[t], for few rows: keys are read where they lie.
-inline void score_direct(const float* queries, int rows, int width, const float* const* keys,
+template <class Width>
+inline void score_direct(const float* queries, int rows, Width width, const float* const* keys,
                          int tokens, float* scores, Ahead& ahead) {
   for (int t = 0; t < tokens; t += W) {
     const int block = tokens - t < W ? tokens - t : W;
@@ -111,7 +118,8 @@ inline void score_direct(const float* queries, int rows, int width, const float*
 }
 
 // keys[0..TILE) of `width` floats -> transposed[width][TILE]; missing tokens become zeros.
-inline void transpose_keys(const float* const* keys, int tokens, int width, float* transposed) {
+template <class Width>
+inline void transpose_keys(const float* const* keys, int tokens, Width width, float* transposed) {
   for (int t = 0; t < TILE; t += W)
     for (int d = 0; d < width; d += W) {
       vfloat v[W];
@@ -122,8 +130,8 @@ inline void transpose_keys(const float* const* keys, int tokens, int width, floa
 }
 
 // scores[0..R)[column .. column + 4W) = queries[0..R) x transposed
-template <int R>
-inline void score_tile(const float* queries, int width, const float* transposed, float* scores) {
+template <int R, class Width>
+inline void score_tile(const float* queries, Width width, const float* transposed, float* scores) {
   vfloat sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < 4; ++c) sum[r][c] = splat(0.0f);
@@ -140,9 +148,9 @@ inline void score_tile(const float* queries, int width, const float* transposed,
 }
 
 // accumulators[0..R)[0 .. C*W) += weights[0..R)[t] * values[t][0 .. C*W)
-template <int R, int C>
+template <int R, int C, class Width>
 inline void weigh_tile(const float* weights, const float* const* values, int offset, int tokens,
-                       float* accumulators, int width, Ahead& ahead) {
+                       float* accumulators, Width width, Ahead& ahead) {
   vfloat sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = load(accumulators + r * width + c * W);
@@ -159,41 +167,41 @@ inline void weigh_tile(const float* weights, const float* const* values, int off
     for (int c = 0; c < C; ++c) store(accumulators + r * width + c * W, sum[r][c]);
 }
 
+// Register tiles of so many rows as there are, at most R.
 template <int R>
-inline void weigh_rows(const float* weights, const float* const* values, int tokens,
-                       float* accumulators, int width, Ahead& ahead) {
-  int d = 0;
-  for (; d + 4 * W <= width; d += 4 * W)
-    weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width, ahead);
-  for (; d < width; d += W) weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width, ahead);
-}
-
-template <int R>
-struct RowBlocks {
-  static inline void score(const float* queries, int rows, int width, const float* transposed,
+struct Rows {
+  template <class Width>
+  static inline void score(int rows, const float* queries, Width width, const float* transposed,
                            float* scores) {
-    for (; rows >= R; rows -= R, queries += R * width, scores += R * TILE)
-      for (int c = 0; c < TILE; c += 4 * W)
-        score_tile<R>(queries, width, transposed + c, scores + c);
-    RowBlocks<R - 1>::score(queries, rows, width, transposed, scores);
+    if (rows < R) return Rows<R - 1>::score(rows, queries, width, transposed, scores);
+    for (int c = 0; c < TILE; c += 4 * W)
+      score_tile<R>(queries, width, transposed + c, scores + c);
   }
-  static inline void weigh(const float* weights, int rows, const float* const* values, int tokens,
-                           float* accumulators, int width, Ahead& ahead) {
-    for (; rows >= R; rows -= R, weights += R * TILE, accumulators += R * width)
-      weigh_rows<R>(weights, values, tokens, accumulators, width, ahead);
-    RowBlocks<R - 1>::weigh(weights, rows, values, tokens, accumulators, width, ahead);
+  template <class Width>
+  static inline void weigh(int rows, const float* weights, const float* const* values, int tokens,
+                           float* accumulators, Width width, Ahead& ahead) {
+    if (rows < R)
+      return Rows<R - 1>::weigh(rows, weights, values, tokens, accumulators, width, ahead);
+    int d = 0;
+    for (; d + 4 * W <= width; d += 4 * W)
+      weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width, ahead);
+    for (; d < width; d += W)
+      weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width, ahead);
   }
 };
 template <>
-struct RowBlocks<0> {
-  static inline void score(const float*, int, int, const float*, float*) {}
-  static inline void weigh(const float*, int, const float* const*, int, float*, int, Ahead&) {}
+struct Rows<0> {
+  template <class Width>
+  static inline void score(int, const float*, Width, const float*, float*) {}
+  template <class Width>
+  static inline void weigh(int, const float*, const float* const*, int, float*, Width, Ahead&) {}
 };
 
 // Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
 // `sums` holds the row's sum of weights in W parts, which are added up at the end.
+template <class Width>
 inline void soften(float* scores, float soft_cap, float* maximum, float* sums, float* accumulator,
-                   int width) {
+                   Width width) {
   if (soft_cap > 0.0f)
     for (int t = 0; t < TILE; t += W) {
       const vfloat s = load(scores + t);
@@ -218,11 +226,11 @@ inline void soften(float* scores, float soft_cap, float* maximum, float* sums, f
   store(sums, total);
 }
 
-// See BlendKernels.
-int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, BlendScratch& scratch) {
+template <class Width>
+int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
+                     BlendScratch& scratch, Width width) {
   const BlendItem& item = a.items[number];
   const int head_dim = static_cast<int>(a.head_dim);
-  const int width = (head_dim + W - 1) / W * W;
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int tokens_in_item = static_cast<int>(item.row_end - item.row_begin);
   const int rows = tokens_in_item * group;  // rows of the score matrix, per KV head
@@ -235,15 +243,15 @@ int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, Blend
   const BlendRow* row_list = a.rows + item.row_begin;
 
   const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
-  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + rows * TILE +
+  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + ROW_BLOCK * TILE +
                                    static_cast<int64_t>(3) * TILE * width);
   float* accumulators = queries + all_rows * width;
-  float* maxima = accumulators + all_rows * width;
-  float* sums = maxima + all_rows;
+  float* sums = accumulators + all_rows * width;
   float* scores = sums + all_rows * W;
-  float* transposed = scores + rows * TILE;
+  float* transposed = scores + ROW_BLOCK * TILE;
   float* key_copy = transposed + TILE * width;
   float* value_copy = key_copy + TILE * width;
+  float* maxima = value_copy + TILE * width;  // last, because the others are whole vectors
 
   int64_t sees_all = row_list[0].visible;  // positions below this one are visible to every row
   int64_t first_seen = 0;                  // and, with a window, those from here on
@@ -302,29 +310,34 @@ int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, Blend
       }
       const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
       float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
-      if (direct) {
-        score_direct(head_queries, rows, width, keys, tokens, scores, ahead);
-      } else {
-        transpose_keys(keys, tokens, width, transposed);
-        RowBlocks<ROW_BLOCK>::score(head_queries, rows, width, transposed, scores);
-      }
+      if (!direct) transpose_keys(keys, tokens, width, transposed);
       const bool masked = tokens < TILE || begin + tokens > sees_all || begin < first_seen;
-      for (int r = 0; r < rows; ++r) {
-        float* score = scores + r * TILE;
-        if (masked) {
-          const int64_t visible = row_list[r / group].visible - begin;
-          const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
-          for (int t = end; t < TILE; ++t) score[t] = MASKED;
-          if (a.window >= 0) {
-            const int64_t first = visible - 1 - a.window;
-            for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
+      // All of one block of rows before the next, so that its scores stay in the first cache.
+      for (int first_row = 0; first_row < rows; first_row += ROW_BLOCK) {
+        const int block = rows - first_row < ROW_BLOCK ? rows - first_row : ROW_BLOCK;
+        const int64_t first_index = static_cast<int64_t>(h) * rows + first_row;
+        const float* block_queries = queries + first_index * width;
+        float* block_accumulators = accumulators + first_index * width;
+        if (direct)
+          score_direct(block_queries, block, width, keys, tokens, scores, ahead);
+        else
+          Rows<ROW_BLOCK>::score(block, block_queries, width, transposed, scores);
+        for (int r = 0; r < block; ++r) {
+          float* score = scores + r * TILE;
+          if (masked) {
+            const int64_t visible = row_list[(first_row + r) / group].visible - begin;
+            const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
+            for (int t = end; t < TILE; ++t) score[t] = MASKED;
+            if (a.window >= 0) {
+              const int64_t first = visible - 1 - a.window;
+              for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
+            }
           }
+          soften(score, a.soft_cap, maxima + first_index + r, sums + (first_index + r) * W,
+                 block_accumulators + r * width, width);
         }
-        const int64_t index = static_cast<int64_t>(h) * rows + r;
-        soften(score, a.soft_cap, maxima + index, sums + index * W, accumulators + index * width,
-               width);
+        Rows<ROW_BLOCK>::weigh(block, scores, values, tokens, block_accumulators, width, ahead);
       }
-      RowBlocks<ROW_BLOCK>::weigh(scores, rows, values, tokens, head_accumulators, width, ahead);
     }
   }
 
@@ -346,6 +359,14 @@ int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, Blend
         }
       }
   return next;
+}
+
+// See BlendKernels.
+int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, BlendScratch& scratch) {
+  const int width = (static_cast<int>(a.head_dim) + W - 1) / W * W;
+  if (width == 64) return attend_width(a, number, queue, scratch, Fixed<64>());
+  if (width == 128) return attend_width(a, number, queue, scratch, Fixed<128>());
+  return attend_width(a, number, queue, scratch, width);
 }
 
 // Joins the partial results of one query token by the log-sum-exp rule, in a fixed order.
