@@ -41,11 +41,15 @@ const BlendKernels& kernels() {
 }
 
 thread_local BlendScratch scratch;
+// Of the calling thread. Kept, because fresh memory would cost a page fault every 4 KiB of each layer.
+thread_local BlendScratch partials;
 
 }  // namespace
 
-extern "C" void blend_attention(const BlendAttention* attention, int threads) {
+extern "C" void blend_attention(BlendAttention* attention, int threads) {
   const BlendKernels& k = kernels();
+  attention->partials = partials.reserve(attention->partial_count * attention->heads *
+                                         (attention->head_dim + 2));
   BlendQueue queue;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -33,9 +33,11 @@ struct BlendAttention {
   const BlendRow* rows;
   const int64_t* merged_query;   // [merges]: query tokens made of several partial results
   const int64_t* merge_begin;    // [merges + 1]: their partial results, one after the other
-  float* partials;          // [partials, heads, head_dim + 2]: accumulator, maximum, sum
+  float* partials;          // scratch that blend_attention sets: [partial_count, heads,
+                            // head_dim + 2]: accumulator, maximum, sum
   int64_t item_count;
   int64_t merge_count;
+  int64_t partial_count;
   int64_t heads;
   int64_t kv_heads;
   int64_t head_dim;
