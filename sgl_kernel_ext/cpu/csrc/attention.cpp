@@ -41,7 +41,7 @@ const BlendKernels& kernels() {
 }
 
 thread_local BlendScratch scratch;
-// Of the calling thread. Kept, because fresh memory would cost a page fault every 4 KiB of each layer.
+// Of the calling thread; kept, because fresh memory would fault in page by page in every layer.
 thread_local BlendScratch partials;
 
 }  // namespace
