@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
 from sgl_kernel_ext.groups import Segment, SlotLookup, shared_segments
 
+# Kernels take so many KV positions at a time, and a part of a tile costs as much as a whole one.
+KV_TILE = 64
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -156,7 +159,11 @@ class _Builder:
                 length = segment.end - segment.begin
                 wanted = round(length * weight / max(share, 1.0))
                 pieces = max(1, min(length // tiling.min_split_tokens, wanted))
-                cuts = [segment.begin + length * i // pieces for i in range(pieces + 1)]
+                cuts = [
+                    segment.begin + round(length * i / pieces / KV_TILE) * KV_TILE
+                    for i in range(pieces)
+                ]
+                cuts.append(segment.end)
                 table_row = int(self.batch.table_rows[members[0]])
                 for begin, end in itertools.pairwise(cuts):
                     if begin > cuts[0]:

@@ -12,7 +12,7 @@ from sgl_kernel_ext.plan import Plan, Tiling
 
 DTYPES = (torch.float32, torch.bfloat16)
 TILING = Tiling(
-    query_tile=32, max_members=64, min_split_tokens=128, items_per_worker=4, shared_read_cost=0.25
+    query_tile=32, max_members=64, min_split_tokens=128, items_per_worker=3, shared_read_cost=0.12
 )
 
 
@@ -41,7 +41,6 @@ def run(
         OSError: the kernels were not built (``library.unavailable_reason`` says why).
     """
     _check(plan, shape, query, key_pool, value_pool, slot_table, output)
-    partials = torch.empty(plan.partial_count * shape.heads * (shape.head_dim + 2))
     arguments = library.AttentionArguments(
         query=query.data_ptr(),
         key_pool=key_pool.data_ptr(),
@@ -52,9 +51,9 @@ def run(
         rows=plan.rows.ctypes.data,
         merged_query=plan.merged_query.ctypes.data,
         merge_begin=plan.merge_begin.ctypes.data,
-        partials=partials.data_ptr(),
         item_count=len(plan.items),
         merge_count=len(plan.merged_query),
+        partial_count=plan.partial_count,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,

@@ -24,6 +24,7 @@ class AttentionArguments(ctypes.Structure):
         ("partials", ctypes.c_void_p),
         ("item_count", ctypes.c_int64),
         ("merge_count", ctypes.c_int64),
+        ("partial_count", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),

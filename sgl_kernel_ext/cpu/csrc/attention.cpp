@@ -41,16 +41,21 @@ const BlendKernels& kernels() {
 }
 
 thread_local BlendScratch scratch;
+// Of the calling thread; kept, because fresh memory would fault in page by page in every layer.
+thread_local BlendScratch partials;
 
 }  // namespace
 
-extern "C" void blend_attention(const BlendAttention* attention, int threads) {
+extern "C" void blend_attention(BlendAttention* attention, int threads) {
   const BlendKernels& k = kernels();
+  attention->partials = partials.reserve(attention->partial_count * attention->heads *
+                                         (attention->head_dim + 2));
+  BlendQueue queue;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < attention->item_count; ++i)
-      k.attend(*attention, attention->items[i], scratch);
+    int64_t item = queue.claim();
+    while (item < attention->item_count) item = k.attend(*attention, item, queue, scratch);
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < attention->merge_count; ++i) k.merge(*attention, i);
   }

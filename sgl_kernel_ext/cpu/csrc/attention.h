@@ -2,6 +2,7 @@
 // (sgl_kernel_ext/cpu/library.py mirrors these structs), the thread loop and the kernels.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 extern "C" {
@@ -9,7 +10,7 @@ extern "C" {
 // One stretch of one request's KV, and the query tokens that look at it.
 struct BlendItem {
   int64_t table_row;    // row of the slot table that names the KV slots
-  int64_t token_begin;  // columns of that row: the KV positions of this item
+  int64_t token_begin;  // columns of that row: the KV positions of this item, at least one
   int64_t token_end;
   int64_t kv_head;      // the one KV head it covers, or -1 for all of them
   int64_t row_begin;    // its query tokens: rows [row_begin, row_end)
@@ -32,9 +33,11 @@ struct BlendAttention {
   const BlendRow* rows;
   const int64_t* merged_query;   // [merges]: query tokens made of several partial results
   const int64_t* merge_begin;    // [merges + 1]: their partial results, one after the other
-  float* partials;          // [partials, heads, head_dim + 2]: accumulator, maximum, sum
+  float* partials;          // scratch that blend_attention sets: [partial_count, heads,
+                            // head_dim + 2]: accumulator, maximum, sum
   int64_t item_count;
   int64_t merge_count;
+  int64_t partial_count;
   int64_t heads;
   int64_t kv_heads;
   int64_t head_dim;
@@ -56,8 +59,16 @@ struct BlendScratch {
   float* reserve(int64_t floats);
 };
 
+// Hands out the items in order, each to one thread.
+struct BlendQueue {
+  std::atomic<int64_t> next{0};
+  int64_t claim() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
 struct BlendKernels {
-  void (*attend)(const BlendAttention&, const BlendItem&, BlendScratch&);
+  // Computes one item and returns the next, claimed while the item's last tile is computed so that
+  // its first tile can be prefetched.
+  int64_t (*attend)(const BlendAttention&, int64_t item, BlendQueue&, BlendScratch&);
   void (*merge)(const BlendAttention&, int64_t merge);
 };
 

@@ -8,6 +8,12 @@ constexpr int DIRECT_ROWS = 6;     // up to here, transposing the keys costs mor
 constexpr float NOTHING = -1e30f;  // maximum of a row that has seen no key yet
 constexpr float MASKED = -__builtin_inff();
 
+// A width (head_dim, rounded up to whole vectors) that the compiler knows; others are plain ints.
+template <int N>
+struct Fixed {
+  constexpr operator int() const { return N; }
+};
+
 inline float from_bfloat16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;
@@ -39,42 +45,67 @@ inline void write_row(const float* from, float factor, int64_t n, bool bfloat16,
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(base)[offset + i] = from[i] * factor;
 }
 
-// Some slots of the tile to come, all heads of each. Slots need not follow each other, so the
-// machine cannot guess them; asking for them bit by bit, in whole rows, keeps memory busy while this
-// tile is computed.
+// The tile to come. Slots need not follow each other, so the machine cannot guess them; asking for
+// their lines one by one, at an even pace while this tile is computed, keeps memory busy throughout.
 struct Ahead {
+  static constexpr int64_t LINE = 64;
+  static constexpr int64_t WHOLE = 1 << 16;  // `due` and `pace` count lines in parts of this
+
   const char* keys;
   const char* values;
-  const int32_t* slots;
   int64_t slot_bytes;
-  int begin;
-  int end;
+  int64_t row_bytes;  // of a slot, those that will be read
+  const int32_t* slot;
+  const int32_t* end;
+  int64_t offset = 0;
+  int64_t due = 0;
+  int64_t pace = 0;
 
-  // Part `part` of `parts` equal parts.
-  inline void fetch(int part, int parts) const {
-    const int last = begin + (end - begin) * (part + 1) / parts;
-    for (int t = begin + (end - begin) * part / parts; t < last; ++t)
-      for (int64_t line = 0; line < slot_bytes; line += 64) {
-        __builtin_prefetch(keys + slots[t] * slot_bytes + line, 0, 2);
-        __builtin_prefetch(values + slots[t] * slot_bytes + line, 0, 2);
+  // Positions [begin, ...) of an item, at most a tile of them, asked for in so many steps.
+  Ahead(const BlendAttention& a, const BlendItem& item, int64_t begin, int64_t steps) {
+    const int64_t head_bytes = a.head_dim * (a.bfloat16 != 0 ? 2 : 4);
+    const int64_t first = item.kv_head < 0 ? 0 : item.kv_head * head_bytes;
+    const int64_t tokens = item.token_end - begin < TILE ? item.token_end - begin : TILE;
+    keys = static_cast<const char*>(a.key_pool) + first;
+    values = static_cast<const char*>(a.value_pool) + first;
+    slot_bytes = a.kv_heads * head_bytes;
+    row_bytes = item.kv_head < 0 ? slot_bytes : head_bytes;
+    slot = a.slots + item.table_row * a.slot_stride + begin;
+    end = slot + tokens;
+    pace = tokens * ((row_bytes + LINE - 1) / LINE) * WHOLE / (steps < 1 ? 1 : steps) + 1;
+  }
+
+  // NOTE: gcc takes a function that only prefetches for one without effect, and drops the calls.
+  __attribute__((always_inline)) inline void step() {
+    for (due += pace; due >= WHOLE && slot < end; due -= WHOLE) {
+      const int64_t at = *slot * slot_bytes + offset;
+      __builtin_prefetch(keys + at, 0, 2);
+      __builtin_prefetch(values + at, 0, 2);
+      offset += LINE;
+      if (offset >= row_bytes) {
+        offset = 0;
+        ++slot;
       }
+    }
   }
 };
 
 // scores[row][0..TILE) = queries[row] . keys[t], for few rows: keys are read where they lie.
-inline void score_direct(const float* queries, int rows, int width, const float* const* keys,
-                         int tokens, float* scores, const Ahead& ahead) {
+template <class Width>
+inline void score_direct(const float* queries, int rows, Width width, const float* const* keys,
+                         int tokens, float* scores, Ahead& ahead) {
   for (int t = 0; t < tokens; t += W) {
     const int block = tokens - t < W ? tokens - t : W;
     for (int row = 0; row < rows; ++row) {
       const float* query = queries + row * width;
-      ahead.fetch(t / W * rows + row, TILE / W * rows);
       vfloat part[W];
       if (block == W) {
         for (int i = 0; i < W; ++i) part[i] = load(query) * load(keys[t + i]);
+        ahead.step();
         for (int d = W; d < width; d += W) {
           const vfloat q = load(query + d);
           for (int i = 0; i < W; ++i) part[i] += q * load(keys[t + i] + d);
+          ahead.step();
         }
       } else {
         for (int i = 0; i < W; ++i) part[i] = splat(0.0f);
@@ -87,7 +118,8 @@ inline void score_direct(const float* queries, int rows, int width, const float*
 }
 
 // keys[0..TILE) of `width` floats -> transposed[width][TILE]; missing tokens become zeros.
-inline void transpose_keys(const float* const* keys, int tokens, int width, float* transposed) {
+template <class Width>
+inline void transpose_keys(const float* const* keys, int tokens, Width width, float* transposed) {
   for (int t = 0; t < TILE; t += W)
     for (int d = 0; d < width; d += W) {
       vfloat v[W];
@@ -98,8 +130,8 @@ inline void transpose_keys(const float* const* keys, int tokens, int width, floa
 }
 
 // scores[0..R)[column .. column + 4W) = queries[0..R) x transposed
-template <int R>
-inline void score_tile(const float* queries, int width, const float* transposed, float* scores) {
+template <int R, class Width>
+inline void score_tile(const float* queries, Width width, const float* transposed, float* scores) {
   vfloat sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < 4; ++c) sum[r][c] = splat(0.0f);
@@ -116,9 +148,9 @@ inline void score_tile(const float* queries, int width, const float* transposed,
 }
 
 // accumulators[0..R)[0 .. C*W) += weights[0..R)[t] * values[t][0 .. C*W)
-template <int R, int C>
+template <int R, int C, class Width>
 inline void weigh_tile(const float* weights, const float* const* values, int offset, int tokens,
-                       float* accumulators, int width) {
+                       float* accumulators, Width width, Ahead& ahead) {
   vfloat sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = load(accumulators + r * width + c * W);
@@ -129,46 +161,47 @@ inline void weigh_tile(const float* weights, const float* const* values, int off
       const vfloat weight = splat(weights[r * TILE + t]);
       for (int c = 0; c < C; ++c) sum[r][c] += weight * value[c];
     }
+    ahead.step();
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) store(accumulators + r * width + c * W, sum[r][c]);
 }
 
+// Register tiles of so many rows as there are, at most R.
 template <int R>
-inline void weigh_rows(const float* weights, const float* const* values, int tokens,
-                       float* accumulators, int width) {
-  int d = 0;
-  for (; d + 4 * W <= width; d += 4 * W)
-    weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width);
-  for (; d < width; d += W) weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width);
-}
-
-template <int R>
-struct RowBlocks {
-  static inline void score(const float* queries, int rows, int width, const float* transposed,
+struct Rows {
+  template <class Width>
+  static inline void score(int rows, const float* queries, Width width, const float* transposed,
                            float* scores) {
-    for (; rows >= R; rows -= R, queries += R * width, scores += R * TILE)
-      for (int c = 0; c < TILE; c += 4 * W)
-        score_tile<R>(queries, width, transposed + c, scores + c);
-    RowBlocks<R - 1>::score(queries, rows, width, transposed, scores);
+    if (rows < R) return Rows<R - 1>::score(rows, queries, width, transposed, scores);
+    for (int c = 0; c < TILE; c += 4 * W)
+      score_tile<R>(queries, width, transposed + c, scores + c);
   }
-  static inline void weigh(const float* weights, int rows, const float* const* values, int tokens,
-                           float* accumulators, int width) {
-    for (; rows >= R; rows -= R, weights += R * TILE, accumulators += R * width)
-      weigh_rows<R>(weights, values, tokens, accumulators, width);
-    RowBlocks<R - 1>::weigh(weights, rows, values, tokens, accumulators, width);
+  template <class Width>
+  static inline void weigh(int rows, const float* weights, const float* const* values, int tokens,
+                           float* accumulators, Width width, Ahead& ahead) {
+    if (rows < R)
+      return Rows<R - 1>::weigh(rows, weights, values, tokens, accumulators, width, ahead);
+    int d = 0;
+    for (; d + 4 * W <= width; d += 4 * W)
+      weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width, ahead);
+    for (; d < width; d += W)
+      weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width, ahead);
   }
 };
 template <>
-struct RowBlocks<0> {
-  static inline void score(const float*, int, int, const float*, float*) {}
-  static inline void weigh(const float*, int, const float* const*, int, float*, int) {}
+struct Rows<0> {
+  template <class Width>
+  static inline void score(int, const float*, Width, const float*, float*) {}
+  template <class Width>
+  static inline void weigh(int, const float*, const float* const*, int, float*, Width, Ahead&) {}
 };
 
 // Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
 // `sums` holds the row's sum of weights in W parts, which are added up at the end.
+template <class Width>
 inline void soften(float* scores, float soft_cap, float* maximum, float* sums, float* accumulator,
-                   int width) {
+                   Width width) {
   if (soft_cap > 0.0f)
     for (int t = 0; t < TILE; t += W) {
       const vfloat s = load(scores + t);
@@ -193,9 +226,11 @@ inline void soften(float* scores, float soft_cap, float* maximum, float* sums, f
   store(sums, total);
 }
 
-void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratch) {
+template <class Width>
+int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
+                     BlendScratch& scratch, Width width) {
+  const BlendItem& item = a.items[number];
   const int head_dim = static_cast<int>(a.head_dim);
-  const int width = (head_dim + W - 1) / W * W;
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int tokens_in_item = static_cast<int>(item.row_end - item.row_begin);
   const int rows = tokens_in_item * group;  // rows of the score matrix, per KV head
@@ -208,15 +243,15 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
   const BlendRow* row_list = a.rows + item.row_begin;
 
   const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
-  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + rows * TILE +
+  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + ROW_BLOCK * TILE +
                                    static_cast<int64_t>(3) * TILE * width);
   float* accumulators = queries + all_rows * width;
-  float* maxima = accumulators + all_rows * width;
-  float* sums = maxima + all_rows;
+  float* sums = accumulators + all_rows * width;
   float* scores = sums + all_rows * W;
-  float* transposed = scores + rows * TILE;
+  float* transposed = scores + ROW_BLOCK * TILE;
   float* key_copy = transposed + TILE * width;
   float* value_copy = key_copy + TILE * width;
+  float* maxima = value_copy + TILE * width;  // last, because the others are whole vectors
 
   int64_t sees_all = row_list[0].visible;  // positions below this one are visible to every row
   int64_t first_seen = 0;                  // and, with a window, those from here on
@@ -243,10 +278,20 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
 
   const int32_t* slots = a.slots + item.table_row * a.slot_stride;
   const int64_t slot_floats = a.kv_heads * a.head_dim;  // elements, whatever their type
-  const int64_t element = bfloat16 ? 2 : 4;
+  // Register tiles of `weigh` per position of a head.
+  const int weigh_steps =
+      (rows + ROW_BLOCK - 1) / ROW_BLOCK * (width / (4 * W) + width % (4 * W) / W);
+  int64_t next = a.item_count;
   for (int64_t begin = item.token_begin; begin < item.token_end; begin += TILE) {
     const int64_t left = item.token_end - begin;
     const int tokens = left < TILE ? static_cast<int>(left) : TILE;
+    const int64_t steps =
+        kv_heads * ((direct ? tokens / W * rows * (width / W) : 0) + tokens * weigh_steps);
+    const bool last = left <= TILE;
+    if (last) next = queue.claim();
+    const bool more = next < a.item_count;
+    Ahead ahead(a, last && more ? a.items[next] : item,
+                !last ? begin + TILE : (more ? a.items[next].token_begin : item.token_end), steps);
     for (int h = 0; h < kv_heads; ++h) {
       const float* keys[TILE];
       const float* values[TILE];
@@ -265,37 +310,34 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
       }
       const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
       float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
-      if (direct) {
-        // A decode item covers all heads, and each asks for its share of the next tile.
-        const int next = left < 2 * TILE ? static_cast<int>(left) - TILE : TILE;
-        const Ahead ahead = {static_cast<const char*>(a.key_pool),
-                             static_cast<const char*>(a.value_pool),
-                             slots + begin + TILE,
-                             slot_floats * element,
-                             next > 0 ? next * h / kv_heads : 0,
-                             next > 0 ? next * (h + 1) / kv_heads : 0};
-        score_direct(head_queries, rows, width, keys, tokens, scores, ahead);
-      } else {
-        transpose_keys(keys, tokens, width, transposed);
-        RowBlocks<ROW_BLOCK>::score(head_queries, rows, width, transposed, scores);
-      }
+      if (!direct) transpose_keys(keys, tokens, width, transposed);
       const bool masked = tokens < TILE || begin + tokens > sees_all || begin < first_seen;
-      for (int r = 0; r < rows; ++r) {
-        float* score = scores + r * TILE;
-        if (masked) {
-          const int64_t visible = row_list[r / group].visible - begin;
-          const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
-          for (int t = end; t < TILE; ++t) score[t] = MASKED;
-          if (a.window >= 0) {
-            const int64_t first = visible - 1 - a.window;
-            for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
+      // All of one block of rows before the next, so that its scores stay in the first cache.
+      for (int first_row = 0; first_row < rows; first_row += ROW_BLOCK) {
+        const int block = rows - first_row < ROW_BLOCK ? rows - first_row : ROW_BLOCK;
+        const int64_t first_index = static_cast<int64_t>(h) * rows + first_row;
+        const float* block_queries = queries + first_index * width;
+        float* block_accumulators = accumulators + first_index * width;
+        if (direct)
+          score_direct(block_queries, block, width, keys, tokens, scores, ahead);
+        else
+          Rows<ROW_BLOCK>::score(block, block_queries, width, transposed, scores);
+        for (int r = 0; r < block; ++r) {
+          float* score = scores + r * TILE;
+          if (masked) {
+            const int64_t visible = row_list[(first_row + r) / group].visible - begin;
+            const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
+            for (int t = end; t < TILE; ++t) score[t] = MASKED;
+            if (a.window >= 0) {
+              const int64_t first = visible - 1 - a.window;
+              for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
+            }
           }
+          soften(score, a.soft_cap, maxima + first_index + r, sums + (first_index + r) * W,
+                 block_accumulators + r * width, width);
         }
-        const int64_t index = static_cast<int64_t>(h) * rows + r;
-        soften(score, a.soft_cap, maxima + index, sums + index * W, accumulators + index * width,
-               width);
+        Rows<ROW_BLOCK>::weigh(block, scores, values, tokens, block_accumulators, width, ahead);
       }
-      RowBlocks<ROW_BLOCK>::weigh(scores, rows, values, tokens, head_accumulators, width);
     }
   }
 
@@ -316,6 +358,15 @@ void attend(const BlendAttention& a, const BlendItem& item, BlendScratch& scratc
           to[head_dim + 1] = sum;
         }
       }
+  return next;
+}
+
+// See BlendKernels.
+int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, BlendScratch& scratch) {
+  const int width = (static_cast<int>(a.head_dim) + W - 1) / W * W;
+  if (width == 64) return attend_width(a, number, queue, scratch, Fixed<64>());
+  if (width == 128) return attend_width(a, number, queue, scratch, Fixed<128>());
+  return attend_width(a, number, queue, scratch, width);
 }
 
 // Joins the partial results of one query token by the log-sum-exp rule, in a fixed order.
