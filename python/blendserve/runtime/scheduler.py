@@ -238,8 +238,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         account, target = self.blend.account, self.blend_target_density
         if self.blend_pacer is None:
             return self.blend_admission.choose(left, right, account, target)
-        filling = self.blend_pacer.filling_tokens
-        return self.blend_paced.choose(left, right, account, target, right_tokens=filling)
+        return self.blend_paced.choose(left, right, account, target)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""

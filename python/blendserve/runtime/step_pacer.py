@@ -32,11 +32,6 @@ class StepPacer:
         self.target_density = self._density = math.inf
         self._look_in = 0
 
-    @property
-    def filling_tokens(self) -> float:
-        """KV tokens beyond which the memory side need not fill the pool."""
-        return self._pace.filling_tokens(self._density)
-
     def prefill_tokens(
         self,
         blend: SideQueues,
