@@ -26,6 +26,8 @@ FILLING_WEIGHTS = 2.0
 UNCERTAIN_GROWTH = 4
 UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
+# A request of unknown length is a long decode from here on.
+LONG_TOKENS = 256
 # Steps after which the density of what is left is looked at again.
 PACE_STEPS = 64
 # Part of the memory that decodes are taken to fill while there are more to come.

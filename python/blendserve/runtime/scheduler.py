@@ -238,7 +238,12 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         account, target = self.blend.account, self.blend_target_density
         if self.blend_pacer is None:
             return self.blend_admission.choose(left, right, account, target)
-        return self.blend_paced.choose(left, right, account, target)
+        hold = self.blend_pacer.hold_right
+        if right is not None and not hold and right.density >= target and not right.blocked:
+            # Sent when less was known of lengths. It has no part in filling memory, but those
+            # behind it may: it goes as any prefill does.
+            return Side.RIGHT if account.fits(right) or account.idle else None
+        return self.blend_paced.choose(left, right, account, target, hold)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""

@@ -12,8 +12,19 @@ import math
 import numpy as np
 
 from blendserve.planner import StepPace, rest_density
-from blendserve.planner.pacing import FULL_PART, PACE_STEPS
-from blendserve.runtime.side_queues import SideQueues
+from blendserve.planner.pacing import (
+    FULL_PART,
+    LONG_TOKENS,
+    PACE_STEPS,
+    UNCERTAIN_DENSITY,
+    enough_unknown,
+)
+from blendserve.runtime.side_queues import PlannedRequest, SideQueues
+
+# Standard deviations beyond its estimate at which a request shows that too little is known.
+_FAR_DEVIATIONS = 2.0
+# Part of the decodes' contexts that such requests make up before that counts: some always do.
+_TELLING_PART = 0.1
 
 
 class StepPacer:
@@ -25,11 +36,14 @@ class StepPacer:
 
     Attributes:
         target_density: of all that is left: not sent yet, waiting, and running.
+        hold_right: whether so much runs far beyond what was expected that no more long decodes
+            should start until a new plan knows more.
     """
 
     def __init__(self, pace: StepPace, multiple: int) -> None:
         self._pace, self._multiple = pace, multiple
         self.target_density = self._density = math.inf
+        self.hold_right = False
         self._look_in = 0
 
     def prefill_tokens(
@@ -67,7 +81,7 @@ class StepPacer:
         memory = rest_seconds[1] + blend.waiting_seconds[1]
         everything = memory + float(tail_seconds.sum()) * steps
         self.target_density = compute / everything if everything > 0 else math.inf
-        self._density = rest_density(
+        density = rest_density(
             compute,
             memory,
             tail_seconds,
@@ -75,3 +89,18 @@ class StepPacer:
             pace.weight_seconds,
             FULL_PART * account.total_tokens * pace.context_seconds,
         )
+        surprises = [
+            done for request in blend.running.values() if (done := _beyond_expectation(request))
+        ]
+        little_known = sum(surprises) > _TELLING_PART * blend.context_tokens
+        self.hold_right = little_known and enough_unknown(
+            len(surprises), max(surprises), account.total_tokens
+        )
+        self._density = min(density, UNCERTAIN_DENSITY) if little_known else density
+
+
+def _beyond_expectation(request: PlannedRequest) -> int:
+    """Output tokens so far of a long decode that nobody expected; 0 for all others."""
+    tag, done = request.tag, len(request.req.output_ids)
+    likely = tag.output_tokens + _FAR_DEVIATIONS * tag.output_deviation
+    return done if tag.output_deviation and done > max(likely, LONG_TOKENS) else 0

@@ -19,6 +19,7 @@ from blendserve.planner.kv_account import account_tokens
 from blendserve.planner.memory_forecast import BIN_STEPS
 from blendserve.planner.pacing import (
     FULL_PART,
+    LONG_TOKENS,
     PACE_STEPS,
     UNCERTAIN_DENSITY,
     enough_unknown,
@@ -29,8 +30,6 @@ from .engine import Engine
 from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
 from .step_time import StepCosts
 
-# A request of unknown length is a long decode from here on.
-LONG_TOKENS = 256
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
 
