@@ -356,6 +356,6 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
 
 def _parallel_ranks(scheduler: Any) -> Any:
     """SGLang's object with the ranks of this process."""
-    if hasattr(scheduler_module, "get_parallel"):
-        return scheduler_module.get_parallel()
-    return scheduler.ps  # Up to 0.5.20.
+    if hasattr(scheduler, "ps"):  # Up to 0.5.20.
+        return scheduler.ps
+    return scheduler_module.get_parallel()
