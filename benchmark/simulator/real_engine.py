@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmark" / "results" / "simulator" / "real-engine.json"
 CHUNK_TOKENS = 512
 ROUNDS = 20
 # Seed, subjects, questions of each, open prompts, tokens of an open answer, pool / shared prefixes.
-JOBS = {"A": (0, 20, 4, 20, 160, 0.25), "B": (1, 12, 8, 16, 120, 0.4)}
+JOBS = {"A": (0, 8, 4, 10, 96, 0.5), "B": (1, 8, 5, 8, 64, 0.7)}
 # The runtime's policy: partitioned admission, eviction by next use.
 RUNTIME = BlendOptions(online=False, paced=False)
 

@@ -107,7 +107,7 @@ def test_memory_is_filled_until_its_compute_is_above_the_weight_read():
         token_seconds=1e-4, context_seconds=1e-7, weight_seconds=0.01, chunk_tokens=2_000
     )
     filling = pace.filling_tokens(1.5)
-    assert 1.0 < 1.5 * filling * pace.context_seconds / pace.weight_seconds < 2.0
+    assert 1.0 < 1.5 * filling * pace.context_seconds / pace.weight_seconds < 3.0
     assert pace.filling_tokens(0.75) == pytest.approx(2 * filling)
     assert pace.filling_tokens(0.0) == math.inf
 

@@ -17,15 +17,15 @@ from .prefix_tree import Floats
 # does not would have spent the compute that its long decodes need beside them. And short steps
 # bring the answers sooner.
 UNCERTAIN_DENSITY = 0.8
-# The memory side fills memory until the compute that balances it is so many times the weight read.
-# With more, steps only get longer: so do the lives of the requests that run longest, which a job
-# ends with, waiting for the weights; and less memory is left to take in what outgrows its estimate.
-FILLING_WEIGHTS = 2.0
 # And until then, each of them may grow to so many times the longest so far (of so many tokens at
 # least); together they must not take more than half of the memory.
 UNCERTAIN_GROWTH = 4
 UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
+# The memory side fills memory until the compute that balances it is so many times the weight read.
+# With more, steps only get longer: so do the lives of the requests that run longest, which a job
+# ends with, waiting for the weights; and less memory is left to take in what outgrows its estimate.
+FILLING_WEIGHTS = 2.0
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
 # Steps after which the density of what is left is looked at again.
