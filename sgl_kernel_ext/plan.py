@@ -159,11 +159,13 @@ class _Builder:
                 length = segment.end - segment.begin
                 wanted = round(length * weight / max(share, 1.0))
                 pieces = max(1, min(length // tiling.min_split_tokens, wanted))
-                cuts = [
+                inner = {
                     segment.begin + round(length * i / pieces / KV_TILE) * KV_TILE
-                    for i in range(pieces)
-                ]
-                cuts.append(segment.end)
+                    for i in range(1, pieces)
+                }
+                # Pieces shorter than a tile have no cut of their own.
+                inside = sorted(cut for cut in inner if segment.begin < cut < segment.end)
+                cuts = [segment.begin, *inside, segment.end]
                 table_row = int(self.batch.table_rows[members[0]])
                 for begin, end in itertools.pairwise(cuts):
                     if begin > cuts[0]:
