@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(tmp_path: Path) -> Non
     source, log = tmp_path / "in.jsonl", tmp_path / "computed"
     source.write_bytes(jsonl(lines(120)))
     live = tmp_path / "out.jsonl.partial"
-    options = ("--delay", "0.2", "--log", str(log))
+    options = ("--delay", "0.03", "--log", str(log))
     for stop in (signal.SIGINT, signal.SIGKILL):
         run = Run(tmp_path, "-i", str(source), options=options)
         before = len(ids(live)) if live.exists() else 0
