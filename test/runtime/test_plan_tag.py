@@ -18,13 +18,14 @@ TAG = PlanTag(Side.LEFT, rank=3, density=2.5, output_tokens=40.0)
 
 # The tag's densities stop where anything is compute-bound; see the test of infinities.
 densities = st.floats(0, 1e12, exclude_max=True)
+likely = st.lists(st.integers(0, 10**5).map(float), max_size=8).map(sorted).map(tuple)
 tags = st.builds(
     PlanTag,
     side=st.sampled_from(Side),
     rank=st.integers(0, 10**9),
     density=densities,
     output_tokens=st.floats(0, 1e7),
-    output_deviation=st.floats(0, 1e7),
+    likely_output_tokens=likely,
     compute_seconds=st.floats(0, 1e9),
     memory_seconds=st.floats(0, 1e9),
     rest_compute_seconds=st.floats(0, 1e9),
@@ -34,7 +35,7 @@ tags = st.builds(
             LengthUpdate,
             rid=st.uuids().map(lambda rid: rid.hex),
             output_tokens=st.integers(0, 10**5).map(float),
-            output_deviation=st.integers(0, 10**5).map(float),
+            likely_output_tokens=likely,
         ),
         max_size=5,
     ).map(tuple),

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from blendserve.planner import Side
+from blendserve.planner.prefix_tree import Floats
 from blendserve.runtime.next_use import UseTag
 
 # Set on SGLang's request object when it arrives with a plan tag: the tag.
 PLAN_ATTRIBUTE = "blendserve_plan"
 _PREFIX = "blendserve_"
-# As text: "rid:tokens:deviation", separated by blanks.
+# As text: numbers separated by commas; "rid:tokens:likely tokens", separated by blanks.
+_LIKELY = "blendserve_likely_output_tokens"
 _UPDATES = "blendserve_updates"
 _NUMBERS = (
-    *("rank", "density", "output_tokens", "output_deviation"),
+    *("rank", "density", "output_tokens"),
     *("compute_seconds", "memory_seconds", "rest_compute_seconds", "rest_memory_seconds"),
 )
 # JSON has no infinity; a density this high is compute-bound on any hardware.
@@ -34,12 +36,12 @@ class LengthUpdate:
     Attributes:
         rid: SGLang's id of the request.
         output_tokens: expected output, what it has produced so far included.
-        output_deviation: standard deviation of that.
+        likely_output_tokens: as in the plan tag.
     """
 
     rid: str
     output_tokens: float
-    output_deviation: float
+    likely_output_tokens: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class PlanTag:
         rank: position in dispatch order of that side, from 0; smaller goes first.
         density: compute density of its leaf, as the scanner sees it.
         output_tokens: estimated output length.
-        output_deviation: standard deviation of that estimate in tokens; 0 where it is exact.
+        likely_output_tokens: lengths that it may have, ascending, each as likely as the others;
+            empty where the estimate is exact.
         compute_seconds, memory_seconds: that it will take by the cost model, what it shares with
             the request before it in the plan left out.
         rest_compute_seconds, rest_memory_seconds: those of all that had not been dispatched of any
@@ -65,7 +68,7 @@ class PlanTag:
     rank: int
     density: float
     output_tokens: float
-    output_deviation: float = 0.0
+    likely_output_tokens: tuple[float, ...] = ()
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
     rest_compute_seconds: float = 0.0
@@ -80,12 +83,12 @@ class PlanTag:
             f"{_PREFIX}rank": self.rank,
             f"{_PREFIX}density": _finite(self.density),
             f"{_PREFIX}output_tokens": float(self.output_tokens),
-            f"{_PREFIX}output_deviation": float(self.output_deviation),
             f"{_PREFIX}compute_seconds": float(self.compute_seconds),
             f"{_PREFIX}memory_seconds": float(self.memory_seconds),
             f"{_PREFIX}rest_compute_seconds": float(self.rest_compute_seconds),
             f"{_PREFIX}rest_memory_seconds": float(self.rest_memory_seconds),
             **(self.use.to_params() if self.use is not None else {}),
+            **({_LIKELY: _joined(self.likely_output_tokens)} if self.likely_output_tokens else {}),
             **({_UPDATES: _written(self.updates)} if self.updates else {}),
         }
 
@@ -97,16 +100,17 @@ class PlanTag:
         try:
             numbers = [float(params[f"{_PREFIX}{name}"]) for name in _NUMBERS]
             side = Side(params[f"{_PREFIX}side"])
+            likely = _split(str(params.get(_LIKELY, "")))
             updates = _read(str(params.get(_UPDATES, "")))
         except (KeyError, TypeError, ValueError, OverflowError):
             # A client wrote these keys itself. Its request is served, as any online request.
             return None
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             return None
-        rank, density, output_tokens, output_deviation, *seconds = numbers
+        rank, density, output_tokens, *seconds = numbers
         compute, memory, rest_compute, rest_memory = seconds
         return cls(
-            *(side, int(rank), density, output_tokens, output_deviation),
+            *(side, int(rank), density, output_tokens, likely),
             *(compute, memory, rest_compute, rest_memory),
             updates=updates,
         )
@@ -124,7 +128,8 @@ def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _written(updates: tuple[LengthUpdate, ...]) -> str:
     return " ".join(
-        f"{update.rid}:{update.output_tokens:g}:{update.output_deviation:g}" for update in updates
+        f"{update.rid}:{update.output_tokens:g}:{_joined(update.likely_output_tokens)}"
+        for update in updates
     )
 
 
@@ -132,12 +137,30 @@ def _read(text: str) -> tuple[LengthUpdate, ...]:
     """Raises ValueError for a text that `_written` did not write."""
     updates = []
     for item in text.split():
-        rid, tokens, deviation = item.rsplit(":", 2)
-        update = LengthUpdate(rid, float(tokens), float(deviation))
-        if not (0 <= update.output_tokens < math.inf and 0 <= update.output_deviation < math.inf):
+        rid, tokens, likely = item.rsplit(":", 2)
+        update = LengthUpdate(rid, float(tokens), _split(likely))
+        if not 0 <= update.output_tokens < math.inf:
             raise ValueError(item)
         updates.append(update)
     return tuple(updates)
+
+
+def likely_tokens(lengths: Floats) -> tuple[float, ...]:
+    """A plan's likely output tokens of a request, as a tag has them."""
+    likely: tuple[float, ...] = tuple(lengths.tolist())
+    return likely if likely[0] < likely[-1] else ()
+
+
+def _joined(lengths: tuple[float, ...]) -> str:
+    return ",".join(f"{length:.0f}" for length in lengths)
+
+
+def _split(text: str) -> tuple[float, ...]:
+    """Raises ValueError for a text that `_joined` did not write."""
+    lengths = tuple(map(float, text.split(","))) if text else ()
+    if not all(0 <= length < math.inf for length in lengths) or list(lengths) != sorted(lengths):
+        raise ValueError(text)
+    return lengths
 
 
 def _finite(density: float) -> float:

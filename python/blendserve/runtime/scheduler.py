@@ -206,10 +206,12 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if self.blend_changed and may_offer and len(self.blend):
             offered = self._offer(running_batch)
         BlendPrefillAdder.all_planned = not self.blend_online.present
-        if self.blend.running:
-            BlendPrefillAdder.growth_tokens = self.blend.account.growth_tokens() - len(offered) * (
-                1 + self.page_size
-            )
+        if self.blend.running and (self.waiting_queue or self.chunked_req is not None):
+            growth = self.blend.account.growth_tokens()
+            if offered:
+                # It fits for as long as it may run; what comes after is not its doing.
+                growth = min(growth, max(self.blend.account.free_tokens, 0.0))
+            BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size)
         plan = super().get_new_batch_prefill(running_batch)
         if offered:
             self._take_back(offered, plan.batch_to_run)
@@ -239,11 +241,17 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if self.blend_pacer is None:
             return self.blend_admission.choose(left, right, account, target)
         hold = self.blend_pacer.hold_right
-        if right is not None and not hold and right.density >= target and not right.blocked:
+        if (
+            right is not None
+            and not (hold or right.blocked)
+            and right.density >= target
+            and account.fits(right)
+        ):
             # Sent when less was known of lengths. It has no part in filling memory, but those
             # behind it may: it goes as any prefill does.
-            return Side.RIGHT if account.fits(right) or account.idle else None
-        return self.blend_paced.choose(left, right, account, target, hold)
+            return Side.RIGHT
+        filling = self.blend_pacer.filling_tokens
+        return self.blend_paced.choose(left, right, account, target, hold, filling)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
