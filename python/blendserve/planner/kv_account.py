@@ -44,6 +44,7 @@ class Candidate:
         likely_output_tokens: numbers of output tokens still to come, ascending and each as likely
             as the others; empty where the estimate is exact.
         max_output_tokens: the most that it may still produce.
+        prefill_steps: decode steps that the others make while its prompt is being computed.
     """
 
     side: Side
@@ -56,6 +57,7 @@ class Candidate:
     newly_shared_tokens: float = 0.0
     likely_output_tokens: Sequence[float] = ()
     max_output_tokens: float = math.inf
+    prefill_steps: int = 0
 
     @property
     def uncached_fraction(self) -> float:
@@ -127,8 +129,9 @@ class KVAccount:
         held = forecast.held_tokens(self._now)
         more = candidate.private_tokens + candidate.newly_shared_tokens
         peak = forecast.peak_tokens_with(self._now, more, self._likely(candidate))
-        # Whatever is expected, all go on for a step at least.
-        growth = max(peak - held, more + len(self._bookings) + 1.0)
+        # Whatever is expected, all go on until its prompt is computed, and for a step at least.
+        steps = candidate.prefill_steps + 1.0
+        growth = max(peak - held, more + steps * len(self._bookings) + 1.0)
         # What is booked and yet not taken will not be given back either: prefixes that are shared
         # without our knowledge.
         overbooked = held - (self.total_tokens - self.free_tokens)
@@ -168,7 +171,7 @@ class KVAccount:
         # None holds more than the pool, whatever is expected of it.
         most = min(candidate.max_output_tokens, float(self.total_tokens))
         likely = candidate.likely_output_tokens or (candidate.estimated_output_tokens,)
-        return [min(max(tokens, 1.0), most) for tokens in likely]
+        return [candidate.prefill_steps + min(max(tokens, 1.0), most) for tokens in likely]
 
     def held_alone(self, key: Hashable, tokens: int) -> float:
         """What a request holds alone of its prompt, beyond so many tokens."""

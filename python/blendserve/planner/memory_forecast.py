@@ -225,7 +225,8 @@ class MemoryForecast:
             return expected
         variance = (later[2] * times + 2.0 * later[3]) * times + later[4]
         room = self.deviations * np.sqrt(np.maximum(variance, 0.0))
-        return np.minimum(expected + room, sums[1] + later[5] * times + later[6])
+        demand: Floats = np.minimum(expected + room, sums[1] + later[5] * times + later[6])
+        return demand
 
     def _bin_ends(self, first: int, bins: int) -> Floats:
         return np.arange(first + 1.0, first + bins + 1.0) * self._width

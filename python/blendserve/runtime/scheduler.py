@@ -192,7 +192,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if running_batch.is_empty():
             # SGLang up to 0.5.22 can leave the flag set when the batch drains.
             running_batch.batch_is_full = False
-        elif self.is_mixed_chunk and not running_batch.check_decode_mem():
+        elif self.is_mixed_chunk and not self._mixed_step_fits(running_batch):
             # SGLang up to 0.5.21 does not check decode memory in a mixed step and dies when it
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
@@ -262,6 +262,10 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
             left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
+            if self.is_mixed_chunk:
+                for head in (left, right):
+                    if head is not None:
+                        head.prefill_steps = self._prefill_steps(head.uncached_tokens)
             side = self._choose(left, right)
             if side is None:
                 # Nothing more, until something changes.
@@ -313,6 +317,20 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if BlendPrefillAdder.step_tokens is not None:
             budget = min(budget, BlendPrefillAdder.step_tokens)
         return budget - self._chunks_to_come()
+
+    def _prefill_steps(self, tokens: int) -> int:
+        """Mixed steps until so many more prompt tokens have been computed."""
+        most = BlendPrefillAdder.step_tokens or int(self.chunked_prefill_size or 0) or tokens
+        return -(-(tokens + self._chunks_to_come()) // max(most, 1))
+
+    def _mixed_step_fits(self, running_batch: Any) -> bool:
+        """Whether there is memory for the decodes, and the prompt that has begun beside them."""
+        if not running_batch.check_decode_mem():
+            return False
+        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
+        chunk = min(self._chunks_to_come(), int(self.chunked_prefill_size or 0))
+        # Each may begin a page.
+        return chunk + (len(running_batch.reqs) + 1) * int(self.page_size) <= free or not chunk
 
     def _chunks_to_come(self) -> int:
         """Tokens that are not computed yet of the prompt that SGLang has in chunks."""
