@@ -250,8 +250,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             # Sent when less was known of lengths. It has no part in filling memory, but those
             # behind it may: it goes as any prefill does.
             return Side.RIGHT
-        filling = self.blend_pacer.filling_tokens
-        return self.blend_paced.choose(left, right, account, target, hold, filling)
+        return self.blend_paced.choose(left, right, account, target, hold)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""

@@ -35,7 +35,6 @@ class StepPacer:
 
     Attributes:
         target_density: of all that is left: not sent yet, waiting, and running.
-        filling_tokens: KV tokens beyond which the memory side gains nothing.
         hold_right: whether so much runs far beyond what was expected that no more long decodes
             should start until a new plan knows more.
     """
@@ -43,7 +42,6 @@ class StepPacer:
     def __init__(self, pace: StepPace, multiple: int) -> None:
         self._pace, self._multiple = pace, multiple
         self.target_density = self._density = math.inf
-        self.filling_tokens = math.inf
         self.hold_right = False
         self._look_in = 0
 
@@ -98,7 +96,6 @@ class StepPacer:
             len(surprises), max(surprises), account.total_tokens
         )
         self._density = min(density, UNCERTAIN_DENSITY) if little_known else density
-        self.filling_tokens = pace.filling_tokens(self._density)
 
 
 def _beyond_expectation(request: PlannedRequest) -> int:
