@@ -28,8 +28,7 @@ os.environ.setdefault("BLENDSERVE_ENABLED", "1")
 from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, PlannerConfig, Side
-from blendserve.runtime.next_use import UseTag
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, UseTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 from blendserve.simulator.exam import exam
 from blendserve.simulator.traces import trace_lengths

@@ -25,8 +25,7 @@ from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
-from blendserve.runtime.next_use import UseTag
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, UseTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, Planner
 from blendserve.runtime.prompts import PromptReader
 

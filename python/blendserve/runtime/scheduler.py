@@ -33,7 +33,6 @@ from blendserve.runtime.prefill_adder import (
     is_planned,
     tokens_to_compute,
 )
-from blendserve.runtime.radix_cache import use_tag
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.step_pacer import StepPacer
@@ -123,7 +122,6 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             self.blend.retract(PlannedRequest(req, tag))
             return
         setattr(req, PLAN_ATTRIBUTE, tag)
-        use_tag(req)  # It is kept on the request for the radix cache.
         req.sampling_params.custom_params = without_tag(params)
         replicas = max(self.server_args.dp_size, 1)
         self.blend_rest = (tag.rest_compute_seconds / replicas, tag.rest_memory_seconds / replicas)
