@@ -13,7 +13,7 @@ from .prefix_tree import Floats
 
 # Room for wrong estimates: outgrowing memory costs a retraction, which computes everything anew,
 # and memory kept in vain is only lent a little later.
-_DEVIATIONS = 2.0
+_DEVIATIONS = 2.5
 # Each step in which requests lose their memory shows that the estimates were worse than that, and
 # adds to it; what it added shrinks by this part with every step.
 _AFTER_RETRACTION = 1.0

@@ -19,7 +19,7 @@ OVERDUE_PART = 0.5
 # Steps of a job's end that were not reckoned with wait for weights, and cost several times what
 # compute costs that is left over then. So something is taken to run so many times as likely.
 TAIL_CAUTION = 2.0
-_ROWS = 9
+_ROWS = 6
 
 
 @dataclass(slots=True)
@@ -53,16 +53,14 @@ class MemoryForecast:
     likelihood times what the request holds less the step, and times what it holds at its end. The
     demand in a bin is the third, and from all later bins the second plus the first times the step.
     So a request that comes or goes touches as many bins as it has lengths. The variance is had in
-    the same way: with p the chance that a request still runs, p - p^2 in place of p, of squares;
-    and so is the most that can come, with the longest of the lengths alone.
+    the same way: with p the chance that a request still runs, p - p^2 in place of p, of squares.
 
     Mutable, no clock: all times are step numbers, which must not decrease from call to call.
 
     Args:
         bin_steps: width of a bin.
         deviations: how many standard deviations of it are added to the demand, the lengths of
-            different requests taken as independent, but never more than all hold at their longest;
-            may be changed at any time.
+            different requests taken as independent; may be changed at any time.
     """
 
     def __init__(self, bin_steps: int = BIN_STEPS, deviations: float = 0.0) -> None:
@@ -195,11 +193,7 @@ class MemoryForecast:
         count = len(ends)
         part = sign / count
         origin = self._origin
-        held, most, *sums = self._sums
-        last -= origin
-        most[last] += sign * (base + ends[-1])
-        sums[5][last] += sign
-        sums[6][last] += sign * base
+        held, *sums = self._sums
         for ended, end in enumerate(ends):
             at = math.ceil(end / width) - 1 - origin
             held[at] += part * (base + end)
@@ -218,15 +212,14 @@ class MemoryForecast:
         first = now // self._width
         sums = self._sums[:, first - self._origin : self._stop - self._origin]
         times = self._bin_ends(first, sums.shape[1])
-        used = sums[2:4] if not self.deviations else sums[2:]
+        used = sums[1:3] if not self.deviations else sums[1:]
         later = used[:, ::-1].cumsum(axis=1)[:, ::-1] - used
         expected: Floats = sums[0] + later[0] * times + later[1]
         if not self.deviations:
             return expected
         variance = (later[2] * times + 2.0 * later[3]) * times + later[4]
-        room = self.deviations * np.sqrt(np.maximum(variance, 0.0))
-        demand: Floats = np.minimum(expected + room, sums[1] + later[5] * times + later[6])
-        return demand
+        room: Floats = self.deviations * np.sqrt(np.maximum(variance, 0.0))
+        return expected + room
 
     def _bin_ends(self, first: int, bins: int) -> Floats:
         return np.arange(first + 1.0, first + bins + 1.0) * self._width

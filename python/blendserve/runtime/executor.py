@@ -17,6 +17,7 @@ from blendserve.runtime.credits import Credits
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.feedback import ReportReceiver, SchedulerReport
+from blendserve.runtime.guard import not_live
 from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
@@ -27,6 +28,8 @@ from blendserve.runtime.prompts import PromptReader
 
 # How old what GET /metrics shows may be.
 _METRICS_SECONDS = 1.0
+# A report lies in its socket when the server starts; this is for a machine that swaps.
+_HELLO_SECONDS = 60.0
 
 
 class BlendExecutor:
@@ -65,6 +68,7 @@ class BlendExecutor:
         self._tasks: list[asyncio.Task[None]] = []
         self._runners: dict[str, JobRunner] = {}
         self.reports: dict[int, SchedulerReport] = {}
+        self._reported = asyncio.Event()
 
     # -- what the batch room asks for ----------------------------------------------------------
 
@@ -144,6 +148,23 @@ class BlendExecutor:
         if self._server_args.enable_metrics:
             self._tasks.append(asyncio.create_task(self._keep_metrics(Metrics())))
 
+    async def replicas_live(self) -> None:
+        """Wait until the scheduler of each data-parallel replica has spoken. Each did before SGLang
+        called it ready, so that takes a moment.
+
+        Raises:
+            UnsupportedSGLang: one has not; it is not BlendServe's.
+        """
+        if self._server_args.dp_size == 1:
+            return  # Its handshake has told.
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                while len(self.reports) < self._server_args.dp_size:
+                    await self._reported.wait()
+                    self._reported.clear()
+        except TimeoutError as error:
+            raise not_live() from error
+
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -165,6 +186,7 @@ class BlendExecutor:
 
     def _on_report(self, report: SchedulerReport) -> None:
         self.reports[report.dp_rank] = report
+        self._reported.set()
         self._dispatcher.credits.on_report(report)
         self._dispatcher.wake()
 

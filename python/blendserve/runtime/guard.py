@@ -175,9 +175,14 @@ def check_scheduler_live(scheduler_info: Mapping[str, Any]) -> None:
         UnsupportedSGLang: the handshake came from another scheduler class.
     """
     if scheduler_info.get("blendserve") is None:
-        raise UnsupportedSGLang(
-            f"SGLang {installed_sglang()} started without BlendServe's scheduler: the plugin did "
-            "not load in the scheduler process (is SGLANG_PLUGINS set without 'blendserve', or "
-            "--use-ray given?). Start without those, or switch BlendServe off with "
-            "BLENDSERVE_ENABLED=0."
-        )
+        raise not_live()
+
+
+def not_live() -> UnsupportedSGLang:
+    """The error of a server whose scheduler is not BlendServe's."""
+    return UnsupportedSGLang(
+        f"SGLang {installed_sglang()} started without BlendServe's scheduler: the plugin did "
+        "not load in the scheduler process (is SGLANG_PLUGINS set without 'blendserve', or "
+        "--use-ray given?). Start without those, or switch BlendServe off with "
+        "BLENDSERVE_ENABLED=0."
+    )

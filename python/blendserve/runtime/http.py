@@ -48,8 +48,9 @@ def mount(
 
     settings = load_settings()
     try:
-        for info in scheduler_infos:
-            check_scheduler_live(info)
+        if server_args.dp_size == 1:
+            for info in scheduler_infos:
+                check_scheduler_live(info)
         if server_args.tokenizer_worker_num != 1:
             raise UnsupportedSGLang(
                 "BlendServe's Batch API needs --tokenizer-worker-num 1: further workers do not "
@@ -88,6 +89,7 @@ def _extend_life(
         async with sglang_lifespan(application) as state:
             executor.start()
             try:
+                await executor.replicas_live()
                 if service is None:
                     # The front process has the batches, and stops its jobs before this engine.
                     yield state

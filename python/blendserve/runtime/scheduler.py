@@ -92,6 +92,9 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the front process refuses to serve without.
         live = scheduler_module.PrefillAdder is BlendPrefillAdder
+        if live:
+            # A data-parallel controller keeps the handshake to itself, so there this is the sign.
+            self._send_report()
         return {**super().get_init_info(), "blendserve": __version__ if live else None}
 
     def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
