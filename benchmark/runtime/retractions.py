@@ -28,7 +28,7 @@ os.environ.setdefault("BLENDSERVE_ENABLED", "1")
 from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, PlannerConfig, Side
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, UseTag, likely_tokens
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 from blendserve.simulator.exam import exam
 from blendserve.simulator.traces import trace_lengths
@@ -162,13 +162,6 @@ class Run:
             return False
         else:
             k = scanner.take(side)
-        use = UseTag(
-            self.name,
-            side,
-            plan.timetable.due(k),
-            plan.timetable.first_due,
-            tuple(plan.timetable.next_uses(k)),
-        )
         tag = PlanTag(
             side,
             rank=len(self.sent),
@@ -179,7 +172,7 @@ class Run:
             memory_seconds=float(plan.memory_seconds[k]),
             rest_compute_seconds=scanner.remaining_seconds[0],
             rest_memory_seconds=scanner.remaining_seconds[1],
-            use=use,
+            use=plan.use_tag(self.name, side, k),
             updates=self.updates,
         )
         self.updates = ()

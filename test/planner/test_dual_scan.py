@@ -321,6 +321,20 @@ def test_a_prefix_that_a_later_request_shares_does_not_come_free_with_the_first(
     assert RIGHT.other is LEFT
 
 
+def test_a_head_knows_what_it_shares_with_what_its_side_has_passed():
+    prefix, other = list(range(50)), list(range(100, 130))
+    prompts = [[*prefix, 1000 + k] for k in range(3)] + [[*other, 2000 + k] for k in range(3)]
+    job = Job([np.array(p, dtype=np.int32) for p in prompts], np.array([2, 2, 2, 900, 900, 900]))
+    plan = make_plan(job, LLAMA_ON_A100)
+    scanner = DualScanner(plan)
+    found = {side: [] for side in Side}
+    for side in (LEFT, RIGHT, LEFT, RIGHT, LEFT, RIGHT):
+        found[side].append(scanner.shared_tokens(side))
+        scanner.take(side)
+    assert found == {LEFT: [0, 50, 50], RIGHT: [0, 30, 30]}
+    assert scanner.shared_tokens(LEFT) == scanner.shared_tokens(RIGHT) == 0
+
+
 def test_a_finished_plan_of_nothing():
     empty = Job([], np.array([]))
     assert DualScanner(make_plan(empty, LLAMA_ON_A100)).exhausted

@@ -149,7 +149,7 @@ class FakeServer:
     # -- what JobRunner calls
 
     def start(
-        self, line: BatchLine, tag: PlanTag | None, sequences: int
+        self, line: BatchLine, tag: PlanTag | None, sequences: int, replica: int | None = None
     ) -> asyncio.Task[LineResult]:
         loop = asyncio.get_running_loop()
         sent = Sent(line.index, tag, sequences, line.body.get("prompt", []), loop.create_future())

@@ -202,3 +202,59 @@ def test_a_sender_that_heeds_its_credits_never_fills_a_queue_beyond_its_depth(st
     for rank, counts in taken.items():
         credits.on_report(report(counts[LEFT], counts[RIGHT], dp_rank=rank))
     assert {side: credits.queued(side) for side in Side} == {side: queue[side] for side in Side}
+
+
+# -- data-parallel replicas
+
+
+def send(credits, side, shares=True):
+    replica = credits.replica(side, 1, shares)
+    credits.sent(side, 1)
+    return replica
+
+
+def test_one_scheduler_needs_no_choice():
+    assert Credits().replica(LEFT, 1, shares=False) is None
+
+
+def test_each_replica_has_a_queue():
+    credits = Credits(3)
+    assert credits.available(LEFT) == 3 * FIRST_DEPTH
+
+
+def test_requests_that_share_a_prefix_stay_together_while_there_is_room():
+    credits = Credits(2)
+    first = send(credits, LEFT, shares=False)
+    assert [send(credits, LEFT) for _ in range(FIRST_DEPTH - 1)] == [first] * (FIRST_DEPTH - 1)
+    # Its queue is full: the other one computes the prefix once more, and then has it.
+    assert [send(credits, LEFT) for _ in range(3)] == [1 - first] * 3
+    credits.on_report(report(left=10, dp_rank=first))
+    assert send(credits, LEFT) == 1 - first
+
+
+def test_what_shares_nothing_goes_to_the_shortest_queue():
+    credits = Credits(3)
+    assert sorted(send(credits, RIGHT, shares=False) for _ in range(3)) == [0, 1, 2]
+    credits.on_report(report(right=1, dp_rank=2))
+    assert send(credits, RIGHT, shares=False) == 2
+
+
+def test_sides_choose_for_themselves():
+    credits = Credits(2)
+    left = send(credits, LEFT, shares=False)
+    for _ in range(4):
+        send(credits, RIGHT, shares=False)
+    assert send(credits, LEFT) == left
+
+
+def test_what_never_arrived_is_forgotten_with_the_rest():
+    credits = Credits(2)
+    first = send(credits, LEFT, shares=False)
+    for _ in range(FIRST_DEPTH - 1):
+        send(credits, LEFT)
+    credits.on_report(report(left=4, dp_rank=first))
+    credits.on_report(report(left=0, dp_rank=1 - first))
+    credits.settle()
+    assert credits.available(LEFT) == 2 * FIRST_DEPTH
+    assert send(credits, LEFT) == first
+    assert send(credits, LEFT, shares=False) == 1 - first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import signal
 import socket
@@ -22,6 +23,8 @@ PARENT_VARIABLE = "BLENDSERVE_PARENT_PID"
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 15
+# The last line of a traceback.
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 _PR_SET_PDEATHSIG = 1
 _FIRST_PORT = 20_000
 # Linux gives outgoing connections ports from here on, unless it is told otherwise.
@@ -132,6 +135,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def log_tail(log: Path) -> str:
+    """What a log says of a server's end: our own words if there are any; else its last lines, and
+    before them the first error, of which the later ones are often only the consequence."""
     lines = log.read_text(errors="replace").splitlines()
     said = [line for line in lines if line.startswith("blendserve")]
-    return "\n".join(said[-3:] or lines[-_LOG_TAIL_LINES:])
+    tail = lines[-_LOG_TAIL_LINES:]
+    first = next((line for line in lines if _ERROR.match(line)), None)
+    if first is not None and first not in tail:
+        tail = [f"first error: {first}", *tail]
+    return "\n".join(said[-3:] or tail)

@@ -40,6 +40,7 @@ class DualScanner:
         self._density = plan.density
         self._compute_seconds = plan.compute_seconds
         self._memory_seconds = plan.memory_seconds
+        self._shared = plan.shared_with_previous
         n = len(plan.order)
         self._low = 0
         self._high = n - 1
@@ -105,6 +106,12 @@ class DualScanner:
     def density(self, side: Side) -> float | None:
         """Compute density of the head of a side, None when nothing is left."""
         return None if self.exhausted else float(self._density[self._cursor(side)])
+
+    def shared_tokens(self, side: Side) -> int:
+        """Prompt tokens that the head of a side has in common with its neighbour in the plan that
+        this side has passed; 0 when nothing is left."""
+        at = self._low if side is Side.LEFT else self._high + 1
+        return 0 if self.exhausted or at >= len(self._shared) else int(self._shared[at])
 
     @property
     def remaining_seconds(self) -> tuple[float, float]:

@@ -20,9 +20,16 @@ class Credits:
     What is queued can no longer be re-planned, and what is not queued cannot be admitted; so the
     depth follows the most requests that one report said were admitted, times a margin for the
     way there.
+
+    Args:
+        replicas: data-parallel schedulers, each with queues of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int = 1) -> None:
+        self._replicas = replicas
+        # To each replica, as far as it was chosen here; and the latest choice.
+        self._sent_to = {side: [0] * replicas for side in Side}
+        self._latest = dict.fromkeys(Side, 0)
         self._sent: Counter[Side] = Counter()
         self._taken: dict[int, Counter[Side]] = {}
         self._depth: dict[Side, int] = dict.fromkeys(Side, _MIN_DEPTH)
@@ -33,6 +40,22 @@ class Credits:
         """Record that ``sequences`` engine requests went to a side."""
         self._sent[side] += sequences
         self._quiet_reports[side] = 0
+
+    def replica(self, side: Side, sequences: int, shares: bool) -> int | None:
+        """The replica that a request of a side should go to; None where there is only one.
+
+        It is the one of the request before if `shares`, that is, if it finds a prefix there, and if
+        that replica's queue is not full; else the one with the shortest queue.
+        """
+        if self._replicas == 1:
+            return None
+        sent = self._sent_to[side]
+        queued = [sent[k] - self._taken.get(k, Counter())[side] for k in range(self._replicas)]
+        latest = self._latest[side]
+        if not shares or queued[latest] >= self._depth[side]:
+            latest = self._latest[side] = queued.index(min(queued))
+        sent[latest] += sequences
+        return latest
 
     def refused(self, side: Side, sequences: int) -> None:
         """Take ``sent`` back: the server answered with an error, before any queue."""
@@ -65,9 +88,11 @@ class Credits:
         return self._sent[side] - sum(taken[side] for taken in self._taken.values())
 
     def available(self, side: Side) -> int:
-        return self._depth[side] - self.queued(side)
+        return self._depth[side] * self._replicas - self.queued(side)
 
     def settle(self) -> None:
         """Nothing is in flight: forget any difference between what was sent and counted."""
         for side in Side:
             self._sent[side] -= self.queued(side)
+            for replica, taken in self._taken.items():
+                self._sent_to[side][replica] = taken[side]

@@ -49,7 +49,7 @@ class BlendExecutor:
         self._server_args = server_args
         self._tokenizer_manager = tokenizer_manager
         pacer = Pacer(self._serves_online)
-        self._dispatcher = Dispatcher(Credits(), pacer)
+        self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
         # On the one object that serves all requests: SGLang's own method stays as it is.
         tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, pacer)
         self._reader = PromptReader(app, tokenizer_manager)

@@ -25,7 +25,7 @@ from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, UseTag, likely_tokens
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, Planner
 from blendserve.runtime.prompts import PromptReader
 
@@ -273,6 +273,7 @@ class JobRunner:
     def send(self, turn: Turn) -> None:
         scanner, side = self._scanner, turn.side
         sample = self._sampled(side)
+        shares = sample is None and scanner.shared_tokens(side) > 0
         if sample is not None:
             position, density = sample, self._density_of(sample)
             scanner.remove(position)
@@ -282,7 +283,6 @@ class JobRunner:
             position = scanner.take(side)
         plan = self._plan_now
         likely = likely_tokens(plan.likely_output_tokens[position])
-        timetable = plan.timetable
         compute = float(plan.compute_seconds[position])
         memory = float(plan.memory_seconds[position])
         rest_compute, rest_memory = turn.waiting_seconds
@@ -296,18 +296,13 @@ class JobRunner:
             memory_seconds=memory,
             rest_compute_seconds=max(rest_compute - compute, 0.0),
             rest_memory_seconds=max(rest_memory - memory, 0.0),
-            use=UseTag(
-                job=self.job_id,
-                side=side,
-                due=timetable.due(position),
-                since=timetable.first_due,
-                next_uses=tuple(timetable.next_uses(position)),
-            ),
+            use=plan.use_tag(self.job_id, side, position),
             updates=self._some_updates(),
         )
         self._started.append(position)
         sequences = self._work.sequences[position]
-        task = self._start(self._work.lines[position], tag, sequences, position)
+        replica = self._dispatcher.credits.replica(side, sequences, shares)
+        task = self._start(self._work.lines[position], tag, sequences, position, replica)
         if task is None:
             return
         self._dispatcher.credits.sent(side, sequences)
@@ -325,7 +320,7 @@ class JobRunner:
         if self._closed or not self._work.unplannable or self._unplanned >= _MAX_UNPLANNED:
             return False
         self._unplanned += 1
-        self._start(self._work.unplannable.popleft(), None, 1, None)
+        self._start(self._work.unplannable.popleft(), None)
         self._look()
         return True
 
@@ -340,10 +335,15 @@ class JobRunner:
         return float(self._plan_now.density[position])
 
     def _start(
-        self, index: int, tag: PlanTag | None, sequences: int, position: int | None
+        self,
+        index: int,
+        tag: PlanTag | None,
+        sequences: int = 1,
+        position: int | None = None,
+        replica: int | None = None,
     ) -> asyncio.Task[LineResult] | None:
         try:
-            task = self._client.start(self._lines.read(index), tag, sequences)
+            task = self._client.start(self._lines.read(index), tag, sequences, replica)
         except Exception as error:
             # Of this job's file; the other jobs go on.
             self._closed = True

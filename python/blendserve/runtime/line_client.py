@@ -14,6 +14,8 @@ from blendserve.runtime.pacing import is_batch_line
 from blendserve.runtime.plan_tag import PlanTag
 
 _ABORT_INTERVAL_SECONDS = 0.05
+# Routes whose bodies may name a data-parallel replica.
+_ROUTED = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
 class LineClient:
@@ -45,9 +47,10 @@ class LineClient:
         self._in_flight: dict[str, asyncio.Task[LineResult]] = {}
 
     def start(
-        self, line: BatchLine, tag: PlanTag | None, sequences: int
+        self, line: BatchLine, tag: PlanTag | None, sequences: int, replica: int | None = None
     ) -> asyncio.Task[LineResult]:
-        """Send a line; the task ends with its answer, whatever the HTTP status."""
+        """Send a line, to a data-parallel replica if one is named; the task ends with its answer,
+        whatever the HTTP status."""
         rid = uuid.uuid4().hex
         body = dict(line.body)
         if sequences == 1:
@@ -56,6 +59,8 @@ class LineClient:
         if line.url == "/v1/responses":
             # SGLang would keep every answer in memory, to be asked for again.
             body.setdefault("store", False)
+        if replica is not None and line.url in _ROUTED:
+            body["routed_dp_rank"] = replica
         if tag is not None:
             body["custom_params"] = {**(body.get("custom_params") or {}), **tag.to_params()}
         task = asyncio.create_task(self._call(line, rid, body), name=rid)

@@ -25,6 +25,7 @@ from blendserve.planner import (
     make_plan,
     make_timetable,
 )
+from blendserve.runtime.plan_tag import UseTag
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -104,6 +105,12 @@ class JobPlan:
     unique_tokens: int
     sharing_best: float
     sharing_planned: float
+
+    def use_tag(self, job: str, side: Side, position: int) -> UseTag:
+        """What the radix cache is told when a side sends a request."""
+        times = self.timetable
+        next_uses = tuple(times.next_uses(position))
+        return UseTag(job, side, times.due(position), times.first_due, next_uses)
 
 
 class Planner(Protocol):
