@@ -7,6 +7,7 @@ constexpr int TILE = 64;           // KV positions that are scored together
 constexpr int DIRECT_ROWS = 6;     // up to here, transposing the keys costs more than it saves
 constexpr float NOTHING = -1e30f;  // maximum of a row that has seen no key yet
 constexpr float MASKED = -__builtin_inff();
+constexpr float MAXIMUM_SLACK = 8.0f;  // weights stay below 2 to this power
 
 // A width (head_dim, rounded up to whole vectors) that the compiler knows; others are plain ints.
 template <int N>
@@ -197,33 +198,45 @@ struct Rows<0> {
   static inline void weigh(int, const float*, const float* const*, int, float*, Width, Ahead&) {}
 };
 
-// Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
-// `sums` holds the row's sum of weights in W parts, which are added up at the end.
+// Scores of `rows` rows, as powers of two, to unnormalised weights, in place. `maxima` are what the
+// weights are taken against: a row is rescaled only when a score exceeds its own by far, since any
+// value near the maximum will do. `sums` holds each row's sum of weights in W parts, added up at the
+// end.
 template <class Width>
-inline void soften(float* scores, float soft_cap, float* maximum, float* sums, float* accumulator,
-                   Width width) {
+inline void soften(int rows, float* scores, float soft_cap, float* maxima, float* sums,
+                   float* accumulators, Width width) {
   if (soft_cap > 0.0f)
-    for (int t = 0; t < TILE; t += W) {
+    for (int t = 0; t < rows * TILE; t += W) {
       const vfloat s = load(scores + t);
-      const vfloat capped = soft_cap * hyperbolic_tangent(s * (1.0f / soft_cap));
+      const vfloat capped = soft_cap * LOG2_E * hyperbolic_tangent(s * (1.0f / soft_cap));
       store(scores + t, s == MASKED ? s : capped);
     }
-  vfloat top = load(scores);
-  for (int t = W; t < TILE; t += W) top = larger(top, load(scores + t));
-  const float tile_maximum = largest_lane(top);
-  if (tile_maximum > *maximum) {
-    const vfloat shrink = exponential(splat(*maximum - tile_maximum));
-    store(sums, load(sums) * shrink);
-    for (int d = 0; d < width; d += W) store(accumulator + d, load(accumulator + d) * shrink);
-    *maximum = tile_maximum;
+  const auto highest = [&](int row) {
+    vfloat top = load(scores + row * TILE);
+    for (int t = W; t < TILE; t += W) top = larger(top, load(scores + row * TILE + t));
+    return top;
+  };
+  vfloat excess = highest(0) - maxima[0];
+  for (int row = 1; row < rows; ++row) excess = larger(excess, highest(row) - maxima[row]);
+  if (largest_lane(excess) > MAXIMUM_SLACK)
+    for (int row = 0; row < rows; ++row) {
+      const float maximum = largest_lane(highest(row));
+      if (maximum <= maxima[row]) continue;
+      const vfloat shrink = power_of_two(splat(maxima[row] - maximum));
+      float* accumulator = accumulators + row * width;
+      store(sums + row * W, load(sums + row * W) * shrink);
+      for (int d = 0; d < width; d += W) store(accumulator + d, load(accumulator + d) * shrink);
+      maxima[row] = maximum;
+    }
+  for (int row = 0; row < rows; ++row) {
+    vfloat total = load(sums + row * W);
+    for (int t = 0; t < TILE; t += W) {
+      const vfloat weight = power_of_two(load(scores + row * TILE + t) - maxima[row]);
+      store(scores + row * TILE + t, weight);
+      total += weight;
+    }
+    store(sums + row * W, total);
   }
-  vfloat total = load(sums);
-  for (int t = 0; t < TILE; t += W) {
-    const vfloat weight = exponential(load(scores + t) - *maximum);
-    store(scores + t, weight);
-    total += weight;
-  }
-  store(sums, total);
 }
 
 template <class Width>
@@ -240,6 +253,8 @@ int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
   // Rows of the pools that a vector load can read in place need no copy.
   const bool copied = bfloat16 || width != head_dim;
   const bool direct = rows <= DIRECT_ROWS;
+  // Scores are powers of two, not of e; a soft cap comes before that.
+  const float scale = a.soft_cap > 0.0f ? a.scale : a.scale * LOG2_E;
   const BlendRow* row_list = a.rows + item.row_begin;
 
   const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
@@ -266,7 +281,7 @@ int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
         float* query = queries + index * width;
         const int64_t head = static_cast<int64_t>(first_head + h) * group + g;
         read_row(a.query, row.query * a.query_stride + head * head_dim, head_dim, bfloat16, query);
-        for (int d = 0; d < head_dim; ++d) query[d] *= a.scale;
+        for (int d = 0; d < head_dim; ++d) query[d] *= scale;
         for (int d = head_dim; d < width; ++d) query[d] = 0.0f;
         for (int d = 0; d < width; ++d) accumulators[index * width + d] = 0.0f;
         maxima[index] = NOTHING;
@@ -322,20 +337,18 @@ int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
           score_direct(block_queries, block, width, keys, tokens, scores, ahead);
         else
           Rows<ROW_BLOCK>::score(block, block_queries, width, transposed, scores);
-        for (int r = 0; r < block; ++r) {
+        for (int r = 0; masked && r < block; ++r) {
           float* score = scores + r * TILE;
-          if (masked) {
-            const int64_t visible = row_list[(first_row + r) / group].visible - begin;
-            const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
-            for (int t = end; t < TILE; ++t) score[t] = MASKED;
-            if (a.window >= 0) {
-              const int64_t first = visible - 1 - a.window;
-              for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
-            }
+          const int64_t visible = row_list[(first_row + r) / group].visible - begin;
+          const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
+          for (int t = end; t < TILE; ++t) score[t] = MASKED;
+          if (a.window >= 0) {
+            const int64_t first = visible - 1 - a.window;
+            for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
           }
-          soften(score, a.soft_cap, maxima + first_index + r, sums + (first_index + r) * W,
-                 block_accumulators + r * width, width);
         }
+        soften(block, scores, a.soft_cap, maxima + first_index, sums + first_index * W,
+               block_accumulators, width);
         Rows<ROW_BLOCK>::weigh(block, scores, values, tokens, block_accumulators, width, ahead);
       }
     }
@@ -384,7 +397,7 @@ void merge(const BlendAttention& a, int64_t number) {
     float sum = 0.0f;
     for (int64_t p = begin; p < end; ++p) {
       const float* part = a.partials + (p * a.heads + head) * (head_dim + 2);
-      const float factor = exponential(splat(part[head_dim] - maximum))[0];
+      const float factor = power_of_two(splat(part[head_dim] - maximum))[0];
       sum += factor * part[head_dim + 1];
       for (int64_t d = 0; d < head_dim; ++d)
         first[d] = factor * part[d] + (p == begin ? 0.0f : first[d]);
