@@ -51,7 +51,9 @@ class Plan:
     ``merge_begin[i + 1]``.
     """
 
-    items: NDArray[np.int64]  # [items, 6], the compute-bound first, of each kind the costliest first
+    items: NDArray[
+        np.int64
+    ]  # [items, 6], the compute-bound first, of each kind the costliest first
     # [compute-bound items]: positions of memory-bound items whose reading each KV_TILE positions of
     # this one can hide.
     beside: NDArray[np.int64]

@@ -1,5 +1,6 @@
 """The split of a GPU between prefill and decode, against all splits tried one by one."""
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ seconds = st.floats(0.001, 1000)
 def decode_speed(share):
     """Between the published points, and from nothing to all."""
     points = [(0.0, 0.0), *INTERFERENCE, (1.0, 1.0)]
-    for (r0, p0), (r1, p1) in zip(points, points[1:], strict=False):
+    for (r0, p0), (r1, p1) in itertools.pairwise(points):
         if r0 <= share <= r1:
             return p0 + (p1 - p0) * (share - r0) / (r1 - r0)
     raise AssertionError(share)

@@ -6,22 +6,20 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
-from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
+from bare_scheduler import FIRST_TOKEN, KV_TOKENS, VOCABULARY, BareScheduler, the_scheduler
 from sglang.srt.multiplex import multiplexing_mixin, pdmux_context
 
 from blendserve.planner import Side, StepPace, best_split, separate_parts
 from blendserve.runtime.plan_tag import PlanTag
 
-KV_TOKENS = 4_000
 # As for a GPU of 108 multiprocessors; the first and the last are those of one part alone.
 SM_COUNTS = [(108, 0), (88, 20), (76, 32), (54, 54), (32, 76), (0, 108)]
-PACE = StepPace(token_seconds=1.0, context_seconds=1 / 30, weight_seconds=20.0, chunk_tokens=0)
+PACE = StepPace(token_seconds=1.0, context_seconds=1 / 30, weight_seconds=2.0, chunk_tokens=0)
 
 
 class JobDone(Exception):
@@ -39,24 +37,25 @@ class Stream:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[BareScheduler]:
     with mock.patch.dict(os.environ, {"BLENDSERVE_ENABLED": "1"}):
-        yield BareScheduler(
-            *("--max-total-tokens", str(KV_TOKENS), "--chunked-prefill-size", "-1"),
-            *("--schedule-policy", "fcfs", "--radix-cache-backend", "blendserve"),
-        )
+        yield the_scheduler()
 
 
 @pytest.fixture
 def multiplexed(engine: BareScheduler, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The scheduler as ``--enable-pdmux`` leaves it; `picked` holds the stream groups in turn."""
     live = engine.live
+    live.flush_cache()
+    engine.finished.clear()
     groups = [(Stream(), Stream()) for _ in SM_COUNTS]
     monkeypatch.setattr(pdmux_context, "STREAM_GROUPS", groups)
     monkeypatch.setattr(pdmux_context, "CURRENT_STREAM_IDX", 0)
     monkeypatch.setattr(multiplexing_mixin, "pdmux_prefill_tp_group", nullcontext)
     picked: list[int] = []
-    runner = SimpleNamespace(update_decode_attn_backend=picked.append)
+    runner = live.tp_worker.model_runner
+    monkeypatch.setattr(runner, "update_decode_attn_backend", picked.append, raising=False)
     for name, value in {
         "enable_pdmux": True,
+        "chunked_prefill_size": None,
         "split_prefill_batch": None,
         "pdmux_config": pdmux_context.PDMuxConfig(split_forward_token_budget=1),
         "stream_groups": groups,
@@ -68,12 +67,13 @@ def multiplexed(engine: BareScheduler, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(live, name, value, raising=False)
     # Three layers, of which one round of the loop computes one.
     monkeypatch.setattr(live.model_config, "num_hidden_layers", 3)
-    monkeypatch.setattr(live.tp_worker, "forward_batch_split_prefill", engine._forward, raising=False)
-    monkeypatch.setattr(live.tp_worker, "model_runner", runner, raising=False)
+    monkeypatch.setattr(live.tp_worker, "forward_batch_split_prefill", engine._forward)
     return live
 
 
-def requests(rng: random.Random, side: Side, count: int) -> list[tuple[str, list[int], int, PlanTag]]:
+def requests(
+    rng: random.Random, side: Side, count: int
+) -> list[tuple[str, list[int], int, PlanTag]]:
     made = []
     for k in range(count):
         prompt = [rng.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(rng.randint(20, 200))]
@@ -112,15 +112,17 @@ def run(engine: BareScheduler, job: list[tuple[str, list[int], int, PlanTag | No
 def test_a_job_runs_to_its_end_and_nothing_of_it_stays_booked(
     engine: BareScheduler, multiplexed: Any
 ) -> None:
-    engine.finished.clear()
     rng = random.Random(1)
-    job = requests(rng, Side.LEFT, 40) + requests(rng, Side.RIGHT, 30)
+    job = requests(rng, Side.LEFT, 150) + requests(rng, Side.RIGHT, 30)
+    report = multiplexed.blend_report
+    before = report.prefill_tokens + report.cached_tokens
     run(engine, job)
     assert engine.finished == {rid: length for rid, _, length, _ in job}
     assert multiplexed.is_fully_idle()
     assert not multiplexed.blend.running
     assert len(multiplexed.blend.account) == 0
-    assert multiplexed.blend_report.prefill_tokens >= sum(len(prompt) for _, prompt, _, _ in job)
+    prompts = sum(len(prompt) for _, prompt, _, _ in job)
+    assert report.prefill_tokens + report.cached_tokens - before == prompts
     free = multiplexed.token_to_kv_pool_allocator.available_size()
     assert free + multiplexed.tree_cache.evictable_size() == KV_TOKENS
     inner = set(multiplexed.picked) - {0, len(SM_COUNTS) - 1}
@@ -129,9 +131,7 @@ def test_a_job_runs_to_its_end_and_nothing_of_it_stays_booked(
 
 def test_the_split_follows_what_is_left(engine: BareScheduler, multiplexed: Any) -> None:
     """In the midst of a job, whose rest then changes."""
-    engine.finished.clear()
-    rng = random.Random(2)
-    job = requests(rng, Side.RIGHT, 12)
+    job = requests(random.Random(2), Side.RIGHT, 40)
     live, shares = multiplexed, []
     adjust = live.adjust_stream_groups
 
@@ -155,7 +155,7 @@ def test_the_split_follows_what_is_left(engine: BareScheduler, multiplexed: Any)
         return adjust(running_batch)
 
     with mock.patch.object(live, "adjust_stream_groups", look):
-        run(engine, job[:6] + [(f"late-{k}", *rest) for k, (_, *rest) in enumerate(job[6:])])
+        run(engine, job)
     assert shares, "decodes and a prefill batch never met"
     for decodes in (shares[at : at + 4] for at in range(0, len(shares), 4)):
         assert decodes == sorted(decodes, reverse=True)
@@ -171,7 +171,6 @@ def test_a_prefill_batch_on_its_way_is_not_idle(engine: BareScheduler, multiplex
 def test_requests_without_a_plan_get_the_split_that_sglang_picks(
     engine: BareScheduler, multiplexed: Any
 ) -> None:
-    engine.finished.clear()
     online = [
         (rid, prompt, length, None)
         for rid, prompt, length, _ in requests(random.Random(3), Side.RIGHT, 20)

@@ -1,9 +1,9 @@
 """PD multiplexing whose split of the multiprocessors follows the blend.
 
-With ``--enable-pdmux`` SGLang runs a prefill batch and the decodes on two streams, each with some of
-the GPU's multiprocessors, and picks the split by the number of decodes. Whenever it would pick one
-while planned requests run, it gets the split under which prefill and decode end together, if they
-go on in the proportion of all that is left of the job.
+With ``--enable-pdmux`` SGLang runs a prefill batch and the decodes on two streams, each with a part
+of the GPU's multiprocessors, and picks the split by the number of decodes. Whenever it would pick
+one while planned requests run, it gets the split under which prefill and decode end together, if
+they go on in the proportion of all that is left of the job.
 """
 
 from __future__ import annotations
