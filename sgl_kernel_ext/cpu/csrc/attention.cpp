@@ -46,6 +46,9 @@ thread_local BlendScratch partials;
 
 }  // namespace
 
+// For the caller to check that it fills in the struct that these kernels read.
+extern "C" int64_t blend_attention_bytes() { return sizeof(BlendAttention); }
+
 extern "C" void blend_attention(BlendAttention* attention, int threads) {
   const BlendKernels& k = kernels();
   attention->partials = partials.reserve(attention->partial_count * attention->heads *
