@@ -35,6 +35,10 @@ class Tiling:
         """Cost of a KV position for so many query tokens, in reads of a position."""
         return 1.0 + self.shared_read_cost * (members - 1)
 
+    def spare(self, members: int) -> float:
+        """Reads of other positions that computing one for so many query tokens can hide."""
+        return self.weight(members) - 2.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +51,12 @@ class Plan:
     ``merge_begin[i + 1]``.
     """
 
-    items: NDArray[np.int64]  # [items, 6], the costliest first
+    items: NDArray[
+        np.int64
+    ]  # [items, 6], the compute-bound first, of each kind the costliest first
+    # [compute-bound items]: positions of memory-bound items whose reading each KV_TILE positions of
+    # this one can hide.
+    beside: NDArray[np.int64]
     rows: NDArray[np.int64]  # [rows, 3]
     merged_query: NDArray[np.int64]  # [merges]
     merge_begin: NDArray[np.int64]  # [merges + 1]
@@ -142,21 +151,31 @@ class _Builder:
         self.shape = shape
         self.tiling = tiling
         self.query_starts = batch.query_starts
-        # (cost, table row, token begin, token end, KV head, row begin, row end)
-        self.items: list[tuple[float, int, int, int, int, int, int]] = []
-        self.rows: list[NDArray[np.int64]] = []
+        # (cost, reads that each position hides) and (table row, token begin, token end, KV head,
+        # row begin, row end)
+        self.costs: list[tuple[float, float]] = []
+        self.items: list[tuple[int, int, int, int, int, int]] = []
+        self.row_queries: list[NDArray[np.int64]] = []
+        self.row_visible: list[NDArray[np.int64]] = []
         self.row_count = 0
 
     def add_decodes(self, segments: list[Segment], workers: int) -> None:
         tiling = self.tiling
-        whole = sum((s.end - s.begin) * tiling.weight(len(s.members)) for s in segments)
-        share = whole / (workers * tiling.items_per_worker)
+        whole = compute_bound = 0.0
+        for segment in segments:
+            cost = (segment.end - segment.begin) * tiling.weight(len(segment.members))
+            whole += cost
+            compute_bound += cost if tiling.spare(len(segment.members)) > 0.0 else 0.0
         for segment in segments:
             for first in range(0, len(segment.members), tiling.max_members):
                 members = segment.members[first : first + tiling.max_members]
                 rows = self._add_rows(self.query_starts[members], self.batch.kv_lens[members])
                 weight = tiling.weight(len(members))
                 length = segment.end - segment.begin
+                spare = tiling.spare(len(members))
+                # What hides behind compute-bound items cannot even out their end.
+                total = compute_bound if spare > 0.0 else whole
+                share = total / (workers * tiling.items_per_worker)
                 wanted = round(length * weight / max(share, 1.0))
                 pieces = max(1, min(length // tiling.min_split_tokens, wanted))
                 inner = {
@@ -172,7 +191,8 @@ class _Builder:
                         rows = self._add_rows(
                             self.query_starts[members], self.batch.kv_lens[members]
                         )
-                    self.items.append(((end - begin) * weight, table_row, begin, end, -1, *rows))
+                    self.costs.append(((end - begin) * weight, spare))
+                    self.items.append((table_row, begin, end, -1, *rows))
 
     def add_prefill(self, request: int) -> None:
         table_row = int(self.batch.table_rows[request])
@@ -187,20 +207,31 @@ class _Builder:
                 np.arange(first_query + tile, first_query + tile_end), np.arange(position, end) + 1
             )
             cost = (end - begin) * self.tiling.weight(tile_end - tile) / self.shape.kv_heads
+            spare = self.tiling.spare(tile_end - tile) / self.shape.kv_heads
             for kv_head in range(self.shape.kv_heads):
-                self.items.append((cost, table_row, begin, end, kv_head, *rows))
+                self.costs.append((cost, spare))
+                self.items.append((table_row, begin, end, kv_head, *rows))
 
     def _add_rows(self, queries: NDArray[np.int64], visible: NDArray[np.int64]) -> tuple[int, int]:
         begin = self.row_count
-        self.rows.append(np.stack([queries, visible, np.full_like(queries, -1)], axis=1))
+        self.row_queries.append(queries)
+        self.row_visible.append(visible)
         self.row_count += len(queries)
         return begin, self.row_count
 
     def finish(self) -> Plan:
-        """Items, the costliest first; a query token with several rows gets partial results."""
-        rows = np.concatenate(self.rows)
-        order = np.argsort([-item[0] for item in self.items], kind="stable")
-        items = np.array([self.items[i][1:] for i in order], dtype=np.int64)
+        """Items in order; a query token with several rows gets partial results."""
+        rows = np.full((self.row_count, 3), -1)
+        rows[:, 0] = np.concatenate(self.row_queries)
+        rows[:, 1] = np.concatenate(self.row_visible)
+        costs, spare = np.array(self.costs).T
+        order = np.lexsort((-costs, spare <= 0.0))
+        items = np.array(self.items, dtype=np.int64)[order]
+        spare = spare[order][: int((spare > 0.0).sum())]
+        lengths = items[:, 2] - items[:, 1]
+        hidden = spare * lengths[: len(spare)]
+        # Evenly, so that the last memory-bound item comes with the last compute-bound one.
+        rate = min(1.0, lengths[len(spare) :].sum() / hidden.sum()) if len(spare) else 0.0
         by_query = np.argsort(rows[:, 0], kind="stable")
         queries, counts = np.unique(rows[:, 0], return_counts=True)
         merged = counts > 1
@@ -209,7 +240,8 @@ class _Builder:
         rows[places, 2] = np.arange(len(places))
         return Plan(
             items=items,
-            rows=np.ascontiguousarray(rows),
+            beside=np.rint(spare * rate * KV_TILE).astype(np.int64),
+            rows=rows,
             merged_query=np.ascontiguousarray(queries[merged]),
             merge_begin=np.concatenate([[0], np.cumsum(counts[merged])]),
             window=self.shape.window,

@@ -18,7 +18,8 @@ from page import (
     table,
 )
 
-from blendserve.simulator.step_time import INTERFERENCE, StepCosts
+from blendserve.planner import INTERFERENCE
+from blendserve.simulator.step_time import StepCosts
 from blendserve.simulator.workloads import REFERENCE
 
 

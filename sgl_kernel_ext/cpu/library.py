@@ -18,11 +18,13 @@ class AttentionArguments(ctypes.Structure):
         ("output", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("items", ctypes.c_void_p),
+        ("beside", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("merged_query", ctypes.c_void_p),
         ("merge_begin", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
         ("item_count", ctypes.c_int64),
+        ("compute_bound", ctypes.c_int64),
         ("merge_count", ctypes.c_int64),
         ("partial_count", ctypes.c_int64),
         ("heads", ctypes.c_int64),
@@ -63,11 +65,15 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library. Raises OSError if it is missing or does not load."""
+    """The library. Raises OSError if it is missing, does not load or is not of these sources,
+    AttributeError if it is older than that check."""
     # torch brings the OpenMP runtime into the process: its thread pool serves these kernels too.
     import torch  # noqa: F401
 
     library = ctypes.CDLL(str(_path()))
+    library.blend_attention_bytes.restype = ctypes.c_int64
+    if library.blend_attention_bytes() != ctypes.sizeof(AttentionArguments):
+        raise OSError("they were built from other sources than these")
     library.blend_attention.argtypes = (ctypes.POINTER(AttentionArguments), ctypes.c_int)
     library.blend_attention.restype = None
     return library

@@ -15,6 +15,7 @@ import pytest
 import torch
 from kernel_cases import Case, make_case
 
+from blendserve.runtime import attention_gpu
 from blendserve.runtime.attention_gpu import BlendedSteps
 from sgl_kernel_ext import reference
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
@@ -281,3 +282,26 @@ def test_everything_else_is_sglangs(
     monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, Any]
 ) -> None:
     assert forward(monkeypatch, mode, **options) == "sglang"
+
+
+def test_under_flashinfer_each_backend_gets_the_workspace_that_sglang_means_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PD multiplexing runs two backends at once; one workspace for both would be overwritten."""
+    from sglang.srt.layers.attention import flashinfer_backend
+
+    class Parent:
+        def __init__(self, runner: Any, init_new_workspace: bool = False) -> None:
+            self.own_workspace = init_new_workspace
+
+    monkeypatch.setattr(flashinfer_backend, "FlashInferAttnBackend", Parent, raising=False)
+    monkeypatch.setattr(attention_gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention_gpu, "choose_kernels", lambda device: ([], "none"))
+    for own in (True, False):
+        runner = SimpleNamespace(
+            init_new_workspace=own,
+            device="cuda",
+            token_to_kv_pool=None,
+            req_to_token_pool=SimpleNamespace(req_to_token=None),
+        )
+        assert attention_gpu.make_backend(runner).own_workspace is own

@@ -5,6 +5,7 @@ There can be one in a process, because SGLang sets up its process groups once.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import tempfile
@@ -30,6 +31,7 @@ from sglang.srt.server_args import PortArgs, prepare_server_args  # noqa: E402
 
 from blendserve.runtime.plan_tag import PlanTag  # noqa: E402
 
+KV_TOKENS, CHUNK = 4_000, 256
 EOS, OTHER = 2, 5
 FIRST_TOKEN, VOCABULARY = 10, 1000
 CONFIG = {
@@ -144,6 +146,15 @@ class BareScheduler:
         ):
             if reason is not None:
                 self.finished[rid] = count
+
+
+@functools.cache
+def the_scheduler() -> BareScheduler:
+    """The one of this process, for all tests; ask for it with BLENDSERVE_ENABLED set."""
+    return BareScheduler(
+        *("--max-total-tokens", str(KV_TOKENS), "--chunked-prefill-size", str(CHUNK)),
+        *("--schedule-policy", "fcfs", "--radix-cache-backend", "blendserve"),
+    )
 
 
 def _start(server_args: Any) -> Any:

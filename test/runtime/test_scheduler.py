@@ -11,23 +11,26 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
+from bare_scheduler import (
+    CHUNK,
+    FIRST_TOKEN,
+    KV_TOKENS,
+    VOCABULARY,
+    BareScheduler,
+    the_scheduler,
+)
 
 from blendserve.planner import Side, StepPace
 from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.step_pacer import StepPacer
 
-KV_TOKENS, CHUNK = 4_000, 256
 QUEUED = 24  # On each side, as the front process would keep them.
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[BareScheduler]:
     with mock.patch.dict(os.environ, {"BLENDSERVE_ENABLED": "1"}):
-        yield BareScheduler(
-            *("--max-total-tokens", str(KV_TOKENS), "--chunked-prefill-size", str(CHUNK)),
-            *("--schedule-policy", "fcfs", "--radix-cache-backend", "blendserve"),
-        )
+        yield the_scheduler()
 
 
 @pytest.fixture(autouse=True)

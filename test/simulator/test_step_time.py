@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulator_jobs import LLAMA_ON_A100, workload
 
+from blendserve.planner import INTERFERENCE
 from blendserve.simulator.engine import Engine
 from blendserve.simulator.kv_cache import KVCache
 from blendserve.simulator.lengths import LengthBook
 from blendserve.simulator.orders import OrderScheduler
-from blendserve.simulator.step_time import INTERFERENCE, Overlap, OverlapModel, StepCosts
+from blendserve.simulator.step_time import Overlap, OverlapModel, StepCosts
 
 COSTS = StepCosts.of(LLAMA_ON_A100)
 seconds = st.floats(0, 10)

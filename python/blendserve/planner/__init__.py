@@ -8,6 +8,7 @@ from .cost_model import CostModel
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
+from .interference import INTERFERENCE, best_split, separate_parts
 from .kv_account import Candidate, KVAccount
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
@@ -31,6 +32,7 @@ from .transform import Transformed, transform
 __all__ = [
     "DEFAULT_OUTPUT_TOKENS",
     "HARDWARE",
+    "INTERFERENCE",
     "MODEL_SPECS",
     "Admission",
     "Candidate",
@@ -60,6 +62,7 @@ __all__ = [
     "Timetable",
     "Transformed",
     "UnknownHardwareError",
+    "best_split",
     "choose_sample",
     "choose_second_sample",
     "dual_scan_sequence",
@@ -76,5 +79,6 @@ __all__ = [
     "predict",
     "rest_density",
     "sample_size",
+    "separate_parts",
     "transform",
 ]

@@ -66,3 +66,35 @@ def amortised_compute(tree: PrefixTree, compute: Floats, saved: SavedSeconds) ->
         path[nodes] = path[above] + (prefix[nodes] - prefix[above]) / leaves_below[nodes]
     own = compute - prefix[tree.leaf_parent] + path[tree.leaf_parent]
     return np.maximum(own, 0.0)
+
+
+def prompt_tokens_read(tree: PrefixTree, output: Floats, kv_tokens: float) -> Floats:
+    """(n,) prompt tokens that each leaf's decode steps read, where attention reads what running
+    requests have in common once a step for all of them (cascade attention); at most the prompt.
+
+    What the requests R below a node share is read in every step in which one of them decodes. In
+    tree order they start one after the other, as many at once as memory holds beside the prefix:
+    c = (kv_tokens - prefix) / mean tokens of their own, from 1 to |R|. Together they decode for
+    max(longest output, sum of outputs / c) steps, of which each pays by its part of that sum.
+
+    output: (n,) output tokens in leaf order. kv_tokens: size of the KV pool.
+    """
+    count = np.maximum(tree.end - tree.first, 1).astype(np.float64)
+    outputs = tree.subtree_sum(output)
+    longest = np.zeros(tree.num_nodes)
+    np.maximum.at(longest, tree.leaf_parent, output)
+    for nodes in reversed(tree.levels[1:]):
+        np.maximum.at(longest, tree.parent[nodes], longest[nodes])
+    prompts = tree.subtree_sum(tree.length.astype(np.float64))
+    prompts -= tree.saved_in_subtree(tree.depth.astype(np.float64)) + tree.depth
+    own = (prompts + outputs / 2) / count
+    at_once = count.copy()
+    np.divide(kv_tokens - tree.depth, own, out=at_once, where=own > 0)
+    steps = np.maximum(longest, outputs / np.clip(at_once, 1.0, count))
+    part = np.ones(tree.num_nodes)
+    np.divide(steps, outputs, out=part, where=outputs > 0)
+    path = np.zeros(tree.num_nodes)
+    for nodes in tree.levels[1:]:
+        above = tree.parent[nodes]
+        path[nodes] = path[above] + (tree.depth[nodes] - tree.depth[above]) * part[nodes]
+    return np.asarray(tree.length - tree.depth[tree.leaf_parent] + path[tree.leaf_parent])

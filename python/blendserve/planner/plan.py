@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .annotation import amortised_compute
+from .annotation import amortised_compute, prompt_tokens_read
 from .cost_model import CostModel, density
 from .flat_tokens import FlatTokens
 from .length_model import LengthModel
@@ -26,12 +26,15 @@ PINNED_OUTPUT_TOKENS = 16
 class PlannerConfig:
     """sample_fraction, min_sample: how many requests to run first for their output lengths (see
     `sample_size`). sharing_preserved: part of the best prefix sharing that the order keeps at
-    least. seed: for the choice of the sample."""
+    least. seed: for the choice of the sample. shared_decode_tokens: size of the KV pool of an
+    engine whose decodes read a common prefix once for all (see `prompt_tokens_read`); None: each
+    reads its own."""
 
     sample_fraction: float = 0.01
     min_sample: int = 8
     sharing_preserved: float = 0.99
     seed: int = 0
+    shared_decode_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sample_fraction", "sharing_preserved"):
@@ -40,6 +43,17 @@ class PlannerConfig:
                 raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
         if self.min_sample < 0:
             raise ValueError(f"min_sample must not be negative, not {self.min_sample}")
+        if self.shared_decode_tokens is not None and self.shared_decode_tokens < 1:
+            raise ValueError(
+                f"shared_decode_tokens must be at least 1, not {self.shared_decode_tokens}"
+            )
+
+    def memory_seconds(self, cost_model: CostModel, tree: PrefixTree, output: Floats) -> Floats:
+        """(n,) KV reads of each leaf's decodes; output: (n,) tokens in leaf order."""
+        if self.shared_decode_tokens is None:
+            return cost_model.memory_seconds(tree.length, output)
+        read = prompt_tokens_read(tree, output, self.shared_decode_tokens)
+        return cost_model.memory_seconds(read, output)
 
 
 @dataclass
@@ -196,14 +210,14 @@ def make_plan(
     rest = tree.subset(waiting[tree.requests])
     leaf_output = output[rest.requests]
     compute = cost_model.compute_seconds(rest.length, leaf_output)
-    memory = cost_model.memory_seconds(rest.length, leaf_output)
+    memory = config.memory_seconds(cost_model, rest, leaf_output)
     saved = cost_model.prefill_seconds_saved
     result = transform(rest, compute, memory, saved, config.sharing_preserved)
 
     order = rest.requests[result.order]
     planned = PrefixTree.from_lcp(order, rest.length[result.order], result.shared)
     compute_after = amortised_compute(planned, compute[result.order], saved)
-    memory_after = memory[result.order]
+    memory_after = config.memory_seconds(cost_model, planned, leaf_output[result.order])
     scan_density = density(compute_after, memory_after)
     in_common = np.maximum(result.shared, np.append(result.shared, 0)[1:])
     request_density = np.full(n, np.nan)

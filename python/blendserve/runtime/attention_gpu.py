@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class BlendedSteps:
     """Mixed into an SGLang backend class, in front of it."""
 
-    def __init__(self, model_runner: Any) -> None:
-        super().__init__(model_runner)  # type: ignore[call-arg]
+    def __init__(self, model_runner: Any, **options: Any) -> None:
+        super().__init__(model_runner, **options)  # type: ignore[call-arg]
         self.blend_pool = model_runner.token_to_kv_pool
         self.blend_table: torch.Tensor = model_runner.req_to_token_pool.req_to_token
         self.blend_mirror = SlotMirror()
@@ -133,4 +133,6 @@ def make_backend(model_runner: Any) -> Any:
     parent = (
         flashinfer_backend.FlashInferAttnBackend if installed else triton_backend.TritonAttnBackend
     )
-    return type("BlendGpuAttention", (BlendedSteps, parent), {})(model_runner)
+    # PD multiplexing runs two backends at once: they must not write to one FlashInfer workspace.
+    options = {"init_new_workspace": model_runner.init_new_workspace} if installed else {}
+    return type("BlendGpuAttention", (BlendedSteps, parent), {})(model_runner, **options)

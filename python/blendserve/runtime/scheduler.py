@@ -25,6 +25,7 @@ from blendserve.config import load_settings
 from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepPace
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
+from blendserve.runtime.multiplex import BlendMultiplex
 from blendserve.runtime.online import OnlineTraffic
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, without_tag
 from blendserve.runtime.prefill_adder import (
@@ -46,7 +47,7 @@ _REPORT_STEPS = 16
 _GPU_TOKEN_MULTIPLE = 128
 
 
-class BlendScheduler(Scheduler):  # type: ignore[misc]
+class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
     """SGLang's scheduler, plus two queues and an admission test in front of its own."""
 
     waiting_queue: list[Any]

@@ -9,23 +9,9 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from blendserve.planner import CostModel
+from blendserve.planner import INTERFERENCE, CostModel
 
 Floats = NDArray[np.float64]
-
-# (share R of the GPU given to decode attention, its speed P(R)); the GEMM beside it runs at 1 - R.
-# Measured on A100, published with NanoFlow (arXiv 2408.12757).
-INTERFERENCE: tuple[tuple[float, float], ...] = (
-    (0.1, 0.25),
-    (0.2, 0.4),
-    (0.3, 0.5),
-    (0.4, 0.6),
-    (0.5, 0.7),
-    (0.6, 0.8),
-    (0.7, 0.85),
-    (0.8, 0.9),
-    (0.9, 0.95),
-)
 
 
 class Overlap(StrEnum):

@@ -40,21 +40,23 @@ const BlendKernels& kernels() {
 #endif
 }
 
-thread_local BlendScratch scratch;
+thread_local BlendScratch scratch[2];
 // Of the calling thread; kept, because fresh memory would fault in page by page in every layer.
 thread_local BlendScratch partials;
 
 }  // namespace
 
+// For the caller to check that it fills in the struct that these kernels read.
+extern "C" int64_t blend_attention_bytes() { return sizeof(BlendAttention); }
+
 extern "C" void blend_attention(BlendAttention* attention, int threads) {
   const BlendKernels& k = kernels();
   attention->partials = partials.reserve(attention->partial_count * attention->heads *
                                          (attention->head_dim + 2));
-  BlendQueue queue;
+  BlendQueue queue{{0}, {attention->compute_bound}};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    int64_t item = queue.claim();
-    while (item < attention->item_count) item = k.attend(*attention, item, queue, scratch);
+    k.attend(*attention, queue, scratch);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < attention->merge_count; ++i) k.merge(*attention, i);

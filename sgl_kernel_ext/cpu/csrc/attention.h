@@ -29,13 +29,16 @@ struct BlendAttention {
   const void* value_pool;   // [slots, kv_heads, head_dim]
   void* output;             // [tokens, heads, head_dim]
   const int32_t* slots;     // [rows, slot_stride]: KV slot of each position of each request
-  const BlendItem* items;
+  const BlendItem* items;   // the compute-bound ones first
+  const int64_t* beside;    // [compute_bound]: positions of memory-bound items to be worked off
+                            // with each tile of this item
   const BlendRow* rows;
   const int64_t* merged_query;   // [merges]: query tokens made of several partial results
   const int64_t* merge_begin;    // [merges + 1]: their partial results, one after the other
   float* partials;          // scratch that blend_attention sets: [partial_count, heads,
                             // head_dim + 2]: accumulator, maximum, sum
   int64_t item_count;
+  int64_t compute_bound;    // so many of the items are
   int64_t merge_count;
   int64_t partial_count;
   int64_t heads;
@@ -59,16 +62,15 @@ struct BlendScratch {
   float* reserve(int64_t floats);
 };
 
-// Hands out the items in order, each to one thread.
+// The next items of each kind; each item goes to one thread.
 struct BlendQueue {
-  std::atomic<int64_t> next{0};
-  int64_t claim() { return next.fetch_add(1, std::memory_order_relaxed); }
+  std::atomic<int64_t> compute_bound;
+  std::atomic<int64_t> memory_bound;
 };
 
 struct BlendKernels {
-  // Computes one item and returns the next, claimed while the item's last tile is computed so that
-  // its first tile can be prefetched.
-  int64_t (*attend)(const BlendAttention&, int64_t item, BlendQueue&, BlendScratch&);
+  // One thread's part: computes items until there are no more. `scratch` is one for each kind.
+  void (*attend)(const BlendAttention&, BlendQueue&, BlendScratch* scratch);
   void (*merge)(const BlendAttention&, int64_t merge);
 };
 

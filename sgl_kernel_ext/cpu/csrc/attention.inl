@@ -2,302 +2,119 @@
 // target, and defines VECTOR_LANES and ROW_BLOCK (rows of a register tile of ROW_BLOCK x 4 vectors).
 
 #include "vector.inl"
+#include "ahead.inl"
+#include "tiles.inl"
 
-constexpr int TILE = 64;           // KV positions that are scored together
-constexpr int DIRECT_ROWS = 6;     // up to here, transposing the keys costs more than it saves
-constexpr float NOTHING = -1e30f;  // maximum of a row that has seen no key yet
-constexpr float MASKED = -__builtin_inff();
-
-// A width (head_dim, rounded up to whole vectors) that the compiler knows; others are plain ints.
-template <int N>
-struct Fixed {
-  constexpr operator int() const { return N; }
-};
-
-inline float from_bfloat16(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;           // NaN stays NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);  // nearest, even
-}
-
-inline void read_row(const void* base, int64_t offset, int64_t n, bool bfloat16, float* to) {
-  if (bfloat16)
-    for (int64_t i = 0; i < n; ++i)
-      to[i] = from_bfloat16(static_cast<const uint16_t*>(base)[offset + i]);
-  else
-    __builtin_memcpy(to, static_cast<const float*>(base) + offset, n * sizeof(float));
-}
-
-inline void write_row(const float* from, float factor, int64_t n, bool bfloat16, void* base,
-                      int64_t offset) {
-  if (bfloat16)
-    for (int64_t i = 0; i < n; ++i)
-      static_cast<uint16_t*>(base)[offset + i] = to_bfloat16(from[i] * factor);
-  else
-    for (int64_t i = 0; i < n; ++i) static_cast<float*>(base)[offset + i] = from[i] * factor;
-}
-
-// The tile to come. Slots need not follow each other, so the machine cannot guess them; asking for
-// their lines one by one, at an even pace while this tile is computed, keeps memory busy throughout.
-struct Ahead {
-  static constexpr int64_t LINE = 64;
-  static constexpr int64_t WHOLE = 1 << 16;  // `due` and `pace` count lines in parts of this
-
-  const char* keys;
-  const char* values;
-  int64_t slot_bytes;
-  int64_t row_bytes;  // of a slot, those that will be read
-  const int32_t* slot;
-  const int32_t* end;
-  int64_t offset = 0;
-  int64_t due = 0;
-  int64_t pace = 0;
-
-  // Positions [begin, ...) of an item, at most a tile of them, asked for in so many steps.
-  Ahead(const BlendAttention& a, const BlendItem& item, int64_t begin, int64_t steps) {
-    const int64_t head_bytes = a.head_dim * (a.bfloat16 != 0 ? 2 : 4);
-    const int64_t first = item.kv_head < 0 ? 0 : item.kv_head * head_bytes;
-    const int64_t tokens = item.token_end - begin < TILE ? item.token_end - begin : TILE;
-    keys = static_cast<const char*>(a.key_pool) + first;
-    values = static_cast<const char*>(a.value_pool) + first;
-    slot_bytes = a.kv_heads * head_bytes;
-    row_bytes = item.kv_head < 0 ? slot_bytes : head_bytes;
-    slot = a.slots + item.table_row * a.slot_stride + begin;
-    end = slot + tokens;
-    pace = tokens * ((row_bytes + LINE - 1) / LINE) * WHOLE / (steps < 1 ? 1 : steps) + 1;
-  }
-
-  // NOTE: gcc takes a function that only prefetches for one without effect, and drops the calls.
-  __attribute__((always_inline)) inline void step() {
-    for (due += pace; due >= WHOLE && slot < end; due -= WHOLE) {
-      const int64_t at = *slot * slot_bytes + offset;
-      __builtin_prefetch(keys + at, 0, 2);
-      __builtin_prefetch(values + at, 0, 2);
-      offset += LINE;
-      if (offset >= row_bytes) {
-        offset = 0;
-        ++slot;
-      }
-    }
-  }
-};
-
-// scores[row][0..TILE) = queries[row] . keys[t], for few rows: keys are read where they lie.
+// Computes items of one kind one after the other, stretch by stretch.
 template <class Width>
-inline void score_direct(const float* queries, int rows, Width width, const float* const* keys,
-                         int tokens, float* scores, Ahead& ahead) {
-  for (int t = 0; t < tokens; t += W) {
-    const int block = tokens - t < W ? tokens - t : W;
-    for (int row = 0; row < rows; ++row) {
-      const float* query = queries + row * width;
-      vfloat part[W];
-      if (block == W) {
-        for (int i = 0; i < W; ++i) part[i] = load(query) * load(keys[t + i]);
-        ahead.step();
-        for (int d = W; d < width; d += W) {
-          const vfloat q = load(query + d);
-          for (int i = 0; i < W; ++i) part[i] += q * load(keys[t + i] + d);
-          ahead.step();
-        }
-      } else {
-        for (int i = 0; i < W; ++i) part[i] = splat(0.0f);
-        for (int i = 0; i < block; ++i)
-          for (int d = 0; d < width; d += W) part[i] += load(query + d) * load(keys[t + i] + d);
-      }
-      store(scores + row * TILE + t, sum_each(part));
-    }
-  }
-}
+class Lane {
+  const BlendAttention& a;
+  std::atomic<int64_t>& queue;
+  const int64_t queue_end;
+  BlendScratch& scratch;
+  const Width width;
 
-// keys[0..TILE) of `width` floats -> transposed[width][TILE]; missing tokens become zeros.
-template <class Width>
-inline void transpose_keys(const float* const* keys, int tokens, Width width, float* transposed) {
-  for (int t = 0; t < TILE; t += W)
-    for (int d = 0; d < width; d += W) {
-      vfloat v[W];
-      for (int i = 0; i < W; ++i) v[i] = t + i < tokens ? load(keys[t + i] + d) : splat(0.0f);
-      Transpose<W / 2>::run(v);
-      for (int i = 0; i < W; ++i) store(transposed + (d + i) * TILE + t, v[i]);
-    }
-}
-
-// scores[0..R)[column .. column + 4W) = queries[0..R) x transposed
-template <int R, class Width>
-inline void score_tile(const float* queries, Width width, const float* transposed, float* scores) {
-  vfloat sum[R][4];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < 4; ++c) sum[r][c] = splat(0.0f);
-  for (int d = 0; d < width; ++d) {
-    vfloat key[4];
-    for (int c = 0; c < 4; ++c) key[c] = load(transposed + d * TILE + c * W);
-    for (int r = 0; r < R; ++r) {
-      const vfloat q = splat(queries[r * width + d]);
-      for (int c = 0; c < 4; ++c) sum[r][c] += q * key[c];
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < 4; ++c) store(scores + r * TILE + c * W, sum[r][c]);
-}
-
-// accumulators[0..R)[0 .. C*W) += weights[0..R)[t] * values[t][0 .. C*W)
-template <int R, int C, class Width>
-inline void weigh_tile(const float* weights, const float* const* values, int offset, int tokens,
-                       float* accumulators, Width width, Ahead& ahead) {
-  vfloat sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sum[r][c] = load(accumulators + r * width + c * W);
-  for (int t = 0; t < tokens; ++t) {
-    vfloat value[C];
-    for (int c = 0; c < C; ++c) value[c] = load(values[t] + offset + c * W);
-    for (int r = 0; r < R; ++r) {
-      const vfloat weight = splat(weights[r * TILE + t]);
-      for (int c = 0; c < C; ++c) sum[r][c] += weight * value[c];
-    }
-    ahead.step();
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(accumulators + r * width + c * W, sum[r][c]);
-}
-
-// Register tiles of so many rows as there are, at most R.
-template <int R>
-struct Rows {
-  template <class Width>
-  static inline void score(int rows, const float* queries, Width width, const float* transposed,
-                           float* scores) {
-    if (rows < R) return Rows<R - 1>::score(rows, queries, width, transposed, scores);
-    for (int c = 0; c < TILE; c += 4 * W)
-      score_tile<R>(queries, width, transposed + c, scores + c);
-  }
-  template <class Width>
-  static inline void weigh(int rows, const float* weights, const float* const* values, int tokens,
-                           float* accumulators, Width width, Ahead& ahead) {
-    if (rows < R)
-      return Rows<R - 1>::weigh(rows, weights, values, tokens, accumulators, width, ahead);
-    int d = 0;
-    for (; d + 4 * W <= width; d += 4 * W)
-      weigh_tile<R, 4>(weights, values, d, tokens, accumulators + d, width, ahead);
-    for (; d < width; d += W)
-      weigh_tile<R, 1>(weights, values, d, tokens, accumulators + d, width, ahead);
-  }
-};
-template <>
-struct Rows<0> {
-  template <class Width>
-  static inline void score(int, const float*, Width, const float*, float*) {}
-  template <class Width>
-  static inline void weigh(int, const float*, const float* const*, int, float*, Width, Ahead&) {}
-};
-
-// Scores of one row to unnormalised weights, in place; rescales what the row has gathered so far.
-// `sums` holds the row's sum of weights in W parts, which are added up at the end.
-template <class Width>
-inline void soften(float* scores, float soft_cap, float* maximum, float* sums, float* accumulator,
-                   Width width) {
-  if (soft_cap > 0.0f)
-    for (int t = 0; t < TILE; t += W) {
-      const vfloat s = load(scores + t);
-      const vfloat capped = soft_cap * hyperbolic_tangent(s * (1.0f / soft_cap));
-      store(scores + t, s == MASKED ? s : capped);
-    }
-  vfloat top = load(scores);
-  for (int t = W; t < TILE; t += W) top = larger(top, load(scores + t));
-  const float tile_maximum = largest_lane(top);
-  if (tile_maximum > *maximum) {
-    const vfloat shrink = exponential(splat(*maximum - tile_maximum));
-    store(sums, load(sums) * shrink);
-    for (int d = 0; d < width; d += W) store(accumulator + d, load(accumulator + d) * shrink);
-    *maximum = tile_maximum;
-  }
-  vfloat total = load(sums);
-  for (int t = 0; t < TILE; t += W) {
-    const vfloat weight = exponential(load(scores + t) - *maximum);
-    store(scores + t, weight);
-    total += weight;
-  }
-  store(sums, total);
-}
-
-template <class Width>
-int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
-                     BlendScratch& scratch, Width width) {
-  const BlendItem& item = a.items[number];
   const int head_dim = static_cast<int>(a.head_dim);
   const int group = static_cast<int>(a.heads / a.kv_heads);
-  const int tokens_in_item = static_cast<int>(item.row_end - item.row_begin);
-  const int rows = tokens_in_item * group;  // rows of the score matrix, per KV head
-  const int first_head = item.kv_head < 0 ? 0 : static_cast<int>(item.kv_head);
-  const int kv_heads = item.kv_head < 0 ? static_cast<int>(a.kv_heads) : 1;
   const bool bfloat16 = a.bfloat16 != 0;
   // Rows of the pools that a vector load can read in place need no copy.
   const bool copied = bfloat16 || width != head_dim;
-  const bool direct = rows <= DIRECT_ROWS;
-  const BlendRow* row_list = a.rows + item.row_begin;
 
-  const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
-  float* queries = scratch.reserve(all_rows * (2 * width + 1 + W) + ROW_BLOCK * TILE +
-                                   static_cast<int64_t>(3) * TILE * width);
-  float* accumulators = queries + all_rows * width;
-  float* sums = accumulators + all_rows * width;
-  float* scores = sums + all_rows * W;
-  float* transposed = scores + ROW_BLOCK * TILE;
-  float* key_copy = transposed + TILE * width;
-  float* value_copy = key_copy + TILE * width;
-  float* maxima = value_copy + TILE * width;  // last, because the others are whole vectors
+  // Of the item at hand; rows are those of the score matrix, per KV head.
+  int rows = 0;
+  int first_head = 0;
+  int kv_heads = 0;
+  bool direct = false;
+  const BlendRow* row_list = nullptr;
+  int64_t sees_all = 0;    // positions below this one are visible to every row
+  int64_t first_seen = 0;  // and, with a window, those from here on
+  float* queries = nullptr;
+  float* accumulators = nullptr;
+  float* sums = nullptr;
+  float* scores = nullptr;
+  float* transposed = nullptr;
+  float* key_copy = nullptr;
+  float* value_copy = nullptr;
+  float* maxima = nullptr;
 
-  int64_t sees_all = row_list[0].visible;  // positions below this one are visible to every row
-  int64_t first_seen = 0;                  // and, with a window, those from here on
-  for (int i = 0; i < tokens_in_item; ++i) {
-    const BlendRow& row = row_list[i];
-    if (row.visible < sees_all) sees_all = row.visible;
-    if (a.window >= 0 && row.visible - 1 - a.window > first_seen)
-      first_seen = row.visible - 1 - a.window;
-    for (int h = 0; h < kv_heads; ++h)
-      for (int g = 0; g < group; ++g) {
-        const int64_t index = static_cast<int64_t>(h) * rows + i * group + g;
-        float* query = queries + index * width;
-        const int64_t head = static_cast<int64_t>(first_head + h) * group + g;
-        read_row(a.query, row.query * a.query_stride + head * head_dim, head_dim, bfloat16, query);
-        for (int d = 0; d < head_dim; ++d) query[d] *= a.scale;
-        for (int d = head_dim; d < width; ++d) query[d] = 0.0f;
-        for (int d = 0; d < width; ++d) accumulators[index * width + d] = 0.0f;
-        maxima[index] = NOTHING;
-        store(sums + index * W, splat(0.0f));
-      }
+  template <class Visit>
+  void for_each_row(const BlendItem& item, Visit visit) const {
+    for (int i = 0; i < item.row_end - item.row_begin; ++i)
+      for (int h = 0; h < kv_heads; ++h)
+        for (int g = 0; g < group; ++g)
+          visit(row_list[i], static_cast<int64_t>(h) * rows + i * group + g,
+                static_cast<int64_t>(first_head + h) * group + g);
   }
-  if (copied)
-    for (int64_t i = 0; i < 2 * TILE * width; ++i) key_copy[i] = 0.0f;
 
-  const int32_t* slots = a.slots + item.table_row * a.slot_stride;
-  const int64_t slot_floats = a.kv_heads * a.head_dim;  // elements, whatever their type
-  // Register tiles of `weigh` per position of a head.
-  const int weigh_steps =
-      (rows + ROW_BLOCK - 1) / ROW_BLOCK * (width / (4 * W) + width % (4 * W) / W);
-  int64_t next = a.item_count;
-  for (int64_t begin = item.token_begin; begin < item.token_end; begin += TILE) {
-    const int64_t left = item.token_end - begin;
-    const int tokens = left < TILE ? static_cast<int>(left) : TILE;
-    const int64_t steps =
-        kv_heads * ((direct ? tokens / W * rows * (width / W) : 0) + tokens * weigh_steps);
-    const bool last = left <= TILE;
-    if (last) next = queue.claim();
-    const bool more = next < a.item_count;
-    Ahead ahead(a, last && more ? a.items[next] : item,
-                !last ? begin + TILE : (more ? a.items[next].token_begin : item.token_end), steps);
+  void open(const BlendItem& item) {
+    const int tokens_in_item = static_cast<int>(item.row_end - item.row_begin);
+    rows = tokens_in_item * group;
+    first_head = item.kv_head < 0 ? 0 : static_cast<int>(item.kv_head);
+    kv_heads = item.kv_head < 0 ? static_cast<int>(a.kv_heads) : 1;
+    direct = rows <= DIRECT_ROWS;
+    row_list = a.rows + item.row_begin;
+
+    const int64_t all_rows = static_cast<int64_t>(kv_heads) * rows;
+    queries = scratch.reserve(all_rows * (2 * width + 1 + W) + ROW_BLOCK * TILE +
+                              static_cast<int64_t>(3) * TILE * width);
+    accumulators = queries + all_rows * width;
+    sums = accumulators + all_rows * width;
+    scores = sums + all_rows * W;
+    transposed = scores + ROW_BLOCK * TILE;
+    key_copy = transposed + TILE * width;
+    value_copy = key_copy + TILE * width;
+    maxima = value_copy + TILE * width;  // last, because the others are whole vectors
+
+    sees_all = row_list[0].visible;
+    first_seen = 0;
+    for (int i = 0; i < tokens_in_item; ++i) {
+      const int64_t visible = row_list[i].visible;
+      if (visible < sees_all) sees_all = visible;
+      if (a.window >= 0 && visible - 1 - a.window > first_seen) first_seen = visible - 1 - a.window;
+    }
+    // Scores are powers of two, not of e; a soft cap comes before that.
+    const float scale = a.soft_cap > 0.0f ? a.scale : a.scale * LOG2_E;
+    for_each_row(item, [&](const BlendRow& row, int64_t index, int64_t head) {
+      float* query = queries + index * width;
+      read_row(a.query, row.query * a.query_stride + head * head_dim, head_dim, bfloat16, query);
+      for (int d = 0; d < head_dim; ++d) query[d] *= scale;
+      for (int d = head_dim; d < width; ++d) query[d] = 0.0f;
+      for (int d = 0; d < width; ++d) accumulators[index * width + d] = 0.0f;
+      maxima[index] = NOTHING;
+      store(sums + index * W, splat(0.0f));
+    });
+    if (copied)
+      for (int64_t i = 0; i < 2 * TILE * width; ++i) key_copy[i] = 0.0f;
+  }
+
+  void close(const BlendItem& item) {
+    for_each_row(item, [&](const BlendRow& row, int64_t index, int64_t head) {
+      const float* accumulator = accumulators + index * width;
+      const float sum = sum_lanes(load(sums + index * W));
+      if (row.partial < 0) {
+        const int64_t offset = (row.query * a.heads + head) * head_dim;
+        write_row(accumulator, 1.0f / sum, head_dim, bfloat16, a.output, offset);
+      } else {
+        float* to = a.partials + (row.partial * a.heads + head) * (head_dim + 2);
+        __builtin_memcpy(to, accumulator, head_dim * sizeof(float));
+        to[head_dim] = maxima[index];
+        to[head_dim + 1] = sum;
+      }
+    });
+  }
+
+  // Positions [begin, begin + tokens), at most TILE of them.
+  void tile(const BlendItem& item, int64_t begin, int tokens, Ahead& asked) {
+    Ahead ahead = asked;  // a copy whose address is nobody's stays in registers
+    const int32_t* slots = a.slots + item.table_row * a.slot_stride + begin;
+    const int64_t slot_floats = a.kv_heads * a.head_dim;  // elements, whatever their type
+    const bool masked = tokens < TILE || begin + tokens > sees_all || begin < first_seen;
     for (int h = 0; h < kv_heads; ++h) {
       const float* keys[TILE];
       const float* values[TILE];
       for (int t = 0; t < tokens; ++t) {
         const int64_t offset =
-            slots[begin + t] * slot_floats + static_cast<int64_t>(first_head + h) * head_dim;
+            slots[t] * slot_floats + static_cast<int64_t>(first_head + h) * head_dim;
         if (copied) {
           read_row(a.key_pool, offset, head_dim, bfloat16, key_copy + t * width);
           read_row(a.value_pool, offset, head_dim, bfloat16, value_copy + t * width);
@@ -308,10 +125,7 @@ int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
           values[t] = static_cast<const float*>(a.value_pool) + offset;
         }
       }
-      const float* head_queries = queries + static_cast<int64_t>(h) * rows * width;
-      float* head_accumulators = accumulators + static_cast<int64_t>(h) * rows * width;
       if (!direct) transpose_keys(keys, tokens, width, transposed);
-      const bool masked = tokens < TILE || begin + tokens > sees_all || begin < first_seen;
       // All of one block of rows before the next, so that its scores stay in the first cache.
       for (int first_row = 0; first_row < rows; first_row += ROW_BLOCK) {
         const int block = rows - first_row < ROW_BLOCK ? rows - first_row : ROW_BLOCK;
@@ -322,51 +136,97 @@ int64_t attend_width(const BlendAttention& a, int64_t number, BlendQueue& queue,
           score_direct(block_queries, block, width, keys, tokens, scores, ahead);
         else
           Rows<ROW_BLOCK>::score(block, block_queries, width, transposed, scores);
-        for (int r = 0; r < block; ++r) {
+        for (int r = 0; masked && r < block; ++r) {
           float* score = scores + r * TILE;
-          if (masked) {
-            const int64_t visible = row_list[(first_row + r) / group].visible - begin;
-            const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
-            for (int t = end; t < TILE; ++t) score[t] = MASKED;
-            if (a.window >= 0) {
-              const int64_t first = visible - 1 - a.window;
-              for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
-            }
+          const int64_t visible = row_list[(first_row + r) / group].visible - begin;
+          const int end = visible < tokens ? static_cast<int>(visible < 0 ? 0 : visible) : tokens;
+          for (int t = end; t < TILE; ++t) score[t] = MASKED;
+          if (a.window >= 0) {
+            const int64_t first = visible - 1 - a.window;
+            for (int t = 0; t < first && t < TILE; ++t) score[t] = MASKED;
           }
-          soften(score, a.soft_cap, maxima + first_index + r, sums + (first_index + r) * W,
-                 block_accumulators + r * width, width);
         }
+        soften(block, scores, a.soft_cap, maxima + first_index, sums + first_index * W,
+               block_accumulators, width);
         Rows<ROW_BLOCK>::weigh(block, scores, values, tokens, block_accumulators, width, ahead);
       }
     }
+    asked = ahead;
   }
 
-  for (int i = 0; i < tokens_in_item; ++i)
-    for (int h = 0; h < kv_heads; ++h)
-      for (int g = 0; g < group; ++g) {
-        const int64_t index = static_cast<int64_t>(h) * rows + i * group + g;
-        const int64_t head = static_cast<int64_t>(first_head + h) * group + g;
-        const float* accumulator = accumulators + index * width;
-        const float sum = sum_lanes(load(sums + index * W));
-        if (row_list[i].partial < 0) {
-          const int64_t offset = (row_list[i].query * a.heads + head) * head_dim;
-          write_row(accumulator, 1.0f / sum, head_dim, bfloat16, a.output, offset);
-        } else {
-          float* to = a.partials + (row_list[i].partial * a.heads + head) * (head_dim + 2);
-          __builtin_memcpy(to, accumulator, head_dim * sizeof(float));
-          to[head_dim] = maxima[index];
-          to[head_dim + 1] = sum;
-        }
-      }
-  return next;
+ public:
+  Lane(const BlendAttention& a, std::atomic<int64_t>& queue, int64_t queue_end,
+       BlendScratch& scratch, Width width)
+      : a(a), queue(queue), queue_end(queue_end), scratch(scratch), width(width) {}
+
+  // What comes after this stretch, at most `tokens` long: of the same item, or of the queue's next.
+  Stretch after(Stretch s, int64_t tokens) {
+    if (s.item < 0 || s.end == a.items[s.item].token_end) {
+      s.item = queue.fetch_add(1, std::memory_order_relaxed);
+      if (s.item >= queue_end) return Stretch();
+      s.end = a.items[s.item].token_begin;
+    }
+    s.begin = s.end;
+    const int64_t left = a.items[s.item].token_end - s.begin;
+    s.end += left < tokens ? left : tokens;
+    return s;
+  }
+
+  // How often computing the stretch steps through what is asked for ahead of it.
+  int64_t steps(const Stretch& s) const {
+    const BlendItem& item = a.items[s.item];
+    const int64_t row_count = (item.row_end - item.row_begin) * group;
+    const int64_t vectors = width / (4 * W) + width % (4 * W) / W;
+    const int64_t tokens = s.end - s.begin;
+    const int64_t scoring = row_count <= DIRECT_ROWS ? tokens / W * row_count * (width / W) : 0;
+    const int64_t weighing = (row_count + ROW_BLOCK - 1) / ROW_BLOCK * vectors * tokens;
+    return (item.kv_head < 0 ? a.kv_heads : 1) * (scoring + weighing);
+  }
+
+  void run(const Stretch& s, Ahead ahead) {
+    const BlendItem& item = a.items[s.item];
+    if (s.begin == item.token_begin) open(item);
+    for (int64_t begin = s.begin; begin < s.end; begin += TILE)
+      tile(item, begin, static_cast<int>(s.end - begin < TILE ? s.end - begin : TILE), ahead);
+    if (s.end == item.token_end) close(item);
+  }
+};
+
+template <class Width>
+void attend_width(const BlendAttention& a, BlendQueue& queue, BlendScratch* scratch, Width width) {
+  const Stretch none;
+  Lane<Width> compute(a, queue.compute_bound, a.compute_bound, scratch[0], width);
+  Lane<Width> memory(a, queue.memory_bound, a.item_count, scratch[1], width);
+  Stretch side = memory.after(none, TILE);
+  // While a compute-bound tile is computed, what comes after it arrives: its successor, and as much
+  // of the memory-bound items as the plan puts beside it.
+  int64_t due = 0;
+  for (Stretch main = compute.after(none, TILE); main.item >= 0;) {
+    const Stretch next = compute.after(main, TILE);
+    const int64_t beside = a.beside[main.item];
+    due += beside;
+    const Stretch now = due > 0 ? side : none;
+    compute.run(main, Ahead(a, now, next, compute.steps(main)));
+    if (now.item >= 0) {
+      due -= now.end - now.begin;
+      memory.run(now, Ahead(a, none, none, 1));
+      side = memory.after(now, (beside + TILE - 1) / TILE * TILE);
+    }
+    main = next;
+  }
+  while (side.item >= 0) {
+    const Stretch next = memory.after(side, TILE);
+    memory.run(side, Ahead(a, next, none, memory.steps(side)));
+    side = next;
+  }
 }
 
 // See BlendKernels.
-int64_t attend(const BlendAttention& a, int64_t number, BlendQueue& queue, BlendScratch& scratch) {
+void attend(const BlendAttention& a, BlendQueue& queue, BlendScratch* scratch) {
   const int width = (static_cast<int>(a.head_dim) + W - 1) / W * W;
-  if (width == 64) return attend_width(a, number, queue, scratch, Fixed<64>());
-  if (width == 128) return attend_width(a, number, queue, scratch, Fixed<128>());
-  return attend_width(a, number, queue, scratch, width);
+  if (width == 64) return attend_width(a, queue, scratch, Fixed<64>());
+  if (width == 128) return attend_width(a, queue, scratch, Fixed<128>());
+  return attend_width(a, queue, scratch, width);
 }
 
 // Joins the partial results of one query token by the log-sum-exp rule, in a fixed order.
@@ -384,7 +244,7 @@ void merge(const BlendAttention& a, int64_t number) {
     float sum = 0.0f;
     for (int64_t p = begin; p < end; ++p) {
       const float* part = a.partials + (p * a.heads + head) * (head_dim + 2);
-      const float factor = exponential(splat(part[head_dim] - maximum))[0];
+      const float factor = power_of_two(splat(part[head_dim] - maximum))[0];
       sum += factor * part[head_dim + 1];
       for (int64_t d = 0; d < head_dim; ++d)
         first[d] = factor * part[d] + (p == begin ? 0.0f : first[d]);

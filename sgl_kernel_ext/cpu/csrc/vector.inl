@@ -98,31 +98,29 @@ inline float sum_lanes(vfloat v) {
   return x[0];
 }
 
-// e^x for x <= 88, to about one unit in the last place; 0 below -87 (and for minus infinity).
-inline vfloat exponential(vfloat x) {
-  const vint too_small = x < -87.0f;
-  x = too_small ? splat(0.0f) : x;
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x for x <= 126, to about two units in the last place; 2^-100 below -100 (and for minus infinity),
+// which beside any weight that counts is nothing, and no product with it is subnormal.
+inline vfloat power_of_two(vfloat x) {
+  x = larger(splat(-100.0f), x);
   // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.
-  const vfloat shifted = x * 1.44269504f + 12582912.0f;
-  const vfloat n = shifted - 12582912.0f;
-  // ln 2 in two parts: the first has few bits, so that n times it is exact.
-  const vfloat r = x - n * 0.693359375f - n * -2.12194440e-4f;
-  vfloat p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const vint bits = (vint)shifted << 23;
-  const vint scaled = (vint)p + bits;
-  return too_small ? splat(0.0f) : (vfloat)scaled;
+  const vfloat shifted = x + 12582912.0f;
+  const vfloat f = x - (shifted - 12582912.0f);
+  // Minimax polynomial of 2^f on [-1/2, 1/2], relative error 7.5e-8.
+  vfloat p = splat(1.3276472e-3f);
+  p = p * f + 9.675541e-3f;
+  p = p * f + 5.5507131e-2f;
+  p = p * f + 2.402212e-1f;
+  p = p * f + 6.9314694e-1f;
+  p = p * f + 1.0000001f;
+  return (vfloat)((vint)p + ((vint)shifted << 23));
 }
 
 inline vfloat hyperbolic_tangent(vfloat x) {
   const vfloat magnitude = x < 0.0f ? -x : x;
   const vfloat bounded = magnitude > 20.0f ? splat(20.0f) : magnitude;
-  const vfloat e = exponential(bounded + bounded);
+  const vfloat e = power_of_two(bounded * (2.0f * LOG2_E));
   const vfloat far = 1.0f - 2.0f / (e + 1.0f);
   // Near zero that difference would cancel; the series has no such loss.
   const vfloat s = x * x;
