@@ -127,10 +127,12 @@ class BlendScheduler:
 
     def prefill_budget(self, engine: Engine) -> int:
         if self._central.sample:
-            return max(self._chunk - engine.decoding, 1)
-        if engine.now >= self._look_due:
-            self._look_due = engine.now + PACE_STEPS
+            return engine.prefill_room(self._chunk)
+        if engine.totals.steps >= self._look_due:
+            self._look_due = engine.totals.steps + PACE_STEPS
             self._look_ahead(engine)
+        if not engine.mixed:
+            return self._chunk
         if not self._options.paced:
             return self._paper_budget(engine)
         return self._pace.prefill_tokens(self._pace_density, engine.context, engine.decoding)
@@ -192,7 +194,7 @@ class BlendScheduler:
     def learnt(self, engine: Engine) -> None:
         """The job has been planned again."""
         self._memory.learnt(engine)
-        self._look_due = engine.now
+        self._look_due = engine.totals.steps
 
     def running(self, engine: Engine) -> dict[int, int]:
         """Output tokens so far of everything that has started here and not ended."""

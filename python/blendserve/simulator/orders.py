@@ -61,7 +61,7 @@ class OrderScheduler:
         self._memory = MemoryTest(book)
 
     def prefill_budget(self, engine: Engine) -> int:
-        return max(self._chunk - engine.decoding, 1)
+        return engine.prefill_room(self._chunk)
 
     def patience(self, engine: Engine) -> int:
         return PATIENCE_STEPS if self._waiting else 1 << 30
