@@ -38,7 +38,7 @@ from blendserve.planner import (
     make_plan,
     make_timetable,
 )
-from blendserve.runtime.next_use import UseTag
+from blendserve.runtime.plan_tag import PlanTag, UseTag
 
 POOL_TOKENS = 65_536
 CACHES = {"LRU": "rust", "Belady": "blendserve"}
@@ -119,7 +119,7 @@ def _start(
         timetable.first_due,
         tuple(timetable.next_uses(request)),
     )
-    params = {"blendserve_side": side.value, **tag.to_params()}
+    params = PlanTag(side, request, 1.0, float(output), use=tag).to_params()
     cached = engine.start(str(request), job.token_ids[request].tolist(), params)
     if cached is None:
         return False

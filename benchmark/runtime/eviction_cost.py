@@ -32,7 +32,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParam
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from blendserve.planner import NextUse, Side
-from blendserve.runtime.next_use import UseTag
+from blendserve.runtime.plan_tag import PlanTag, UseTag
 
 GROUPS = 100
 SHARED, OWN, OUTPUT = 64, 16, 4
@@ -56,7 +56,7 @@ def plan_params(index: int) -> dict[str, Any]:
     if index % 2:
         uses.append(NextUse(SHARED + OWN, 1_000_000 + index * 7919 % 1_000_003, Side.RIGHT))
     tag = UseTag("job", Side.LEFT, index, 0, tuple(uses))
-    return {"blendserve_side": "left", **tag.to_params()}
+    return PlanTag(Side.LEFT, index, 1.0, 1.0, use=tag).to_params()
 
 
 class Stopwatch:

@@ -28,8 +28,7 @@ os.environ.setdefault("BLENDSERVE_ENABLED", "1")
 from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, PlannerConfig, Side
-from blendserve.runtime.next_use import UseTag
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, UseTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 from blendserve.simulator.exam import exam
 from blendserve.simulator.traces import trace_lengths
@@ -142,7 +141,9 @@ class Run:
             ),
         )
         self.updates = tuple(
-            LengthUpdate(rid, float(plan.output_tokens[k]), float(plan.output_deviation[k]))
+            LengthUpdate(
+                rid, float(plan.output_tokens[k]), likely_tokens(plan.likely_output_tokens[k])
+            )
             for rid, k in self.sent.items()
             if rid not in self.engine.finished and not self.known
         )
@@ -173,7 +174,7 @@ class Run:
             rank=len(self.sent),
             density=float(plan.density[k]),
             output_tokens=float(plan.output_tokens[k]),
-            output_deviation=float(plan.output_deviation[k]),
+            likely_output_tokens=likely_tokens(plan.likely_output_tokens[k]),
             compute_seconds=float(plan.compute_seconds[k]),
             memory_seconds=float(plan.memory_seconds[k]),
             rest_compute_seconds=scanner.remaining_seconds[0],

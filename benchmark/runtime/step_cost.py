@@ -117,7 +117,7 @@ class Job:
             k,
             density=50.0 if side == "left" else 0.1,
             output_tokens=float(output),
-            output_deviation=output / 4,
+            likely_output_tokens=(0.75 * output, output, 1.25 * output),
             rest_compute_seconds=1000.0,
             rest_memory_seconds=1000.0,
         )

@@ -78,7 +78,7 @@ def call_generate(server: Server, rank: int, line: dict[str, Any], planned: bool
             rank=rank,
             density=density,
             output_tokens=body["max_tokens"] * 0.8,
-            output_deviation=2.0,
+            likely_output_tokens=(body["max_tokens"] * 0.5, body["max_tokens"] * 1.0),
             rest_compute_seconds=60.0,
             rest_memory_seconds=1.0,
         )

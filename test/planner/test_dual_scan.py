@@ -269,20 +269,44 @@ def test_both_sides_run_together_on_a_mixed_job():
 
 
 def test_a_request_that_outlives_its_estimate_counts_on_the_right():
-    kv = KVAccount(1000)
-    head = replace(candidate(LEFT, output=4.0), output_deviation=10.0, max_output_tokens=12.0)
-    kv.start("a", head)
-    # Uncertain: memory for half as much again as the 4 expected tokens, and two deviations.
-    assert (kv.left_tokens, kv.right_tokens) == (103.0, 0.0)
-    assert kv.growth_tokens() == 6.0 + 20.0
-    assert [kv.decode_step() for _ in range(6)] == [False] * 5 + [True]
-    # Memory for as much more as it was uncertain, but never beyond its limit of 12.
-    assert (kv.left_tokens, kv.right_tokens) == (0.0, 106.0)
-    assert kv.growth_tokens() == 6.0 + 20.0
+    kv = KVAccount(100_000)  # Its forecast has bins of 97 steps.
+    head = candidate(LEFT, output=4.0)
+    kv.start("a", replace(head, likely_output_tokens=(2.0, 6.0), max_output_tokens=8.0))
+    assert (kv.left_tokens, kv.right_tokens) == (102.0, 0.0)
+    assert kv.growth_tokens() == 4.0
+    assert [kv.decode_step() for _ in range(5)] == [False] * 4 + [True]
+    # Expected to go on for half of what it has produced, but never beyond its limit of 8.
+    assert (kv.left_tokens, kv.right_tokens) == (0.0, 104.0)
     assert kv.end("a")
     assert not kv.end("a")
     assert kv.idle
     assert (kv.left_tokens, kv.right_tokens, kv.growth_tokens()) == (0.0, 0.0, 0.0)
+
+
+def test_room_for_wrong_estimates_grows_when_requests_lose_their_memory():
+    kv = KVAccount(10_000)
+    kv.start("known", candidate(LEFT, output=100.0))
+    kv.retracted()
+    assert kv.growth_tokens() == 100.0, "nothing is uncertain here"
+    kv.end("known")
+    for _ in range(5_000):
+        kv.decode_step()
+    uncertain = replace(candidate(LEFT, output=100.0), likely_output_tokens=(50.0, 100.0, 150.0))
+    for key in range(20):
+        kv.start(key, uncertain)
+    before = kv.growth_tokens()
+    kv.retracted()
+    after = kv.growth_tokens()
+    assert before < after < 20 * 150
+    kv.retracted()
+    assert kv.growth_tokens() == after, "several in a step are one event"
+    for key in range(20):
+        kv.end(key)
+    for _ in range(5_000):
+        kv.decode_step()
+    for key in range(20):
+        kv.start(key, uncertain)
+    assert kv.growth_tokens() == pytest.approx(before, rel=1e-3), "it is forgotten again"
 
 
 def test_a_prefix_that_a_later_request_shares_does_not_come_free_with_the_first():

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner import (
@@ -57,9 +57,9 @@ def test_what_ends_is_forgotten():
     forecast.add(1, 0, 900, [5_000.0])
     forecast.add(2, 10, 50, [3.0])
     assert not forecast.fits(20, 200, [100.0], 1_000)
-    forecast.remove(1, 20)
+    forecast.remove(1)
     assert forecast.fits(20, 200, [100.0], 1_000)
-    forecast.remove(2, 20)
+    forecast.remove(2)
     assert len(forecast) == 0
     assert forecast.fits(20, 999, [1.0], 1_000)
 
@@ -84,9 +84,125 @@ def test_new_lengths_take_the_place_of_old_ones():
     forecast.add(1, 0, 10, [600.0])
     forecast.update(100, lambda request: [9_000.0])
     tokens, _ = forecast.profile(100)
-    assert len(tokens) == 9_000 // BIN_STEPS + 1
-    forecast.remove(1, 200)
+    assert len(tokens) == math.ceil(9_000 / BIN_STEPS)
+    forecast.remove(1)
     assert not len(forecast.profile(200)[0])
+
+
+# Tokens held at the start, and equally likely lengths, of some requests.
+running_strategy = st.lists(
+    st.tuples(
+        st.integers(0, 500), st.lists(st.integers(1, 300), min_size=1, max_size=4).map(sorted)
+    ),
+    min_size=1,
+    max_size=8,
+)
+quick = settings(deadline=None, database=None, max_examples=150)
+
+
+def forecast_of(running, bin_steps=1, **options):
+    forecast = MemoryForecast(bin_steps, **options)
+    for request, (own, lengths) in enumerate(running):
+        forecast.add(request, 0, own, lengths)
+    return forecast
+
+
+@quick
+@given(running_strategy)
+def test_with_bins_of_a_step_the_profile_is_the_exact_expectation(running):
+    requests = [(0, own, lengths) for own, lengths in running]
+    forecast = forecast_of(running)
+    tokens, _ = forecast.profile(0)
+    exact = [brute_force(requests, step) for step in range(1, max(x[-1] for _, x in running) + 1)]
+    assert tokens == pytest.approx(np.array(exact)[: len(tokens)])
+    assert forecast.peak_tokens(0) == pytest.approx(max(exact))
+    assert forecast.held_tokens(0) == sum(own for own, _ in running)
+    expected = sum(sum(lengths) / len(lengths) for _, lengths in running)
+    assert forecast.remaining_tokens(0) == pytest.approx(expected)
+
+
+@quick
+@given(running_strategy, st.integers(1, 40))
+def test_the_room_is_a_number_of_standard_deviations_of_the_demand(running, bin_steps):
+    def room(step):
+        variance = 0.0
+        for own, lengths in running:
+            p = sum(length > step for length in lengths) / len(lengths)
+            variance += (p - p * p) * (own + step) ** 2
+        return 3.0 * math.sqrt(variance)
+
+    plain, _ = forecast_of(running, bin_steps).profile(0)
+    wide = forecast_of(running, bin_steps, deviations=3.0)
+    with_room, _ = wide.profile(0)
+    for k, tokens in enumerate(plain):
+        # Whoever may end within a bin is certain in it, and uncertain after it.
+        at = (k + 1) * bin_steps
+        beyond = [x for _, lengths in running for x in lengths if at - bin_steps < x <= at]
+        if not beyond:
+            most = sum(own + at for own, lengths in running if lengths[-1] > at)
+            assert with_room[k] == pytest.approx(min(tokens + room(at), most), abs=1e-3)
+        assert with_room[k] >= tokens - 1e-9
+    for request in range(len(running)):
+        wide.remove(request)
+    assert wide.peak_tokens(0) == 0.0
+
+
+@quick
+@given(running_strategy, st.lists(st.integers(0, 400), min_size=1, max_size=5).map(sorted))
+def test_time_passes_as_if_the_forecast_were_built_anew(running, looks):
+    forecast = forecast_of(running)
+    for now in looks:
+        forecast.advance(now)
+    now = looks[-1]
+    anew = MemoryForecast(1)
+    for request, (own, lengths) in enumerate(running):
+        left = [length - now for length in lengths if length > now]
+        if not left:  # Ended when it outlived the last of its lengths, as far as anyone knows.
+            forecast.remove(request)
+        else:
+            anew.add(request, now, own + now, left)
+    assert forecast.profile(now)[0] == pytest.approx(anew.profile(now)[0])
+    assert forecast.held_tokens(now) == pytest.approx(anew.held_tokens(now))
+
+
+@quick
+@given(running_strategy, st.integers(0, 500), st.lists(st.integers(1, 300), min_size=1).map(sorted))
+def test_asking_what_one_more_would_take_changes_nothing(running, own, lengths):
+    forecast = forecast_of(running)
+    before, _ = forecast.profile(0)
+    forecast.peak_tokens_with(0, own, lengths)
+    assert forecast.profile(0)[0] == pytest.approx(before)
+    assert len(forecast) == len(running)
+
+
+def test_what_comes_to_be_shared_does_not_come_free():
+    forecast = forecast_of([(100, [1]), (0, [50])])
+    assert forecast.peak_tokens(0) == 102.0
+    forecast.hold(0, -90)
+    # By then the first has given back the 10 tokens that it alone held.
+    assert forecast.peak_tokens(0) == 50.0
+    assert forecast.held_tokens(0) == 10.0
+
+
+def test_a_forecast_goes_on_for_millions_of_steps_in_little_memory():
+    forecast = MemoryForecast(1)
+    for now in range(0, 2_000_000, 400):
+        forecast.advance(now)
+        forecast.add(now, now, 10.0, [700.0])
+        if now:
+            forecast.remove(now - 400)
+        assert forecast.peak_tokens(now) == pytest.approx(710.0)
+    assert forecast._sums.shape[1] < 10_000
+
+
+def test_no_request_is_expected_to_go_on_beyond_its_limit():
+    forecast = MemoryForecast(1)
+    forecast.add(1, 0, 0.0, [10.0], longest=14.0)
+    forecast.advance(12)
+    # Half as much again would be 18; at the limit it has one step left at the most.
+    assert forecast.peak_tokens(12) == 14.0
+    forecast.advance(15)
+    assert forecast.peak_tokens(15) == 16.0
 
 
 def test_a_step_gets_the_prefill_that_its_decodes_balance():

@@ -260,14 +260,18 @@ def test_wrong_input_is_refused():
 def test_an_estimate_says_how_far_it_may_be_off():
     job = mixed_job(400)
     outputs = job.known_output_tokens.copy()
-    assert make_plan(job, LLAMA_ON_A100).output_deviation.tolist() == [0.0] * 400
+    known = make_plan(job, LLAMA_ON_A100).likely_output_tokens
+    assert (known == outputs[:, None]).all()
     job.known_output_tokens[:] = -1
     observed = {r: int(outputs[r]) for r in range(0, 400, 2)}
     plan = make_plan(job, LLAMA_ON_A100, observed=observed)
-    assert not plan.output_deviation[::2].any()
+    likely = plan.likely_output_tokens
+    assert (likely[::2] == outputs[::2, None]).all()
+    assert (np.diff(likely, axis=1) >= 0).all()
     # Chat answers are exponential, so they deviate by about their mean; exams have 2 tokens each.
     unseen = np.arange(1, 400, 2)
     chat = unseen[(outputs[unseen] > 2) & (outputs[unseen] < 2_000)]
     exam = unseen[outputs[unseen] == 2]
-    assert 0.5 < np.median(plan.output_deviation[chat] / plan.estimated_output_tokens[chat]) < 1.5
-    assert np.median(plan.output_deviation[exam]) < 1.0
+    spread = likely.std(axis=1)
+    assert 0.5 < np.median(spread[chat] / plan.estimated_output_tokens[chat]) < 1.5
+    assert np.median(spread[exam]) < 1.0

@@ -9,32 +9,58 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendserve.planner import Side
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag
+from blendserve.planner import NextUse, Side
+from blendserve.runtime.plan_tag import KEY, LengthUpdate, PlanTag, UseTag, without_tag
 
 quick = settings(deadline=None, database=None)
 
-TAG = PlanTag(Side.LEFT, rank=3, density=2.5, output_tokens=40.0)
+TAG = PlanTag(
+    Side.LEFT,
+    rank=3,
+    density=2.5,
+    output_tokens=40.0,
+    likely_output_tokens=(30.0, 50.0),
+    use=UseTag("batch_1", Side.LEFT, 7, 3, (NextUse(16, 9, Side.LEFT),)),
+    updates=(LengthUpdate("a", 9.0, (8.0, 10.0)),),
+)
 
 # The tag's densities stop where anything is compute-bound; see the test of infinities.
 densities = st.floats(0, 1e12, exclude_max=True)
+counts = st.integers(0, 2**40)
+uses = st.builds(
+    lambda prefixes, users: tuple(
+        NextUse(prefix, *user) for prefix, user in zip(sorted(prefixes), users, strict=False)
+    ),
+    st.sets(st.integers(1, 2**20), max_size=5),
+    st.lists(st.tuples(counts, st.sampled_from(Side)), min_size=5, max_size=5),
+)
+likely = st.lists(st.integers(0, 10**5).map(float), max_size=8).map(sorted).map(tuple)
 tags = st.builds(
     PlanTag,
     side=st.sampled_from(Side),
     rank=st.integers(0, 10**9),
     density=densities,
     output_tokens=st.floats(0, 1e7),
-    output_deviation=st.floats(0, 1e7),
+    likely_output_tokens=likely,
     compute_seconds=st.floats(0, 1e9),
     memory_seconds=st.floats(0, 1e9),
     rest_compute_seconds=st.floats(0, 1e9),
     rest_memory_seconds=st.floats(0, 1e9),
+    use=st.none()
+    | st.builds(
+        UseTag,
+        job=st.text(max_size=8),
+        side=st.sampled_from(Side),
+        due=counts,
+        since=counts,
+        next_uses=uses,
+    ),
     updates=st.lists(
         st.builds(
             LengthUpdate,
             rid=st.uuids().map(lambda rid: rid.hex),
             output_tokens=st.integers(0, 10**5).map(float),
-            output_deviation=st.integers(0, 10**5).map(float),
+            likely_output_tokens=likely,
         ),
         max_size=5,
     ).map(tuple),
@@ -81,10 +107,9 @@ def test_an_infinite_density_arrives_as_one_above_every_finite_one(tag):
     )
 
 
-def test_params_are_scalars_under_keys_of_ours():
-    params = TAG.to_params()
-    assert all(key.startswith("blendserve_") for key in params)
-    assert all(type(value) in (str, int, float) for value in params.values())
+def test_params_are_one_text_under_a_key_of_ours():
+    assert list(map(type, TAG.to_params().values())) == [str]
+    assert all(key.startswith("blendserve_") for key in TAG.to_params())
 
 
 @pytest.mark.parametrize("params", [None, {}])
@@ -98,38 +123,73 @@ def test_a_request_with_params_of_the_client_alone_is_not_planned(params):
     assert PlanTag.from_params(params) is None
 
 
-@pytest.mark.parametrize("key", TAG.to_params())
-def test_a_tag_that_lacks_a_key_is_none(key):
-    params = TAG.to_params()
-    del params[key]
-    assert PlanTag.from_params(params) is None
+def with_value(text, *path):
+    """The params of a tag with JSON text in the place of one value."""
+    tag = json.loads(TAG.to_params()[KEY])
+    at = tag
+    for name in path[:-1]:
+        at = at[name]
+    at[path[-1]] = "the value"
+    return {KEY: json.dumps(tag).replace('"the value"', text)}
 
 
-@pytest.mark.parametrize("key", TAG.to_params())
-@pytest.mark.parametrize("value", [None, "", "soon", [], [1], {}, {"left": 1}])
-def test_a_tag_with_a_malformed_value_is_none(key, value):
-    assert PlanTag.from_params({**TAG.to_params(), key: value}) is None
+FIELDS = tuple(json.loads(TAG.to_params()[KEY]))
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + 400 * "0"])
-@pytest.mark.parametrize("name", ["rank", "density", "output_tokens", "rest_memory_seconds"])
-def test_a_tag_with_a_number_that_is_not_finite_is_none(name, number):
-    # As the text of a body: Python's parser takes all of these.
-    params = json.loads(json.dumps(TAG.to_params())[:-1] + f', "blendserve_{name}": {number}}}')
-    assert PlanTag.from_params(params) is None
+def test_a_tag_can_be_written_by_hand():
+    assert PlanTag.from_params(with_value("7", "rank")).rank == 7
+    corners = with_value('[[16, 9, "left"], [40, 12, "right"]]', "use", "next_uses")
+    uses = (NextUse(16, 9, Side.LEFT), NextUse(40, 12, Side.RIGHT))
+    assert PlanTag.from_params(corners).use.next_uses == uses
 
 
-@pytest.mark.parametrize("number", [-1, -0.5, "-3", -(10**400)])
-@pytest.mark.parametrize("name", ["rank", "density", "output_tokens", "rest_memory_seconds"])
-def test_a_tag_with_a_negative_number_is_none(name, number):
-    assert PlanTag.from_params({**TAG.to_params(), f"blendserve_{name}": number}) is None
+def test_what_is_left_without_a_tag_is_the_clients():
+    assert without_tag({**TAG.to_params(), "own": 1, "__req__": None}) == {
+        "own": 1,
+        "__req__": None,
+    }
+    assert without_tag({**TAG.to_params(), "__req__": None}) is None
 
 
-@pytest.mark.parametrize("side", ["LEFT", "middle", 0, True])
+@pytest.mark.parametrize("text", [None, 5, [], {}, "", "soon", "{}", "[]", "null", "{", "\ud800"])
+def test_a_key_with_something_else_in_it_is_no_tag(text):
+    assert PlanTag.from_params({KEY: text}) is None
+
+
+@pytest.mark.parametrize("field", ["side", "rank", "density", "output_tokens"])
+def test_a_tag_that_lacks_what_it_must_have_is_none(field):
+    tag = json.loads(TAG.to_params()[KEY])
+    del tag[field]
+    assert PlanTag.from_params({KEY: json.dumps(tag)}) is None
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("text", ['"soon"', "[1, {}]", "{}", "NaN", "Infinity", "1e999", "-1"])
+def test_a_tag_with_a_malformed_value_is_none(field, text):
+    assert PlanTag.from_params(with_value(text, field)) is None
+
+
+@pytest.mark.parametrize("side", ['"LEFT"', '"middle"', "0", "true"])
 def test_there_are_two_sides_only(side):
-    assert PlanTag.from_params({**TAG.to_params(), "blendserve_side": side}) is None
+    assert PlanTag.from_params(with_value(side, "side")) is None
 
 
-@pytest.mark.parametrize("updates", ["abc", "abc:1", "abc:1:x", "abc:nan:1", "abc:1:-2", ":"])
-def test_a_tag_with_updates_that_we_did_not_write_is_none(updates):
-    assert PlanTag.from_params({**TAG.to_params(), "blendserve_updates": updates}) is None
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("[3, 2]", ["likely_output_tokens"]),
+        ("[-3, 2]", ["likely_output_tokens"]),
+        ("[1e999]", ["likely_output_tokens"]),
+        ('[{"rid": "a", "output_tokens": 1}]', ["updates"]),
+        ('[{"rid": "a", "output_tokens": -1, "likely_output_tokens": []}]', ["updates"]),
+        ('[{"rid": "a", "output_tokens": 1, "likely_output_tokens": [3, 2]}]', ["updates"]),
+        ('"soon"', ["use", "due"]),
+        ("null", ["use", "since"]),
+        ('[[16, 9, "middle"]]', ["use", "next_uses"]),
+        ("[[16, 9]]", ["use", "next_uses"]),
+        ('[[40, 9, "left"], [16, 12, "left"]]', ["use", "next_uses"]),
+        ('[[0, 9, "left"]]', ["use", "next_uses"]),
+    ],
+)
+def test_what_a_client_made_up_is_no_tag(text, path):
+    assert PlanTag.from_params(with_value(text, *path)) is None

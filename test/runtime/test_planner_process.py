@@ -65,7 +65,7 @@ def test_it_plans_as_the_planner_does(process):
         sample = np.concatenate([plan.sample[side] for side in Side])
         assert set(sample.tolist()) == set(expected.sample.tolist())
         assert plan.output_tokens.tolist() == expected.estimated_output_tokens.tolist()
-        assert plan.output_deviation.tolist() == expected.output_deviation.tolist()
+        assert plan.likely_output_tokens.tolist() == expected.likely_output_tokens.tolist()
         assert plan.prefill_tokens.sum() == pytest.approx(
             expected.prompt_tokens * (1 - expected.sharing_planned)
         )

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from blendserve.planner import Job, NextUse, Side, make_plan, make_timetable
 from blendserve.runtime import radix_cache
 from blendserve.runtime.eviction_order import NEVER
-from blendserve.runtime.next_use import UseTag
+from blendserve.runtime.plan_tag import PlanTag, UseTag
 from blendserve.runtime.radix_cache import BlendRadixCache
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
@@ -29,7 +29,7 @@ def planned(due, *uses, side=LEFT, since=0, job="job"):
     """custom_params; uses are (prefix tokens, due) or (prefix tokens, due, side)."""
     corners = tuple(NextUse(*use, *(LEFT,) * (3 - len(use))) for use in uses)
     tag = UseTag(job, side, due, since, corners)
-    return {"blendserve_side": side.value, **tag.to_params()}
+    return PlanTag(side, due, 1.0, 1.0, use=tag).to_params()
 
 
 def own(request, count):
@@ -278,7 +278,7 @@ def test_a_job_finds_more_of_its_prefixes_than_under_lru():
             side = LEFT if timetable.left[timetable.due(request)] else RIGHT
             uses = tuple(timetable.next_uses(request))
             tag = UseTag("job", side, timetable.due(request), 0, uses)
-            params = {"blendserve_side": side.value, **tag.to_params()}
+            params = PlanTag(side, request, 1.0, 1.0, use=tag).to_params()
             found[kind] += serve(engine, str(request), prompts[request].tolist(), params, output=2)
     assert found["blendserve"] > 1.4 * found["python"]
 

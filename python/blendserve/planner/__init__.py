@@ -9,7 +9,6 @@ from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
 from .kv_account import Candidate, KVAccount
-from .kv_forecast import KVForecast
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
@@ -42,7 +41,6 @@ __all__ = [
     "HardwareError",
     "Job",
     "KVAccount",
-    "KVForecast",
     "KVView",
     "LengthModel",
     "MemoryForecast",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from .dual_scanner import Side
-from .kv_forecast import KVForecast
+from .memory_forecast import BIN_STEPS, OVERDUE_PART, MemoryForecast
 from .prefix_tree import Floats
 
-# Room beside the expected growth, where lengths are estimates. They can all be off together, as
-# the mean of a subtree is: this part of every estimate. And each can be off by itself: this many
-# standard deviations of their sum. Outgrowing memory costs a retraction, which computes everything
-# anew; memory kept in vain is only lent a little later.
-_COMMON_ERROR = 0.5
+# Room for wrong estimates: outgrowing memory costs a retraction, which computes everything anew,
+# and memory kept in vain is only lent a little later.
 _DEVIATIONS = 2.0
-# A request that has outlived its estimate goes on for this part of what it has produced.
-_OVERDUE_PART = 0.5
+# Each step in which requests lose their memory shows that the estimates were worse than that, and
+# adds to it; what it added shrinks by this part with every step.
+_AFTER_RETRACTION = 1.0
+_FORGETTING = 0.002
+# A request that fills the pool alone runs for so many bins of the forecast, so that a small pool
+# is looked at as closely as a large one.
+_POOL_BINS = 8_192
 
 
 # Made for every head at every decision: not frozen, which would double the time to make one.
@@ -38,8 +41,10 @@ class Candidate:
             that it takes nothing from the free tokens. 0 is the safe value.
         newly_shared_tokens: those of them that only one running request has held so far. They no
             longer come free when that one ends.
-        output_deviation: standard deviation of the estimate; 0 where the length is known.
+        likely_output_tokens: numbers of output tokens still to come, ascending and each as likely
+            as the others; empty where the estimate is exact.
         max_output_tokens: the most that it may still produce.
+        prefill_steps: decode steps that the others make while its prompt is being computed.
     """
 
     side: Side
@@ -50,8 +55,9 @@ class Candidate:
     blocked: bool = False
     locked_prefix_tokens: int = 0
     newly_shared_tokens: float = 0.0
-    output_deviation: float = 0.0
+    likely_output_tokens: Sequence[float] = ()
     max_output_tokens: float = math.inf
+    prefill_steps: int = 0
 
     @property
     def uncached_fraction(self) -> float:
@@ -63,23 +69,18 @@ class Candidate:
         """Prompt tokens that it takes from the free ones as soon as it starts."""
         return self.prompt_tokens - self.locked_prefix_tokens
 
-    @property
-    def reserved_output_tokens(self) -> float:
-        """Output tokens to keep memory for: the estimate, and room where it is one."""
-        margin = 1.0 + _COMMON_ERROR if self.output_deviation > 0.0 else 1.0
-        return min(max(self.estimated_output_tokens * margin, 1.0), self.max_output_tokens)
-
 
 @dataclass(slots=True)
 class _Booking:
+    """started: decode step. limit: output tokens that it may produce. estimate: that it is expected
+    to produce."""
+
     side: Side
+    started: int
     private_tokens: float
     booked_tokens: float
-    deviation: float
-    reserved_tokens: float
-    """Output tokens that memory has been reserved for so far."""
-    left_to_limit: float
-    """Output tokens that it may still produce beyond those that memory is reserved for."""
+    limit: float
+    estimate: float
 
 
 class KVAccount:
@@ -94,6 +95,7 @@ class KVAccount:
         left_tokens, right_tokens: memory booked per side: of each running request its private
             prompt tokens and half of its expected output, its mean over its life.
         running: requests on each side's account.
+        bin_steps: decode steps that share one figure of the forecast.
     """
 
     def __init__(self, total_tokens: int) -> None:
@@ -102,7 +104,12 @@ class KVAccount:
         self.left_tokens = 0.0
         self.right_tokens = 0.0
         self.running: dict[Side, int] = dict.fromkeys(Side, 0)
-        self._forecast = KVForecast(_DEVIATIONS)
+        self.bin_steps = min(max(total_tokens // _POOL_BINS, 1), BIN_STEPS)
+        self._forecast = MemoryForecast(self.bin_steps, _DEVIATIONS)
+        self._now = 0  # Decode steps so far.
+        self._retracted_at = -1
+        # When a request will have outlived its estimate.
+        self._overdue: list[tuple[float, Hashable]] = []
         self._bookings: dict[Hashable, _Booking] = {}
 
     def __len__(self) -> int:
@@ -116,44 +123,55 @@ class KVAccount:
         return not self._bookings
 
     def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
-        """Whether the pool, less a reserve, lasts until all have ended, if this one starts too."""
-        growth = self._forecast.peak_tokens_with(
-            candidate.reserved_output_tokens, candidate.private_tokens, candidate.output_deviation
-        )
-        needed = candidate.private_tokens + candidate.newly_shared_tokens + growth
+        """Whether the pool, less a reserve, is expected to last for as long as this one may run, if
+        it starts too."""
+        forecast = self._forecast
+        held = forecast.held_tokens(self._now)
+        more = candidate.private_tokens + candidate.newly_shared_tokens
+        peak = forecast.peak_tokens_with(self._now, more, self._likely(candidate))
+        # Whatever is expected, all go on until its prompt is computed, and for a step at least.
+        steps = candidate.prefill_steps + 1.0
+        growth = max(peak - held, more + steps * len(self._bookings) + 1.0)
         # What is booked and yet not taken will not be given back either: prefixes that are shared
         # without our knowledge.
-        overbooked = self._forecast.held_tokens() - (self.total_tokens - self.free_tokens)
-        return needed + max(overbooked, 0.0) <= self.free_tokens - reserve_tokens
+        overbooked = held - (self.total_tokens - self.free_tokens)
+        return growth + max(overbooked, 0.0) <= self.free_tokens - reserve_tokens
 
     def growth_tokens(self) -> float:
-        """Free tokens that the running requests need at the most until all have ended."""
-        return self._forecast.peak_tokens()
+        """Free tokens that the running requests are expected to need until all have ended."""
+        forecast, now = self._forecast, self._now
+        return max(
+            forecast.peak_tokens(now) - forecast.held_tokens(now), float(len(self._bookings))
+        )
 
     def remaining_tokens(self) -> float:
         """Output tokens that the running requests are expected to produce yet."""
-        return self._forecast.remaining_tokens()
+        return self._forecast.remaining_tokens(self._now)
 
-    def profile(self) -> tuple[Floats, int]:
-        """(tokens, steps): what the running requests alone will hold at the end of each of the next
-        stretches of so many decode steps."""
-        return self._forecast.profile()
+    def profile(self) -> tuple[Floats, Floats]:
+        """See `MemoryForecast.profile`; bins of `bin_steps`, from now on."""
+        return self._forecast.profile(self._now)
 
     def start(self, key: Hashable, candidate: Candidate) -> None:
         """Book a request that starts now; takes its prompt from `free_tokens`."""
-        reserved = candidate.reserved_output_tokens
-        self._forecast.add(key, reserved, candidate.private_tokens, candidate.output_deviation)
-        booking = _Booking(
-            candidate.side,
-            candidate.private_tokens,
-            account_tokens(candidate.private_tokens, reserved),
-            candidate.output_deviation,
-            reserved,
-            candidate.max_output_tokens - reserved,
+        private = candidate.private_tokens
+        self._forecast.add(
+            key, self._now, private, self._likely(candidate), candidate.max_output_tokens
         )
-        self._bookings[key] = booking
-        self._book(booking.side, booking.booked_tokens, +1)
-        self.free_tokens -= candidate.private_tokens
+        estimate = min(max(candidate.estimated_output_tokens, 1.0), candidate.max_output_tokens)
+        booked = account_tokens(private, estimate)
+        self._bookings[key] = _Booking(
+            candidate.side, self._now, private, booked, candidate.max_output_tokens, estimate
+        )
+        heapq.heappush(self._overdue, (self._now + estimate, key))
+        self._book(candidate.side, booked, +1)
+        self.free_tokens -= private
+
+    def _likely(self, candidate: Candidate) -> Sequence[float]:
+        # None holds more than the pool, whatever is expected of it.
+        most = min(candidate.max_output_tokens, float(self.total_tokens))
+        likely = candidate.likely_output_tokens or (candidate.estimated_output_tokens,)
+        return [candidate.prefill_steps + min(max(tokens, 1.0), most) for tokens in likely]
 
     def held_alone(self, key: Hashable, tokens: int) -> float:
         """What a request holds alone of its prompt, beyond so many tokens."""
@@ -169,23 +187,21 @@ class KVAccount:
             self._bookings[key].private_tokens = tokens
 
     def revise(
-        self, key: Hashable, done_tokens: int, output_tokens: float, deviation: float
+        self, key: Hashable, done_tokens: int, output_tokens: float, likely: Sequence[float]
     ) -> bool:
         """A running request that has produced done_tokens is expected to produce output_tokens in
-        all, known to so much. False for one that is not running."""
+        all, or one of `likely` (as in a candidate). False for one that is not running."""
         booking = self._bookings.get(key)
         if booking is None:
             return False
-        limit = booking.reserved_tokens + booking.left_to_limit
-        left = max(output_tokens - done_tokens, deviation, 1.0) * (1.0 + _COMMON_ERROR)
-        left = max(min(left, limit - done_tokens), 1.0)
-        self._forecast.add(key, left, self._forecast.held_by(key), deviation)
-        booking.deviation = deviation
-        booking.reserved_tokens = done_tokens + left
-        booking.left_to_limit = max(limit - booking.reserved_tokens, 0.0)
-        before = booking.booked_tokens
-        booking.booked_tokens = account_tokens(booking.private_tokens, booking.reserved_tokens)
-        self._book(booking.side, booking.booked_tokens - before, 0)
+        # It decodes since a few steps after its start.
+        behind = self._now - booking.started - done_tokens
+        most = min(booking.limit, float(self.total_tokens))
+        lengths = [behind + min(max(x, 1.0), most) for x in likely or (output_tokens,)]
+        self._forecast.revise(key, self._now, lengths)
+        booking.estimate = behind + min(max(output_tokens, done_tokens + 1.0), booking.limit)
+        heapq.heappush(self._overdue, (booking.started + booking.estimate, key))
+        self._rebook(booking, booking.side)
         return True
 
     def end(self, key: Hashable) -> bool:
@@ -193,32 +209,50 @@ class KVAccount:
         booking = self._bookings.pop(key, None)
         if booking is None:
             return False
-        self._forecast.end(key)
+        self._forecast.remove(key)
         self._book(booking.side, -booking.booked_tokens, -1)
         if not self._bookings:
+            self._overdue.clear()
             self.left_tokens = self.right_tokens = 0.0
         return True
 
-    def decode_step(self) -> bool:
-        """Every running request has produced a token. True if one has outlived its estimate.
+    def retracted(self) -> None:
+        """A request has lost its memory to the others."""
+        if self._retracted_at != self._now:
+            self._retracted_at = self._now
+            self._forecast.deviations += _AFTER_RETRACTION
 
-        Such a request is a long decode after all: it counts on the right from now on, and memory
-        is reserved for as much more as the estimate was uncertain, or for half of what it has
-        produced: the longer something runs, the longer it is likely to go on.
+    def decode_step(self) -> bool:
+        """Every running request has produced a token. True if more may start than before, or less.
+
+        A request that outlives its estimate is a long decode after all: it counts on the right
+        from now on, and is expected to go on for half of what it has produced: the longer
+        something runs, the longer it is likely to go on.
         """
-        overdue = self._forecast.advance()
-        for key, held_tokens in overdue.items():
-            booking = self._bookings[key]
-            self._book(booking.side, -booking.booked_tokens, -1)
-            more = max(booking.deviation, _OVERDUE_PART * booking.reserved_tokens, 1.0)
-            more = min(more, max(booking.left_to_limit, 1.0))
-            booking.reserved_tokens += more
-            booking.left_to_limit -= more
-            booking.side = Side.RIGHT
-            booking.booked_tokens += more / 2
-            self._book(booking.side, booking.booked_tokens, +1)
-            self._forecast.add(key, more, held_tokens, booking.deviation)
-        return bool(overdue)
+        self._now += 1
+        forecast = self._forecast
+        forecast.deviations -= _FORGETTING * (forecast.deviations - _DEVIATIONS)
+        forecast.advance(self._now)
+        changed = self._now % self.bin_steps == 0
+        overdue = self._overdue
+        while overdue and overdue[0][0] < self._now:
+            _, key = heapq.heappop(overdue)
+            booking = self._bookings.get(key)
+            done = 0 if booking is None else self._now - booking.started
+            if booking is None or done <= booking.estimate:
+                continue  # Ended, or expected to go on by now.
+            booking.estimate = done * (1.0 + OVERDUE_PART) + 1.0
+            heapq.heappush(overdue, (booking.started + booking.estimate, key))
+            self._rebook(booking, Side.RIGHT)
+            changed = True
+        return changed
+
+    def _rebook(self, booking: _Booking, side: Side) -> None:
+        self._book(booking.side, -booking.booked_tokens, -1)
+        booking.side = side
+        output = min(booking.estimate, booking.limit)
+        booking.booked_tokens = account_tokens(booking.private_tokens, output)
+        self._book(side, booking.booked_tokens, +1)
 
     def _book(self, side: Side, tokens: float, requests: int) -> None:
         self.running[side] += requests

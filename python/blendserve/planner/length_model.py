@@ -22,6 +22,8 @@ TELLING_ANSWERS = 8
 SPREAD_ANSWERS = 2.0
 # Ratios to the mean that a family's distribution starts from: an exponential one, as four answers.
 PRIOR_RATIOS = -np.log1p(-(np.arange(4) + 0.5) / 4)
+# Equally likely lengths that stand for a request's distribution.
+LIKELY_LENGTHS = 8
 # Where requests are running, the longest lengths are known least. The last endings, this part of
 # all and four at least, are pooled: beyond the one before them, lengths are taken as exponential.
 TAIL_PART = 0.02
@@ -96,6 +98,11 @@ class LengthModel:
         return self._by_request(
             lambda ratios, above, limit: np.minimum(_quantile_ratio(ratios, above, q), limit)
         )
+
+    def likely(self, count: int = LIKELY_LENGTHS) -> Floats:
+        """(n, count): lengths of each request, ascending, each as likely as the others."""
+        levels = (np.arange(count) + 0.5) / count
+        return np.stack([self.quantile(float(q)) for q in levels], axis=1)
 
     def deviation(self) -> Floats:
         """Standard deviation of each length, in tokens; 0 where it is known."""

@@ -3,169 +3,240 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .prefix_tree import Floats
 
-# Steps that share one figure: the expected demand at their end.
+# Steps that share one figure, the expected demand at their end, in a pool of an 80 GB device.
 BIN_STEPS = 256
 # A request beyond all lengths that were expected of it goes on for this part of what it has done.
 OVERDUE_PART = 0.5
 # Steps of a job's end that were not reckoned with wait for weights, and cost several times what
 # compute costs that is left over then. So something is taken to run so many times as likely.
 TAIL_CAUTION = 2.0
+_ROWS = 9
 
 
-@dataclass
+@dataclass(slots=True)
 class _Running:
+    """base: KV tokens held alone at the start, less the step of the start; so it holds base + t at
+    step t. ends: steps at which it may end, ascending and equally likely, of those still ahead when
+    it was last looked at. last: step that it cannot outlive. look: number of its latest entry in
+    the queue of those to be looked at again."""
+
     started: int
-    private_tokens: float
-    lengths: tuple[float, ...]
-    ends: tuple[float, ...] = ()
-    # Of a short request: its tokens, counted in the bin it started in and the next one.
-    short_tokens: float = 0.0
+    base: float
+    lengths: Sequence[float]
+    last: float
+    ends: Sequence[float] = ()
+    look: int = 0
 
 
 class MemoryForecast:
-    """Expected KV tokens of the running requests in each bin of BIN_STEPS steps from now on.
+    """Expected KV tokens of the running requests in each bin of so many steps.
 
     A request that may end after any of k equally likely lengths counts in each bin with the part of
     them that it has not ended by then. So a few long requests that start together are not taken to
-    reach full length together, and memory is lent on what is likely to be there. When one outlives
-    a length, the others become likelier; `advance` sees to it.
+    reach full length together, and memory is lent on what is likely to be there. Once the bin of a
+    length is over and the request is not, the others become likelier; `advance` sees to it.
+
+    Bin k is of the steps above k times its width. It stands for its last step, but each request in
+    it for its own end: the demand is never below a count step by step, and above it by less than a
+    bin of growth of each request.
+
+    Three sums per bin say all: of the possible ends in it, how likely they are, and their
+    likelihood times what the request holds less the step, and times what it holds at its end. The
+    demand in a bin is the third, and from all later bins the second plus the first times the step.
+    So a request that comes or goes touches as many bins as it has lengths. The variance is had in
+    the same way: with p the chance that a request still runs, p - p^2 in place of p, of squares;
+    and so is the most that can come, with the longest of the lengths alone.
 
     Mutable, no clock: all times are step numbers, which must not decrease from call to call.
+
+    Args:
+        bin_steps: width of a bin.
+        deviations: how many standard deviations of it are added to the demand, the lengths of
+            different requests taken as independent, but never more than all hold at their longest;
+            may be changed at any time.
     """
 
-    def __init__(self) -> None:
-        self._demand: Floats = np.zeros(4_096)
-        self._times: Floats = _bin_ends(4_096)
-        self._running: dict[int, _Running] = {}
-        self._outlived: list[tuple[int, int, int]] = []  # step, request, started
+    def __init__(self, bin_steps: int = BIN_STEPS, deviations: float = 0.0) -> None:
+        self._width, self.deviations = bin_steps, deviations
+        self._running: dict[Hashable, _Running] = {}
+        # When to look again: bin, number of the entry, request.
+        self._due: list[tuple[int, int, Hashable]] = []
+        self._looks = 0
+        # Bin of the latest step seen, of the first column of the sums, behind the last used one.
+        self._first = self._origin = self._stop = 0
+        self._sums = np.zeros((_ROWS, 512))
+        self._base = self._ends = 0.0
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def add(self, request: int, now: int, private_tokens: float, lengths: Sequence[float]) -> None:
+    def add(
+        self,
+        request: Hashable,
+        now: int,
+        private_tokens: float,
+        lengths: Sequence[float],
+        longest: float = np.inf,
+    ) -> None:
         """A request starts that holds private_tokens now and one more after every step, and ends
-        after one of these numbers of steps, ascending, each as likely as the others."""
-        running = _Running(now, private_tokens, tuple(lengths))
+        after one of these numbers of steps, ascending, each as likely as the others, and never
+        after more than `longest`."""
+        running = _Running(now, private_tokens - now, lengths, now + longest)
         self._running[request] = running
-        if lengths[-1] >= BIN_STEPS:
-            self._expect(request, running, now)
-            return
-        # Nearly all of these end before their bin or the next one does; no look at each outcome.
-        running.short_tokens = private_tokens + sum(lengths) / len(lengths)
-        self._count_short(running, running.short_tokens)
-        heapq.heappush(self._outlived, (now + BIN_STEPS, request, now))
+        self._base += running.base
+        self._expect(request, running, now)
 
-    def update(self, now: int, lengths_of: Callable[[int], Sequence[float]]) -> None:
+    def update(self, now: int, lengths_of: Callable[[Any], Sequence[float]]) -> None:
         """More is known: the lengths of running requests, from their starts, are these."""
-        for request, running in self._running.items():
-            if running.short_tokens and now - running.started < BIN_STEPS:
-                continue
-            self._discount(running, now)
-            running.lengths = tuple(lengths_of(request))
-            self._expect(request, running, now)
+        for request in self._running:
+            self.revise(request, now, lengths_of(request))
 
-    def remove(self, request: int, now: int) -> None:
+    def revise(self, request: Hashable, now: int, lengths: Sequence[float]) -> None:
+        """The same of one running request."""
+        running = self._running[request]
+        self._count(running, -1.0)
+        running.lengths = lengths
+        self._expect(request, running, now)
+
+    def hold(self, request: Hashable, tokens: float) -> None:
+        """A running request holds so many tokens more alone, or less."""
+        running = self._running[request]
+        self._count(running, -1.0)
+        running.base += tokens
+        self._base += tokens
+        self._count(running, +1.0)
+
+    def remove(self, request: Hashable) -> None:
         """A request ended, or lost its memory."""
         running = self._running.pop(request)
         if not self._running:
-            self._demand[:] = 0.0
+            # Also rids the sums of what floating-point differences have left in them.
+            self._due.clear()
+            self._sums[:] = 0.0
+            self._origin, self._stop = self._first, self._first
+            self._base = self._ends = 0.0
             return
-        self._discount(running, now)
+        self._base -= running.base
+        self._count(running, -1.0)
 
     def advance(self, now: int) -> None:
-        """Look again at the requests that have outlived a length by now."""
-        outlived = self._outlived
-        while outlived and outlived[0][0] <= now:
-            _, request, started = heapq.heappop(outlived)
+        """Look again at the requests that have outlived the bin of one of their lengths."""
+        self._first, due = now // self._width, self._due
+        while due and due[0][0] < self._first:
+            _, look, request = heapq.heappop(due)
             running = self._running.get(request)
-            if running is not None and running.started == started:
-                self._discount(running, now)
+            if running is not None and running.look == look:
+                self._count(running, -1.0)
                 self._expect(request, running, now)
 
     def fits(self, now: int, private_tokens: float, lengths: Sequence[float], limit: float) -> bool:
         """Whether the demand stays within the limit for as long as one more request may run."""
-        first = now // BIN_STEPS
-        ends = [now + length for length in lengths]
-        last = int(ends[-1]) // BIN_STEPS
-        if last >= len(self._demand):
-            self._extend(last)
-        base = private_tokens - now
-        part = 1.0 / len(ends)
-        if last == first:
-            more = base + sum(ends) * part
-            return bool(self._demand[first] + more <= limit)
-        total = self._demand[first : last + 1].copy()
-        times = self._times
-        for end in ends:
-            at = int(end) // BIN_STEPS
-            if at > first:
-                total[: at - first] += part * (base + times[first:at])
-            total[at - first] += part * (base + end)
-        return bool(total.max() <= limit)
+        return self.peak_tokens_with(now, private_tokens, lengths) <= limit
+
+    def peak_tokens_with(self, now: int, private_tokens: float, lengths: Sequence[float]) -> float:
+        """The most that is expected to be held at once for as long as one more request may run."""
+        more = _Running(now, private_tokens - now, lengths, np.inf)
+        more.ends = [now + length for length in lengths]
+        self._count(more, +1.0)
+        span = math.ceil(more.ends[-1] / self._width) - now // self._width
+        peak = float(self._demand(now)[:span].max())
+        self._count(more, -1.0)
+        return peak
+
+    def peak_tokens(self, now: int) -> float:
+        """The most that is expected to be held at once from now on."""
+        return float(self._demand(now).max()) if self._running else 0.0
+
+    def held_tokens(self, now: int) -> float:
+        """What the running requests hold now, each alone."""
+        return self._base + len(self._running) * now
+
+    def remaining_tokens(self, now: int) -> float:
+        """Output tokens that they are expected to produce yet."""
+        return max(self._ends - len(self._running) * now, 0.0)
 
     def profile(self, now: int) -> tuple[Floats, Floats]:
         """(tokens, alive) per bin from now on, until nothing is expected to run: the demand, and
         how likely it is, with caution, that anything runs at all. A request that still runs then
         holds at least what it has produced since now, so demand over that bounds how many there
         are."""
-        first = now // BIN_STEPS
-        tokens = self._demand[first:]
+        tokens = self._demand(now) if self._running else np.empty(0)
         last = np.flatnonzero(tokens > 1.0)
-        tokens = tokens[: int(last[-1]) + 1 if len(last) else 0].copy()
-        since = self._times[first : first + len(tokens)] - now
+        tokens = tokens[: int(last[-1]) + 1 if len(last) else 0]
+        since = self._bin_ends(now // self._width, len(tokens)) - now
         return tokens, np.minimum(TAIL_CAUTION * tokens / since, 1.0)
 
-    def _expect(self, request: int, running: _Running, now: int) -> None:
-        done = now - running.started
-        lengths = [length for length in running.lengths if length > done]
-        if not lengths:
-            lengths = [done * (1.0 + OVERDUE_PART) + 1.0]
-        running.ends = tuple(running.started + length for length in lengths)
-        last = int(running.ends[-1]) // BIN_STEPS
-        if last >= len(self._demand):
-            self._extend(last)
-        self._count(running, now, 1.0)
-        heapq.heappush(self._outlived, (int(running.ends[0]) + 1, request, running.started))
+    def _expect(self, request: Hashable, running: _Running, now: int) -> None:
+        started = running.started
+        done = now - started
+        ends: list[float] = [started + length for length in running.lengths if length > done]
+        if not ends:
+            ends = [min(now + OVERDUE_PART * done + 1.0, max(running.last, now + 1.0))]
+        running.ends = ends
+        self._count(running, +1.0)
+        self._looks += 1
+        running.look = self._looks
+        heapq.heappush(self._due, (math.ceil(ends[0] / self._width) - 1, self._looks, request))
 
-    def _discount(self, running: _Running, now: int) -> None:
-        if running.short_tokens:
-            self._count_short(running, -running.short_tokens)
-            running.short_tokens = 0.0
-        else:
-            self._count(running, now, -1.0)
+    def _count(self, running: _Running, sign: float) -> None:
+        base, ends, width = running.base, running.ends, self._width
+        last = math.ceil(ends[-1] / width) - 1
+        if last >= self._stop:
+            self._reach(last)
+        count = len(ends)
+        part = sign / count
+        origin = self._origin
+        held, most, *sums = self._sums
+        last -= origin
+        most[last] += sign * (base + ends[-1])
+        sums[5][last] += sign
+        sums[6][last] += sign * base
+        for ended, end in enumerate(ends):
+            at = math.ceil(end / width) - 1 - origin
+            held[at] += part * (base + end)
+            sums[0][at] += part
+            sums[1][at] += part * base
+            self._ends += part * end
+            if count > 1:
+                # What p - p^2 loses when p goes down by a part, from (count - ended) parts.
+                spread = part * (1.0 - (2.0 * (count - ended) - 1.0) / count)
+                sums[2][at] += spread
+                sums[3][at] += spread * base
+                sums[4][at] += spread * base * base
 
-    def _count_short(self, running: _Running, tokens: float) -> None:
-        at = running.started // BIN_STEPS
-        if at + 1 >= len(self._demand):
-            self._extend(at + 1)
-        self._demand[at] += tokens
-        self._demand[at + 1] += tokens
+    def _demand(self, now: int) -> Floats:
+        """Per bin from now on."""
+        first = now // self._width
+        sums = self._sums[:, first - self._origin : self._stop - self._origin]
+        times = self._bin_ends(first, sums.shape[1])
+        used = sums[2:4] if not self.deviations else sums[2:]
+        later = used[:, ::-1].cumsum(axis=1)[:, ::-1] - used
+        expected: Floats = sums[0] + later[0] * times + later[1]
+        if not self.deviations:
+            return expected
+        variance = (later[2] * times + 2.0 * later[3]) * times + later[4]
+        room = self.deviations * np.sqrt(np.maximum(variance, 0.0))
+        demand: Floats = np.minimum(expected + room, sums[1] + later[5] * times + later[6])
+        return demand
 
-    def _count(self, running: _Running, now: int, sign: float) -> None:
-        first = now // BIN_STEPS
-        base = running.private_tokens - running.started
-        part = sign / len(running.ends)
-        demand, times = self._demand, self._times
-        for end in running.ends:
-            at = int(end) // BIN_STEPS
-            if at < first:
-                continue
-            if at > first:
-                demand[first:at] += part * (base + times[first:at])
-            demand[at] += part * (base + end)
+    def _bin_ends(self, first: int, bins: int) -> Floats:
+        return np.arange(first + 1.0, first + bins + 1.0) * self._width
 
-    def _extend(self, last: int) -> None:
-        size = max(2 * len(self._demand), last + 1)
-        self._demand = np.concatenate((self._demand, np.zeros(size - len(self._demand))))
-        self._times = _bin_ends(size)
-
-
-def _bin_ends(bins: int) -> Floats:
-    return (np.arange(bins, dtype=np.float64) + 1.0) * BIN_STEPS
+    def _reach(self, last: int) -> None:
+        """Have a column for this bin."""
+        self._stop = last + 1
+        if last - self._origin >= self._sums.shape[1]:
+            # What is past has been counted out.
+            kept = self._sums[:, self._first - self._origin :]
+            self._origin = self._first
+            self._sums = np.zeros((_ROWS, 2 * (last + 1 - self._origin)))
+            self._sums[:, : kept.shape[1]] = kept[:, : self._sums.shape[1]]

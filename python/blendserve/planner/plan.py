@@ -105,8 +105,9 @@ class Plan:
       compute_seconds, memory_seconds: cost of each request; the compute of a shared prefix is
           divided equally among those that share it, so that the sums are those of the job.
     By request index, shape (n,):
-      estimated_output_tokens; output_deviation: standard deviation of each estimate, 0 where the
-          length is known; request_density: nan where the request is not planned.
+      estimated_output_tokens; likely_output_tokens: (n, k) lengths that it may have, ascending,
+          each as likely as the others, all the same where the length is known;
+          request_density: nan where the request is not planned.
     sample: (s,) request indices to run first, so that the rest can be planned again with what
         they show (see `make_plan`); empty when the sample is complete, or the lengths are known.
     target_density: of the planned requests together, after sharing; inf without decoding.
@@ -124,7 +125,7 @@ class Plan:
     compute_seconds: Floats
     memory_seconds: Floats
     estimated_output_tokens: Floats
-    output_deviation: Floats
+    likely_output_tokens: Floats
     request_density: Floats
     sample: Ints
     target_density: float
@@ -214,7 +215,7 @@ def make_plan(
         compute_seconds=compute_after,
         memory_seconds=memory_after,
         estimated_output_tokens=output,
-        output_deviation=np.where(known, 0.0, lengths.deviation()),
+        likely_output_tokens=lengths.likely(),
         request_density=request_density,
         sample=sample,
         target_density=float(density(compute_after.sum(), memory_after.sum())),

@@ -25,8 +25,7 @@ from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
-from blendserve.runtime.next_use import UseTag
-from blendserve.runtime.plan_tag import LengthUpdate, PlanTag
+from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, UseTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, Planner
 from blendserve.runtime.prompts import PromptReader
 
@@ -216,7 +215,7 @@ class JobRunner:
             LengthUpdate(
                 sent.task.get_name(),
                 float(plan.output_tokens[position]),
-                float(plan.output_deviation[position]),
+                likely_tokens(plan.likely_output_tokens[position]),
             )
             for position, sent in self._sent.items()
             # SGLang makes ids of its own where one line asks for several sequences.
@@ -282,7 +281,7 @@ class JobRunner:
             density = scanner.density(side) or 0.0
             position = scanner.take(side)
         plan = self._plan_now
-        deviation = float(plan.output_deviation[position])
+        likely = likely_tokens(plan.likely_output_tokens[position])
         timetable = plan.timetable
         compute = float(plan.compute_seconds[position])
         memory = float(plan.memory_seconds[position])
@@ -292,7 +291,7 @@ class JobRunner:
             rank=turn.rank,
             density=density,
             output_tokens=float(plan.output_tokens[position]),
-            output_deviation=deviation,
+            likely_output_tokens=likely,
             compute_seconds=compute,
             memory_seconds=memory,
             rest_compute_seconds=max(rest_compute - compute, 0.0),
@@ -314,7 +313,7 @@ class JobRunner:
         self._dispatcher.credits.sent(side, sequences)
         self._sent_seconds += compute + memory
         self._sent[position] = _Sent(
-            task, side, compute + memory, tag.output_tokens if deviation else None
+            task, side, compute + memory, tag.output_tokens if likely else None
         )
         self._look()
 

@@ -1,30 +1,30 @@
 """The plan data that travels with a request of a job, from the front process to the scheduler.
 
 ``sampling_params.custom_params`` is the one field of a request that SGLang carries unchanged
-through HTTP, tokenizer and scheduler; it holds scalars under keys of ours.
+through HTTP, tokenizer and scheduler. The tag is JSON text under one key of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any
 
-from blendserve.planner import Side
-from blendserve.runtime.next_use import UseTag
+import msgspec
+
+from blendserve.planner import NextUse, Side
+from blendserve.planner.prefix_tree import Floats
 
 # Set on SGLang's request object when it arrives with a plan tag: the tag.
 PLAN_ATTRIBUTE = "blendserve_plan"
-_PREFIX = "blendserve_"
-# As text: "rid:tokens:deviation", separated by blanks.
-_UPDATES = "blendserve_updates"
-_NUMBERS = (
-    *("rank", "density", "output_tokens", "output_deviation"),
-    *("compute_seconds", "memory_seconds", "rest_compute_seconds", "rest_memory_seconds"),
-)
+KEY = "blendserve_plan"
 # JSON has no infinity; a density this high is compute-bound on any hardware.
 _LARGEST_DENSITY = 1e12
+
+_Number = Annotated[float, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,32 @@ class LengthUpdate:
     Attributes:
         rid: SGLang's id of the request.
         output_tokens: expected output, what it has produced so far included.
-        output_deviation: standard deviation of that.
+        likely_output_tokens: as in the plan tag.
     """
 
     rid: str
-    output_tokens: float
-    output_deviation: float
+    output_tokens: _Number
+    likely_output_tokens: tuple[_Number, ...]
+
+
+@dataclass(frozen=True)
+class UseTag:
+    """What the radix cache is told about the future of a request's prefixes.
+
+    Attributes:
+        job: name of its job; any text that no other job of this server has.
+        side: the scanner that dispatched it.
+        due: its number in the job's timetable. Numbers go on from plan to plan.
+        since: number of the first request of the same timetable; what came before has been sent.
+        next_uses: who needs its prefixes next, shortest prefix and soonest use first; what lies
+            beyond the last is not needed again.
+    """
+
+    job: str
+    side: Side
+    due: _Count
+    since: _Count
+    next_uses: tuple[NextUse, ...]
 
 
 @dataclass(frozen=True)
@@ -51,65 +71,56 @@ class PlanTag:
         rank: position in dispatch order of that side, from 0; smaller goes first.
         density: compute density of its leaf, as the scanner sees it.
         output_tokens: estimated output length.
-        output_deviation: standard deviation of that estimate in tokens; 0 where it is exact.
+        likely_output_tokens: lengths that it may have, ascending, each as likely as the others;
+            empty where the estimate is exact.
         compute_seconds, memory_seconds: that it will take by the cost model, what it shares with
             the request before it in the plan left out.
         rest_compute_seconds, rest_memory_seconds: those of all that had not been dispatched of any
             job right after it.
-        use: who needs its prefixes next; the radix cache reads that from the request by itself.
+        use: who needs its prefixes next; for the radix cache.
         updates: of other requests. They travel with this one because only what comes as a request
             reaches all tensor-parallel ranks at the same step.
     """
 
     side: Side
-    rank: int
-    density: float
-    output_tokens: float
-    output_deviation: float = 0.0
-    compute_seconds: float = 0.0
-    memory_seconds: float = 0.0
-    rest_compute_seconds: float = 0.0
-    rest_memory_seconds: float = 0.0
+    rank: _Count
+    density: _Number
+    output_tokens: _Number
+    likely_output_tokens: tuple[_Number, ...] = ()
+    compute_seconds: _Number = 0.0
+    memory_seconds: _Number = 0.0
+    rest_compute_seconds: _Number = 0.0
+    rest_memory_seconds: _Number = 0.0
     use: UseTag | None = None
     updates: tuple[LengthUpdate, ...] = ()
 
-    def to_params(self) -> dict[str, str | int | float]:
-        """Scalars for ``custom_params``."""
-        return {
-            f"{_PREFIX}side": self.side.value,
-            f"{_PREFIX}rank": self.rank,
-            f"{_PREFIX}density": _finite(self.density),
-            f"{_PREFIX}output_tokens": float(self.output_tokens),
-            f"{_PREFIX}output_deviation": float(self.output_deviation),
-            f"{_PREFIX}compute_seconds": float(self.compute_seconds),
-            f"{_PREFIX}memory_seconds": float(self.memory_seconds),
-            f"{_PREFIX}rest_compute_seconds": float(self.rest_compute_seconds),
-            f"{_PREFIX}rest_memory_seconds": float(self.rest_memory_seconds),
-            **(self.use.to_params() if self.use is not None else {}),
-            **({_UPDATES: _written(self.updates)} if self.updates else {}),
-        }
+    def to_params(self) -> dict[str, str]:
+        """For ``custom_params``."""
+        finite = replace(self, density=min(self.density, _LARGEST_DENSITY))
+        return {KEY: msgspec.json.encode(finite).decode()}
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any] | None) -> PlanTag | None:
         """The tag in a request's ``custom_params``, or None if it is not a planned request."""
-        if not params or f"{_PREFIX}side" not in params:
+        text = params.get(KEY) if params else None
+        if not isinstance(text, str):
             return None
         try:
-            numbers = [float(params[f"{_PREFIX}{name}"]) for name in _NUMBERS]
-            side = Side(params[f"{_PREFIX}side"])
-            updates = _read(str(params.get(_UPDATES, "")))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            # A client wrote these keys itself. Its request is served, as any online request.
+            tag: PlanTag = _DECODER.decode(text)
+        except (msgspec.MsgspecError, UnicodeEncodeError):
+            # A client wrote the key itself. Its request is served, as any online request.
             return None
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
-            return None
-        rank, density, output_tokens, output_deviation, *seconds = numbers
-        compute, memory, rest_compute, rest_memory = seconds
-        return cls(
-            *(side, int(rank), density, output_tokens, output_deviation),
-            *(compute, memory, rest_compute, rest_memory),
-            updates=updates,
-        )
+        return tag if tag.sound() else None
+
+    def sound(self) -> bool:
+        """Whether all that should ascend does."""
+        uses = () if self.use is None else self.use.next_uses
+        prefixes = (0, *(use.prefix_tokens for use in uses))
+        likely = [self.likely_output_tokens, *(one.likely_output_tokens for one in self.updates)]
+        return all(a < b for a, b in pairwise(prefixes)) and all(map(_ascending, likely))
+
+
+_DECODER = msgspec.json.Decoder(PlanTag)
 
 
 def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -118,27 +129,15 @@ def without_tag(params: Mapping[str, Any]) -> dict[str, Any] | None:
     SGLang adds the request itself to the parameters (``__req__``). Left there, each request would
     be part of a cycle of references that only the garbage collector can break.
     """
-    rest = {key: value for key, value in params.items() if not key.startswith(_PREFIX)}
+    rest = {key: value for key, value in params.items() if key != KEY}
     return rest if rest.keys() - {"__req__"} else None
 
 
-def _written(updates: tuple[LengthUpdate, ...]) -> str:
-    return " ".join(
-        f"{update.rid}:{update.output_tokens:g}:{update.output_deviation:g}" for update in updates
-    )
+def likely_tokens(lengths: Floats) -> tuple[float, ...]:
+    """A plan's likely output tokens of a request, as a tag has them."""
+    likely: tuple[float, ...] = tuple(lengths.tolist())
+    return likely if likely[0] < likely[-1] else ()
 
 
-def _read(text: str) -> tuple[LengthUpdate, ...]:
-    """Raises ValueError for a text that `_written` did not write."""
-    updates = []
-    for item in text.split():
-        rid, tokens, deviation = item.rsplit(":", 2)
-        update = LengthUpdate(rid, float(tokens), float(deviation))
-        if not (0 <= update.output_tokens < math.inf and 0 <= update.output_deviation < math.inf):
-            raise ValueError(item)
-        updates.append(update)
-    return tuple(updates)
-
-
-def _finite(density: float) -> float:
-    return density if math.isfinite(density) and density < _LARGEST_DENSITY else _LARGEST_DENSITY
+def _ascending(lengths: Iterable[float]) -> bool:
+    return all(a <= b < math.inf for a, b in pairwise((0.0, *lengths)))

@@ -78,7 +78,8 @@ class JobPlan:
         sample: positions to run first on each side; a large sample comes in two parts, the second
             with the plan that knows the answers of the first.
         density: compute density; nan where the request is not planned.
-        output_tokens, output_deviation: estimated output length and its standard deviation.
+        output_tokens, likely_output_tokens: estimated output length; (requests, k) lengths that it
+            may have, see `Plan`.
         prefill_tokens: prompt tokens that the plan does not find in the cache, and
         compute_seconds, memory_seconds: by the cost model, after sharing; all three as of the last
             plan that had the request in it.
@@ -93,7 +94,7 @@ class JobPlan:
     sample: dict[Side, Ints]
     density: Floats
     output_tokens: Floats
-    output_deviation: Floats
+    likely_output_tokens: Floats
     prefill_tokens: Ints
     compute_seconds: Floats
     memory_seconds: Floats
@@ -222,7 +223,7 @@ class _PlannedJob:
             sample={Side.LEFT: plan.sample[dense], Side.RIGHT: plan.sample[~dense]},
             density=plan.request_density,
             output_tokens=plan.estimated_output_tokens,
-            output_deviation=plan.output_deviation,
+            likely_output_tokens=plan.likely_output_tokens,
             prefill_tokens=self._prefill.copy(),
             compute_seconds=self._compute.copy(),
             memory_seconds=self._memory.copy(),

@@ -1,6 +1,6 @@
 """SGLang's radix cache with the future written on its nodes: ``--radix-cache-backend blendserve``.
 
-A planned request carries who needs each of its prefixes next (``runtime/next_use.py``). When its KV
+A planned request carries who needs each of its prefixes next (``runtime/plan_tag.py``). When its KV
 enters the tree, the nodes on its path are told; eviction takes the leaf whose next use is farthest
 (``runtime/eviction_order.py``). All else is SGLang's: matching, locks, splitting and freeing.
 
@@ -30,7 +30,7 @@ from blendserve.config import load_settings
 from blendserve.planner import CostModel, NextUse, Side
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.eviction_order import NEVER, EvictionOrder, NodeFuture
-from blendserve.runtime.next_use import UseTag
+from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, UseTag
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,10 @@ def use_tag(req: Any) -> UseTag | None:
     try:
         tag: UseTag | None = req.blend_use_tag
     except AttributeError:
-        tag = req.blend_use_tag = UseTag.from_params(req.sampling_params.custom_params)
+        plan = getattr(req, PLAN_ATTRIBUTE, None)
+        if plan is None:
+            plan = PlanTag.from_params(req.sampling_params.custom_params)
+        tag = req.blend_use_tag = None if plan is None else plan.use
     return tag
 
 

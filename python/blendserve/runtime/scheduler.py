@@ -33,7 +33,6 @@ from blendserve.runtime.prefill_adder import (
     is_planned,
     tokens_to_compute,
 )
-from blendserve.runtime.radix_cache import use_tag
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.step_pacer import StepPacer
@@ -123,7 +122,6 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
             self.blend.retract(PlannedRequest(req, tag))
             return
         setattr(req, PLAN_ATTRIBUTE, tag)
-        use_tag(req)  # It is kept on the request for the radix cache.
         req.sampling_params.custom_params = without_tag(params)
         replicas = max(self.server_args.dp_size, 1)
         self.blend_rest = (tag.rest_compute_seconds / replicas, tag.rest_memory_seconds / replicas)
@@ -192,7 +190,7 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if running_batch.is_empty():
             # SGLang up to 0.5.22 can leave the flag set when the batch drains.
             running_batch.batch_is_full = False
-        elif self.is_mixed_chunk and not running_batch.check_decode_mem():
+        elif self.is_mixed_chunk and not self._mixed_step_fits(running_batch):
             # SGLang up to 0.5.21 does not check decode memory in a mixed step and dies when it
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
@@ -206,10 +204,12 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if self.blend_changed and may_offer and len(self.blend):
             offered = self._offer(running_batch)
         BlendPrefillAdder.all_planned = not self.blend_online.present
-        if self.blend.running:
-            BlendPrefillAdder.growth_tokens = self.blend.account.growth_tokens() - len(offered) * (
-                1 + self.page_size
-            )
+        if self.blend.running and (self.waiting_queue or self.chunked_req is not None):
+            growth = self.blend.account.growth_tokens()
+            if offered:
+                # It fits for as long as it may run; what comes after is not its doing.
+                growth = min(growth, max(self.blend.account.free_tokens, 0.0))
+            BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size)
         plan = super().get_new_batch_prefill(running_batch)
         if offered:
             self._take_back(offered, plan.batch_to_run)
@@ -239,10 +239,15 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if self.blend_pacer is None:
             return self.blend_admission.choose(left, right, account, target)
         hold = self.blend_pacer.hold_right
-        if right is not None and not hold and right.density >= target and not right.blocked:
+        if (
+            right is not None
+            and not (hold or right.blocked)
+            and right.density >= target
+            and account.fits(right)
+        ):
             # Sent when less was known of lengths. It has no part in filling memory, but those
             # behind it may: it goes as any prefill does.
-            return Side.RIGHT if account.fits(right) or account.idle else None
+            return Side.RIGHT
         return self.blend_paced.choose(left, right, account, target, hold)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
@@ -254,6 +259,10 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
             left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
+            if self.is_mixed_chunk:
+                for head in (left, right):
+                    if head is not None:
+                        head.prefill_steps = self._prefill_steps(head.uncached_tokens)
             side = self._choose(left, right)
             if side is None:
                 # Nothing more, until something changes.
@@ -305,6 +314,20 @@ class BlendScheduler(Scheduler):  # type: ignore[misc]
         if BlendPrefillAdder.step_tokens is not None:
             budget = min(budget, BlendPrefillAdder.step_tokens)
         return budget - self._chunks_to_come()
+
+    def _prefill_steps(self, tokens: int) -> int:
+        """Mixed steps until so many more prompt tokens have been computed."""
+        most = BlendPrefillAdder.step_tokens or int(self.chunked_prefill_size or 0) or tokens
+        return -(-(tokens + self._chunks_to_come()) // max(most, 1))
+
+    def _mixed_step_fits(self, running_batch: Any) -> bool:
+        """Whether there is memory for the decodes, and the prompt that has begun beside them."""
+        if not running_batch.check_decode_mem():
+            return False
+        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
+        chunk = min(self._chunks_to_come(), int(self.chunked_prefill_size or 0))
+        # Each may begin a page.
+        return chunk + (len(running_batch.reqs) + 1) * int(self.page_size) <= free or not chunk
 
     def _chunks_to_come(self) -> int:
         """Tokens that are not computed yet of the prompt that SGLang has in chunks."""

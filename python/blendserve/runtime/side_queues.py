@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from blendserve.planner import Candidate, KVAccount, Side
+from blendserve.planner.memory_forecast import OVERDUE_PART
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
 from blendserve.runtime.started_prompts import Prompt, SharedPrefix, StartedPrompts
 
@@ -31,18 +32,21 @@ class PlannedRequest:
         done = len(self.req.output_ids)
         # Output of before a retraction is computed again with the prompt.
         prompt = len(self.req.origin_input_ids) + done
+        estimate, likely = self.tag.output_tokens, self.tag.likely_output_tokens
+        if done:
+            # One that has outlived all estimates will go on for half of what it has produced.
+            likely = tuple(tokens - done for tokens in likely if tokens > done)
+            beyond = (1.0 + OVERDUE_PART) * done
+            estimate = (estimate if estimate > done else beyond) - done
         return Candidate(
             side=self.tag.side,
             prompt_tokens=prompt,
             uncached_tokens=prompt - shared.cached_tokens,
-            # One that has outlived its estimate will go on for about as long as it was uncertain.
-            estimated_output_tokens=max(
-                self.tag.output_tokens - done, self.tag.output_deviation if done else 0.0, 1.0
-            ),
+            estimated_output_tokens=max(estimate, 1.0),
             density=self.tag.density,
             blocked=shared.blocked,
             locked_prefix_tokens=shared.locked_tokens,
-            output_deviation=self.tag.output_deviation,
+            likely_output_tokens=likely,
             max_output_tokens=self.req.sampling_params.max_new_tokens - done,
         )
 
@@ -111,11 +115,11 @@ class SideQueues:
             request.tag = replace(
                 request.tag,
                 output_tokens=update.output_tokens,
-                output_deviation=update.output_deviation,
+                likely_output_tokens=update.likely_output_tokens,
             )
             setattr(request.req, PLAN_ATTRIBUTE, request.tag)  # For a retraction.
             done = len(request.req.output_ids)
-            self.account.revise(update.rid, done, update.output_tokens, update.output_deviation)
+            self.account.revise(update.rid, done, update.output_tokens, update.likely_output_tokens)
         self._heads.clear()
 
     def start(self, candidate: Candidate) -> PlannedRequest:
@@ -150,6 +154,7 @@ class SideQueues:
     def retract(self, request: PlannedRequest) -> None:
         """A running request lost its memory: it waits again, at the front of its side."""
         self.finish(request.req.rid)
+        self.account.retracted()
         self.retractions += 1
         self._requeue(request)
 
@@ -171,7 +176,7 @@ class SideQueues:
         return news
 
     def decode_step(self) -> bool:
-        """Every decoding request has one more token. True if one has outlived its estimate."""
+        """Every decoding request has one more token. True if more may start than before."""
         self._decode_steps += 1
         return self.account.decode_step()
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from blendserve.planner import StepPace, rest_density
 from blendserve.planner.pacing import (
     FULL_PART,
@@ -21,8 +19,9 @@ from blendserve.planner.pacing import (
 )
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 
-# Standard deviations beyond its estimate at which a request shows that too little is known.
-_FAR_DEVIATIONS = 2.0
+# A request shows that too little is known when it is so many times as long as the longest of the
+# lengths that were expected of it.
+_FAR_BEYOND = 1.5
 # Part of the decodes' contexts that such requests make up before that counts: some always do.
 _TELLING_PART = 0.1
 
@@ -74,18 +73,18 @@ class StepPacer:
         self, blend: SideQueues, rest_seconds: tuple[float, float], backlog_tokens: int
     ) -> None:
         pace, account = self._pace, blend.account
-        tokens, steps = account.profile()
+        tokens, alive = account.profile()
         tail_seconds = tokens * pace.context_seconds
         compute = rest_seconds[0] + blend.waiting_seconds[0]
         compute += (account.remaining_tokens() + backlog_tokens) * pace.token_seconds
         memory = rest_seconds[1] + blend.waiting_seconds[1]
-        everything = memory + float(tail_seconds.sum()) * steps
+        everything = memory + float(tail_seconds.sum()) * account.bin_steps
         self.target_density = compute / everything if everything > 0 else math.inf
         density = rest_density(
             compute,
             memory,
             tail_seconds,
-            np.full(len(tokens), float(steps)),
+            alive * account.bin_steps,
             pace.weight_seconds,
             FULL_PART * account.total_tokens * pace.context_seconds,
         )
@@ -102,5 +101,5 @@ class StepPacer:
 def _beyond_expectation(request: PlannedRequest) -> int:
     """Output tokens so far of a long decode that nobody expected; 0 for all others."""
     tag, done = request.tag, len(request.req.output_ids)
-    likely = tag.output_tokens + _FAR_DEVIATIONS * tag.output_deviation
-    return done if tag.output_deviation and done > max(likely, LONG_TOKENS) else 0
+    likely = tag.likely_output_tokens
+    return done if likely and done > max(_FAR_BEYOND * likely[-1], LONG_TOKENS) else 0

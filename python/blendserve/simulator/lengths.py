@@ -8,12 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.planner import LengthModel, PrefixTree
+from blendserve.planner.length_model import LIKELY_LENGTHS
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-# Equally likely lengths that stand for a request's distribution in the memory test.
-OUTCOMES = 8
 
 
 class LengthBook:
@@ -29,7 +27,7 @@ class LengthBook:
         true: Ints,
         max_output: Ints,
         known: bool = False,
-        outcomes: int = OUTCOMES,
+        outcomes: int = LIKELY_LENGTHS,
     ) -> None:
         self.known = known
         self._outcomes = outcomes
@@ -50,8 +48,7 @@ class LengthBook:
         if self._outcomes == 1:
             self._table = self._mean[:, None]
             return
-        levels = (np.arange(self._outcomes) + 0.5) / self._outcomes
-        self._table = np.stack([self._model.quantile(float(q)) for q in levels], axis=1)
+        self._table = self._model.likely(self._outcomes)
 
     def observed(self, requests: Ints) -> dict[int, int]:
         """True lengths of these requests."""

@@ -40,7 +40,7 @@ class MemoryTest:
         self.forecast.add(request, engine.now, own_tokens, self._rest(engine, request))
 
     def ended(self, engine: Engine, request: int) -> None:
-        self.forecast.remove(request, engine.now)
+        self.forecast.remove(request)
 
     def learnt(self, engine: Engine) -> None:
         """The book knows more than when the running requests started."""

@@ -19,6 +19,7 @@ from blendserve.planner import (
     kv_capacity_tokens,
     make_plan,
 )
+from blendserve.planner.length_model import LIKELY_LENGTHS
 
 from .blend import PAPER, BlendOptions, BlendScheduler
 from .bounds import Bound, lower_bound
@@ -26,7 +27,7 @@ from .central_plan import CentralPlan
 from .engine import Engine, EngineStuck, Totals
 from .foresight import Foresight
 from .kv_cache import KVCache
-from .lengths import OUTCOMES, LengthBook
+from .lengths import LengthBook
 from .orders import CHUNK_TOKENS, OrderScheduler
 from .step_time import Overlap, OverlapModel, StepCosts
 from .workloads import Workload
@@ -228,7 +229,7 @@ class Simulation:
         )
         options, known = setting.options, setting.sampling == 1.0
         online = options.online and not known
-        outcomes = OUTCOMES if options.distribution else 1
+        outcomes = LIKELY_LENGTHS if options.distribution else 1
         book = (
             self._book(known, outcomes)
             if known or online
@@ -306,7 +307,7 @@ class Simulation:
             trace_every=setting.trace_every,
         )
 
-    def _book(self, known: bool, outcomes: int = OUTCOMES) -> LengthBook:
+    def _book(self, known: bool, outcomes: int = LIKELY_LENGTHS) -> LengthBook:
         limits = self.workload.max_output_tokens
         return LengthBook(self.tree, self.output, limits, known, outcomes)
 
@@ -327,7 +328,7 @@ class Simulation:
         )
         return np.concatenate((np.array(first, dtype=np.int64), plan.sample))
 
-    def _sampled_book(self, setting: Setting, outcomes: int = OUTCOMES) -> LengthBook:
+    def _sampled_book(self, setting: Setting, outcomes: int = LIKELY_LENGTHS) -> LengthBook:
         """What the answers of a sample say, for policies that do not run it themselves."""
         key = (setting.sampling, outcomes)
         if key not in self._books:
