@@ -40,9 +40,9 @@ def page() -> str:
         "# The paper's evaluation, on the modelled engine\n",
         "Every figure here is simulated ([how](simulator.md)), but for one section; `make paper` "
         "runs it all and writes this page from `benchmark/results/simulator/`. The paper "
-        "(arXiv 2411.16102) measured on GPUs, so absolute numbers differ; what is to be compared are ratios. Engine, memory test "
-        "and length estimates are the same for all policies, which differ in order (and ours in "
-        "the prefill of each step).\n",
+        "(arXiv 2411.16102) measured on GPUs, so absolute numbers differ; what is to be "
+        "compared are ratios. Engine, memory test and length estimates are the same for all "
+        "policies, which differ in order (and ours in the prefill of each step).\n",
         section_workloads(table2),
         section_main(table2),
         plot_main(table2),

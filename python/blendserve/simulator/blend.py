@@ -159,8 +159,7 @@ class BlendScheduler:
                 right,
                 kv,
                 self._target,
-                self._hold_right(engine),
-                self._pace.filling_tokens(self._pace_density),
+                self._hold_right(engine) or self._filled(kv, left, right),
             )
         else:
             side = self._admission.choose(left, right, kv, self._target)
@@ -205,6 +204,8 @@ class BlendScheduler:
 
     def _candidate(self, engine: Engine, side: Side, heads: dict[Side, int]) -> Candidate | None:
         again = self._retracted[side].head()
+        if again is None and side is Side.RIGHT and self._loaded and not engine.idle:
+            return None  # Others take it.
         request = self._central.head(side, self._replica) if again is None else again
         if request is None:
             return None
@@ -247,6 +248,14 @@ class BlendScheduler:
             self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
         )
 
+    def _filled(self, kv: _Pool, left: Candidate | None, right: Candidate | None) -> bool:
+        """Whether the memory side fills memory as far as it helps, while there is another side."""
+        if left is None or right is None or right.density >= self._target:
+            return False
+        request = kv.heads[Side.RIGHT]
+        held = self._memory.mean_tokens(kv.engine, request, right.private_tokens)
+        return held > self._pace.filling_tokens(self._pace_density)
+
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
         costs, central = self._costs, self._central
@@ -263,7 +272,9 @@ class BlendScheduler:
                 self._unknown += 1
                 self._longest = max(self._longest, done)
         waiting = central.rest(self._replica, compute, memory)
-        self._loaded = waiting[1] <= 0 < central.waiting
+        self._loaded = central.waiting > 0 and central.right_part(self._replica) <= 0
+        if self._loaded:
+            central.give_back(self._replica)
         compute += waiting[0]
         memory += waiting[1]
         waiting_memory += waiting[1]

@@ -363,11 +363,11 @@ def run_together(
         ended += engine.ended - before
         if moved:
             heapq.heappush(clocks, (engine.clock, replica))
-        elif len(engines) == 1 and ended < requests:
-            raise EngineStuck(
-                f"{requests - ended} requests wait, none may start in {engine.capacity} tokens of "
-                "KV memory; take a device with more memory"
-            )
+    if ended < requests:
+        raise EngineStuck(
+            f"{requests - ended} requests wait, none may start in {engines[0].capacity} tokens of "
+            "KV memory; take a device with more memory"
+        )
 
 
 def _capacity(setting: Setting) -> int:
