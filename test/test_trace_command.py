@@ -15,8 +15,10 @@ def step(number: int, compute: float, memory: float) -> bytes:
     line = TraceStep(
         step=number,
         seconds=number / 2,
+        prefill_requests=1,
         prefill_tokens=10,
         prefill_context_tokens=100,
+        prefill_pairs=1900,
         decode_requests=3,
         decode_context_tokens=300,
         compute_seconds=compute,

@@ -24,6 +24,7 @@ from sections_more import (
     section_effort,
     section_grids,
     section_models,
+    section_real_engine,
     section_reasoning,
     section_sampling,
 )
@@ -37,11 +38,11 @@ def page() -> str:
     table2 = load("table2")
     parts = [
         "# The paper's evaluation, on the modelled engine\n",
-        "Every figure here is simulated ([how](simulator.md)); `make paper` runs it all and writes "
-        "this page from `benchmark/results/simulator/`. The paper (arXiv 2411.16102) measured on "
-        "GPUs, so absolute numbers differ; what is to be compared are ratios. Engine, memory test "
-        "and length estimates are the same for all policies, which differ in order (and ours in "
-        "the prefill of each step).\n",
+        "Every figure here is simulated ([how](simulator.md)), but for one section; `make paper` "
+        "runs it all and writes this page from `benchmark/results/simulator/`. The paper "
+        "(arXiv 2411.16102) measured on GPUs, so absolute numbers differ; what is to be "
+        "compared are ratios. Engine, memory test and length estimates are the same for all "
+        "policies, which differ in order (and ours in the prefill of each step).\n",
         section_workloads(table2),
         section_main(table2),
         plot_main(table2),
@@ -55,6 +56,7 @@ def page() -> str:
         section_ablation(load("ablation")),
         section_models(load("models")),
         section_reasoning(load("reasoning")),
+        section_real_engine(),
         section_costs(),
         section_effort(table2),
         "## Interference\n\nNanoFlow's table, which `interference` uses: beside a GEMM that keeps "

@@ -3,10 +3,14 @@
     python benchmark/simulator/real_engine.py
 
 Job A runs on the real engine, blended; its trace of steps gives seconds per token, per context
-token and per weight read (least squares). Job B, of other subjects, other answer lengths and
-another pool, runs blended and through stock SGLang (FCFS), one server at a time; the simulator,
-with the fitted steps, predicts the ratio of the two times. Needs the data folder and a quiet
-machine.
+token, per pair of prefill attention and per weight read (least squares). Job B, of other subjects,
+other answer lengths and another pool, runs blended and as SGLang does (FCFS, LRU), one server at a
+time; the simulator, with the fitted steps, predicts the ratio of the two times.
+
+Both have the same attention, or the ratio would not be one of policies: requests without a plan are
+SGLang's own business, also where our plugin is loaded. Both run on one thread, which other load on
+a machine of two cores disturbs little, and process each step before the next one begins, so that
+the time between two results is that of a step. Needs the data folder.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import os
 import platform
 import sys
 import tempfile
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmark" / "results" / "simulator" / "real-engine.json"
 CHUNK_TOKENS = 512
 ROUNDS = 20
+UNUSUAL = 2.0
 # Seed, subjects, questions of each, open prompts, tokens of an open answer, pool / shared prefixes.
 JOBS = {"A": (0, 8, 4, 10, 96, 0.5), "B": (1, 8, 5, 8, 64, 0.7)}
 # The runtime's policy: partitioned admission, eviction by next use.
@@ -53,36 +59,60 @@ def job(name: str, model: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def flags(pool: int) -> tuple[str, ...]:
-    return (*engine.COMMON, "--max-total-tokens", str(pool))
+    own = ("--attention-backend", "blend", "--schedule-policy", "fcfs")
+    own += ("--disable-overlap-schedule",)
+    return (*engine.COMMON, *own, "--max-total-tokens", str(pool))
 
 
-def fit_steps(trace: Path) -> tuple[StepCosts, float, int]:
-    """Terms of a step, the part of the variance of step times that they explain, and of how many
-    steps: max(weight, tokens x token) + context x context, as the simulator charges it.
+def step_seconds(trace: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(steps,) seconds of each, and (steps, 3): tokens in its GEMMs, context of its decodes, pairs
+    of its prefill attention."""
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    work = [
+        (
+            step["prefill_tokens"] + step["decode_requests"],
+            step["decode_context_tokens"],
+            step["prefill_pairs"],
+        )
+        for step in lines[1:]
+    ]
+    return np.diff([step["seconds"] for step in lines]), np.array(work, dtype=np.float64)
 
-    Gaps in which the engine waited for requests are left out.
+
+def fit_steps(trace: Path) -> tuple[StepCosts, dict[str, float]]:
+    """Terms of a step as the simulator charges it, max(weight, tokens x token) + context x context
+    + pairs x pair, by least squares, and how well they explain step times.
+
+    Steps that took more than UNUSUAL times as long are left out: waits for requests, the first
+    chunk of a server's life.
     """
-    steps = [json.loads(line) for line in trace.read_text().splitlines()]
-    seconds = np.diff([step["seconds"] for step in steps])
-    tokens = np.array([step["prefill_tokens"] + step["decode_requests"] for step in steps[1:]])
-    context = np.array([step["decode_context_tokens"] for step in steps[1:]])
-    usual = seconds < 5 * np.median(seconds) + tokens * np.median(seconds / tokens)
-    seconds, tokens, context = seconds[usual], tokens[usual], context[usual]
-    floor = tokens <= np.median(tokens)
+    seconds, work = step_seconds(trace)
+    tokens = work[:, 0]
+    floor, usual = tokens <= np.median(tokens), np.ones(len(seconds), dtype=bool)
+    fitted = seconds
+    found = np.zeros(4)
     for _ in range(ROUNDS):  # Which steps wait for weights, and what each kind takes, in turn.
-        columns = np.stack((floor, np.where(floor, 0, tokens), context), axis=1).astype(float)
-        active = [k for k in range(3) if columns[:, k].any()]
+        columns = np.column_stack((floor, np.where(floor, 0, tokens), work[:, 1:]))
+        active = [k for k in range(4) if columns[:, k].any()]
         while True:  # No term is negative.
-            found = np.zeros(3)
-            found[active] = np.linalg.lstsq(columns[:, active], seconds, rcond=None)[0]
+            found = np.zeros(4)
+            found[active] = np.linalg.lstsq(columns[usual][:, active], seconds[usual], rcond=None)[
+                0
+            ]
             if (found >= 0).all():
                 break
             active.remove(int(found.argmin()))
-        floor = tokens * found[1] < found[0]
-    weight, token, attention = found.tolist()
-    fitted = np.maximum(weight, tokens * token) + context * attention
-    explained = 1 - float(np.var(seconds - fitted) / np.var(seconds))
-    return StepCosts(token, 0.0, attention, weight), explained, len(seconds)
+        weight, token, context, pair = found.tolist()
+        fitted = np.maximum(weight, tokens * token) + work[:, 1:] @ found[2:]
+        floor, usual = tokens * token < weight, seconds < UNUSUAL * fitted
+    left = seconds[usual] - fitted[usual]
+    quality = {
+        "steps": int(usual.sum()),
+        "steps_left_out": int((~usual).sum()),
+        "variance_explained": 1 - float(np.var(left) / np.var(seconds[usual])),
+        "mean_error": float(np.abs(left).sum() / seconds[usual].sum()),
+    }
+    return StepCosts(token, pair, context, weight), quality
 
 
 def workload(lines: list[dict[str, Any]], model: str, name: str) -> Workload:
@@ -112,10 +142,15 @@ def predict(work: Workload, pool: int, costs: StepCosts, model: str) -> dict[str
             options=RUNTIME,
             costs=costs,
             chunk_tokens=CHUNK_TOKENS,
+            mixed=False,
         )
         result = Simulation(work).run(setting)[0]
         cached = round(result.sharing * sum(map(len, work.prompts)))
-        found[policy.value] = {"seconds": result.seconds, "cached_tokens": cached}
+        found[policy.value] = {
+            "seconds": result.seconds,
+            "cached_tokens": cached,
+            "steps": result.steps,
+        }
     return found
 
 
@@ -124,6 +159,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--step", choices=("fit", "blend", "fcfs"), action="append")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     model = resolve_model_path(MODEL_NAME)
     record = json.loads(options.json.read_text()) if options.json.is_file() else {}
     for step in options.step or ("fit", "blend", "fcfs"):
@@ -138,39 +174,27 @@ def main() -> None:
 
 def measure(step: str, model: str, folder: Path, record: dict[str, Any]) -> None:
     lines, pool = job("A" if step == "fit" else "B", model)
-    if step == "fcfs":
-        command = (*flags(pool), "--schedule-policy", "fcfs")
-        record["fcfs"] = engine.run_stock(lines, model, command, folder)
-        return
     trace = folder / "trace.jsonl"
     os.environ["BLENDSERVE_TRACE_FILE"] = str(trace)
-    found = engine.run_blended(lines, (*flags(pool),), folder)
+    if step == "fcfs":
+        found = engine.run_stock(lines, model, flags(pool), folder, enabled=True)
+    else:
+        found = engine.run_blended(lines, flags(pool), folder)
     del os.environ["BLENDSERVE_TRACE_FILE"]
-    if step == "blend":
-        record["blend"] = found
+    if step != "fit":
+        record[step] = found
         return
-    costs, explained, steps = fit_steps(trace)
+    costs, quality = fit_steps(trace)
     record |= {
         "command": "python benchmark/simulator/real_engine.py",
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "model": MODEL_NAME,
-        "calibration": {
-            **found,
-            "pool_tokens": pool,
-            "weight_seconds": costs.weight_seconds,
-            "token_seconds": costs.token_seconds,
-            "context_seconds": costs.context_seconds,
-            "steps": steps,
-            "variance_explained": explained,
-        },
+        "calibration": {**found, "pool_tokens": pool, **asdict(costs), **quality},
     }
 
 
 def compare(model: str, record: dict[str, Any]) -> None:
-    fitted = record["calibration"]
-    costs = StepCosts(
-        fitted["token_seconds"], 0.0, fitted["context_seconds"], fitted["weight_seconds"]
-    )
+    costs = StepCosts(**{term.name: record["calibration"][term.name] for term in fields(StepCosts)})
     lines, pool = job("B", model)
     record["pool_tokens"] = pool
     record["predicted"] = found = predict(workload(lines, model, "B"), pool, costs, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from statistics import mean
 
 from page import (
@@ -9,6 +10,7 @@ from page import (
     PAPER_COSTS,
     PAPER_DP,
     PAPER_GRIDS,
+    RESULTS,
     TRACES,
     Run,
     one,
@@ -231,4 +233,36 @@ def section_effort(runs: list[Run]) -> str:
     return (
         "## What a simulation takes\n\nThe four traces, the worst of them; all overlap models in "
         "one run, one core.\n\n" + table(head, rows)
+    )
+
+
+def section_real_engine() -> str:
+    path = RESULTS / "real-engine.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    fit, ratios = found["calibration"], found["ratio"]
+    rows = [
+        [
+            name,
+            f"{found[key]['seconds']:.1f}",
+            f"{found['predicted'][key]['seconds']:.1f}",
+            f"{found[key]['cached_tokens']:,}",
+            f"{found['predicted'][key]['cached_tokens']:,}",
+        ]
+        for key, name in (("fcfs", "SGLang's FCFS, LRU"), ("blend", "blended"))
+    ]
+    rows.append(["ratio", f"{ratios['measured']:.3f}", f"{ratios['predicted']:.3f}", "", ""])
+    head = ["policy", "seconds measured", "predicted", "prompt tokens found in the cache"]
+    return (
+        "## The real engine, predicted\n\n"
+        f"Measured and simulated: {found['model']} on a CPU ({found['device']}), the same "
+        "attention for both policies. Terms of a step are fitted on the "
+        f"{fit['steps']} steps of a job of {fit['requests']} requests in {fit['pool_tokens']:,} "
+        f"tokens of KV memory, blended ({fit['variance_explained']:.0%} of the variance: "
+        f"{1e3 * fit['token_seconds']:.2f} ms a token, {1e3 * fit['weight_seconds']:.0f} ms at "
+        f"least, {1e6 * fit['context_seconds']:.0f} us per token of context, "
+        f"{1e6 * fit['pair_seconds']:.2f} us per pair of prefill attention). They predict another "
+        f"job, {found['blend']['requests']} requests in {found['pool_tokens']:,} tokens: the ratio "
+        f"is off by {ratios['error']:+.1%}.\n\n" + table([*head, "predicted"], rows)
     )

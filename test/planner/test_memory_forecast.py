@@ -174,6 +174,16 @@ def test_asking_what_one_more_would_take_changes_nothing(running, own, lengths):
     assert len(forecast) == len(running)
 
 
+@quick
+@given(running_strategy, st.integers(0, 500), st.integers(1, 400))
+def test_the_mean_is_that_of_the_demand_over_the_life_of_one_more(running, own, length):
+    requests = [(0, tokens, lengths) for tokens, lengths in running]
+    steps = range(1, length + 1)
+    before = sum(brute_force(requests, step) for step in steps) / length
+    mean = forecast_of(running).mean_tokens_with(0, own, [length])
+    assert mean == pytest.approx(before + own + length / 2)
+
+
 def test_what_comes_to_be_shared_does_not_come_free():
     forecast = forecast_of([(100, [1]), (0, [50])])
     assert forecast.peak_tokens(0) == 102.0
@@ -267,9 +277,6 @@ def test_the_memory_side_goes_first_while_its_part_lasts():
     assert choose(left, head(RIGHT, 2.0), pool(900, 50, 50), 1.0) is LEFT
     assert choose(None, right, pool(900, 50, 50), 0.01) is RIGHT
     assert choose(left, right, pool(60, 400, 540), 1.0) is None
-    # And no more is filled than helps, until the left side is exhausted.
-    assert choose(left, right, pool(900, 50, 50), 1.0, right_tokens=300.0) is LEFT
-    assert choose(None, right, pool(900, 50, 50), 0.01, right_tokens=300.0) is RIGHT
 
 
 def test_an_idle_engine_starts_even_what_does_not_fit():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 from bare_scheduler import (
     CHUNK,
@@ -23,6 +24,7 @@ from bare_scheduler import (
 from blendserve.planner import Side, StepPace
 from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.step_pacer import StepPacer
+from blendserve.runtime.trace import StepTrace, TraceStep
 
 QUEUED = 24  # On each side, as the front process would keep them.
 
@@ -253,3 +255,26 @@ def test_an_online_request_keeps_its_share_until_the_server_is_idle(engine: Bare
     assert online.reserved_tokens(KV_TOKENS, 1.0) > 0
     run(engine, {side: [] for side in Side})
     assert online.reserved_tokens(KV_TOKENS, 1.0) == 0.0
+
+
+def test_a_trace_tells_chunks_and_decodes(engine, tmp_path):
+    file = tmp_path / "steps.jsonl"
+    engine.live.blend_trace = StepTrace(file)
+    try:
+        engine.submit("a", range(FIRST_TOKEN, FIRST_TOKEN + CHUNK + 100), 3)
+        while "a" not in engine.finished:
+            engine.step()
+    finally:
+        engine.live.blend_trace = None
+    steps = [msgspec.json.decode(line, type=TraceStep) for line in file.read_bytes().splitlines()]
+    whole = CHUNK + 100
+    assert [
+        (s.prefill_requests, s.prefill_tokens, s.prefill_context_tokens, s.prefill_pairs)
+        for s in steps
+    ] == [
+        (1, CHUNK, CHUNK, CHUNK**2),
+        (1, 100, whole, whole**2 - CHUNK**2),
+        *[(0, 0, 0, 0)] * 2,
+    ]
+    assert [s.decode_requests for s in steps] == [0, 0, 1, 1]
+    assert [s.decode_context_tokens for s in steps] == [0, 0, whole + 2, whole + 3]

@@ -89,3 +89,21 @@ def test_the_memory_work_that_is_left_counts_the_spread_of_lengths():
     plan.take(request, Side.RIGHT, 0)
     spread = counted - by_means
     assert plan.rest(0, 0.0, 0.0)[1] - plan.scanner.remaining_seconds[1] < spread
+
+
+def test_a_replica_with_long_decodes_enough_takes_no_more_and_leaves_its_own_to_others():
+    plan = central(online=False, replicas=2)
+    videos = sum(plan.plan.memory_seconds[plan.plan.order >= CHATS])
+    plan.rest(0, 0.0, 0.5 * videos)
+    assert plan.right_part(0) > 0  # The other one can still come level.
+    plan.rest(0, 0.0, 1.5 * videos)
+    assert plan.right_part(0) == 0 < plan.right_part(1)
+    last = plan.head(Side.RIGHT, 0)
+    waiting = plan.waiting
+    plan.give_back(0)
+    assert plan.waiting == waiting + 1
+    plan.head(Side.RIGHT, 1)
+    plan.give_back(1)
+    assert plan.head(Side.RIGHT, 1) == last
+    plan.take(last, Side.RIGHT, 1)
+    assert plan.head(Side.RIGHT, 1) != last

@@ -103,12 +103,10 @@ class PacedAdmission:
         kv: KVView,
         target_density: float,
         hold_right: bool = False,
-        right_tokens: float = math.inf,
     ) -> Side | None:
         """The side whose head should start now, None when none can; asked only while the step has
-        prefill budget left. hold_right: enough long decodes run until more is known of them.
-        right_tokens: what the memory side may fill as long as the compute side has requests
-        (`StepPace.filling_tokens`).
+        prefill budget left. hold_right: enough long decodes run, until more is known of them or
+        some of them end.
 
         A right head of less than the target density goes first, if memory lasts with the left
         partition kept free. A denser one has no part in filling the memory, and waits until the
@@ -125,7 +123,7 @@ class PacedAdmission:
                     kv.total_tokens, target_density, left.density, right.density
                 )[0]
                 low, high = (part * kv.total_tokens for part in LEFT_RESERVE)
-                reserve = max(min(max(share, low), high), kv.total_tokens - right_tokens)
+                reserve = min(max(share, low), high)
             if not right.blocked and kv.fits(right, reserve):
                 return Side.RIGHT
         if left is not None and not left.blocked and kv.fits(left):

@@ -150,6 +150,14 @@ class MemoryForecast:
         self._count(more, -1.0)
         return peak
 
+    def mean_tokens_with(self, now: int, private_tokens: float, lengths: Sequence[float]) -> float:
+        """What is expected to be held, one more request included, on average over the steps that
+        this one is expected to take."""
+        life = sum(lengths) / len(lengths)
+        span = math.ceil((now + life) / self._width) - now // self._width
+        held = float(self._demand(now)[:span].sum()) / span if self._running else 0.0
+        return held + private_tokens + life / 2
+
     def peak_tokens(self, now: int) -> float:
         """The most that is expected to be held at once from now on."""
         return float(self._demand(now).max()) if self._running else 0.0

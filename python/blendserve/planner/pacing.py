@@ -22,10 +22,12 @@ UNCERTAIN_DENSITY = 0.8
 UNCERTAIN_GROWTH = 4
 UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
-# The memory side fills memory until the compute that balances it is so many times the weight read.
-# With more, steps only get longer: so do the lives of the requests that run longest, which a job
-# ends with, waiting for the weights; and less memory is left to take in what outgrows its estimate.
-FILLING_WEIGHTS = 2.0
+# The memory side fills memory, on average over the life of the next request, until the compute that
+# balances it is so many times the weight read: half more than it must be to lose nothing, for what
+# varies from step to step. With more, steps only get longer: so do the lives of the requests
+# that run longest, which a job ends with, waiting for the weights; and less memory is left to take
+# in what outgrows its estimate.
+FILLING_WEIGHTS = 1.5
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
 # Steps after which the density of what is left is looked at again.

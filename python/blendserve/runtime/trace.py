@@ -14,8 +14,9 @@ class TraceStep(msgspec.Struct):
 
     Attributes:
         seconds: since the trace was opened, when the step's result was processed.
-        prefill_tokens, prefill_context_tokens: prompt tokens computed, and the sum over their
-            requests of the context that they attended to at the end of the chunk.
+        prefill_requests, prefill_tokens: prompts, or chunks of them, and their tokens.
+        prefill_context_tokens, prefill_pairs: sums over them of b and of b^2 - a^2, for a chunk
+            that goes from position a to b. Prefill attention grows with the latter.
         decode_requests, decode_context_tokens: requests that produced a token, and the sum of
             their contexts.
         compute_seconds, memory_seconds: of the step by the cost model: GEMMs, and the attention of
@@ -27,8 +28,10 @@ class TraceStep(msgspec.Struct):
 
     step: int
     seconds: float
+    prefill_requests: int
     prefill_tokens: int
     prefill_context_tokens: int
+    prefill_pairs: int
     decode_requests: int
     decode_context_tokens: int
     compute_seconds: float
@@ -50,16 +53,22 @@ class StepTrace:
 
     def step(self, scheduler: Any, batch: Any, prefilled: int, decoded: int) -> None:
         """Write what a batch did, after its result was processed."""
-        contexts = [len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs]
-        split = len(contexts) - decoded
-        decode_context = sum(contexts[split:])
+        split = len(batch.reqs) - decoded
+        decode_context = sum(
+            len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs[split:]
+        )
+        # A batch of decodes still has the chunks that it was made from.
+        begins = batch.prefix_lens[:split] if split else []
+        ends = [a + n for a, n in zip(begins, batch.extend_lens, strict=False)] if split else []
         compute, memory = scheduler.blend_pace.seconds(prefilled + decoded, decode_context)
         account = scheduler.blend.account
         line = TraceStep(
             step=scheduler.blend_report.steps,
             seconds=round(time.monotonic() - self._started, 6),
+            prefill_requests=split,
             prefill_tokens=prefilled,
-            prefill_context_tokens=sum(contexts[:split]),
+            prefill_context_tokens=sum(ends),
+            prefill_pairs=sum(b * b - a * a for a, b in zip(begins, ends, strict=True)),
             decode_requests=decoded,
             decode_context_tokens=decode_context,
             compute_seconds=compute,

@@ -127,10 +127,12 @@ class BlendScheduler:
 
     def prefill_budget(self, engine: Engine) -> int:
         if self._central.sample:
-            return max(self._chunk - engine.decoding, 1)
-        if engine.now >= self._look_due:
-            self._look_due = engine.now + PACE_STEPS
+            return engine.prefill_room(self._chunk)
+        if engine.totals.steps >= self._look_due:
+            self._look_due = engine.totals.steps + PACE_STEPS
             self._look_ahead(engine)
+        if not engine.mixed:
+            return self._chunk
         if not self._options.paced:
             return self._paper_budget(engine)
         return self._pace.prefill_tokens(self._pace_density, engine.context, engine.decoding)
@@ -157,8 +159,7 @@ class BlendScheduler:
                 right,
                 kv,
                 self._target,
-                self._hold_right(engine),
-                self._pace.filling_tokens(self._pace_density),
+                self._hold_right(engine) or self._filled(kv, left, right),
             )
         else:
             side = self._admission.choose(left, right, kv, self._target)
@@ -192,7 +193,7 @@ class BlendScheduler:
     def learnt(self, engine: Engine) -> None:
         """The job has been planned again."""
         self._memory.learnt(engine)
-        self._look_due = engine.now
+        self._look_due = engine.totals.steps
 
     def running(self, engine: Engine) -> dict[int, int]:
         """Output tokens so far of everything that has started here and not ended."""
@@ -203,6 +204,8 @@ class BlendScheduler:
 
     def _candidate(self, engine: Engine, side: Side, heads: dict[Side, int]) -> Candidate | None:
         again = self._retracted[side].head()
+        if again is None and side is Side.RIGHT and self._loaded and not engine.idle:
+            return None  # Others take it.
         request = self._central.head(side, self._replica) if again is None else again
         if request is None:
             return None
@@ -245,6 +248,14 @@ class BlendScheduler:
             self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
         )
 
+    def _filled(self, kv: _Pool, left: Candidate | None, right: Candidate | None) -> bool:
+        """Whether the memory side fills memory as far as it helps, while there is another side."""
+        if left is None or right is None or right.density >= self._target:
+            return False
+        request = kv.heads[Side.RIGHT]
+        held = self._memory.mean_tokens(kv.engine, request, right.private_tokens)
+        return held > self._pace.filling_tokens(self._pace_density)
+
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
         costs, central = self._costs, self._central
@@ -261,7 +272,9 @@ class BlendScheduler:
                 self._unknown += 1
                 self._longest = max(self._longest, done)
         waiting = central.rest(self._replica, compute, memory)
-        self._loaded = waiting[1] <= 0 < central.waiting
+        self._loaded = central.waiting > 0 and central.right_part(self._replica) <= 0
+        if self._loaded:
+            central.give_back(self._replica)
         compute += waiting[0]
         memory += waiting[1]
         waiting_memory += waiting[1]

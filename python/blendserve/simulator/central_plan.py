@@ -68,6 +68,7 @@ class CentralPlan:
         self._leases: list[dict[Side, deque[int]]] = [
             {side: deque() for side in Side} for _ in range(replicas)
         ]
+        self._returned: deque[int] = deque()
         self._running_work = np.zeros((2, replicas))
         self._started: set[int] = set()
         self._finished: dict[int, int] = {}
@@ -85,7 +86,7 @@ class CentralPlan:
     @property
     def waiting(self) -> int:
         """Requests that no replica has taken."""
-        return self.scanner.remaining
+        return self.scanner.remaining + len(self._returned)
 
     def rest(self, replica: int, compute: float, memory: float) -> tuple[float, float]:
         """A replica's part of what none has taken, (compute after sharing, memory) seconds, such
@@ -97,6 +98,22 @@ class CentralPlan:
         even = _even_shares(waiting_compute, load + parts + running_compute)
         return float(even[replica]), float(parts[replica])
 
+    def right_part(self, replica: int) -> float:
+        """The same of the memory seconds at the memory end alone. Long decodes that no replica has
+        started can bring all of them level only while this is not zero; what is shorter can make
+        up for work, but not for steps."""
+        low, high = self.scanner.cursors
+        waiting = float(self._right[high + 1] - self._right[min(low, high + 1)])
+        if waiting <= 0:
+            waiting = self.scanner.remaining_seconds[1] + self._spread_left
+        return float(_even_shares(waiting, self._running_work[1])[replica])
+
+    def give_back(self, replica: int) -> None:
+        """What a replica has been given of the memory end and has not started is for others."""
+        lease = self._leases[replica][Side.RIGHT]
+        self._returned.extend(lease)
+        lease.clear()
+
     def head(self, side: Side, replica: int) -> int | None:
         """The next request of a side for a replica; the sample comes before all else."""
         while self.sample and self.sample[0] in self._started:
@@ -106,7 +123,9 @@ class CentralPlan:
         if self._lease == 1:
             return self.scanner.head(side)
         lease = self._leases[replica][side]
-        if not lease:
+        if not lease and side is Side.RIGHT and self._returned:
+            lease.append(self._returned.popleft())
+        elif not lease:
             self._extend(lease, side)
         return lease[0] if lease else None
 
@@ -141,7 +160,7 @@ class CentralPlan:
 
     def replan(self, running: Mapping[int, int]) -> None:
         """Plan what is left with what is known now; running: tokens so far."""
-        if not self.scanner.remaining:
+        if not self.waiting:
             return
         self.book.learn(self._finished, running)
         self.informed = True
@@ -150,10 +169,10 @@ class CentralPlan:
         plan = make_plan(
             job, self._cost_model, self._config, exclude=self._started, tree=self._tree
         )
-        self._adopt(plan)
         # The mean of a square is the square of the mean, and the variance.
         self._spread = self._cost_model.memory_seconds(0, self.book.deviations())
         self._spread_left = float(self._spread[plan.order].sum())
+        self._adopt(plan)
 
     def _cautious(self, running: Mapping[int, int]) -> NDArray[np.float64]:
         """(n,) expected lengths; of families of which nothing is known yet, so long that they stand
@@ -200,9 +219,14 @@ class CentralPlan:
         self.plan = plan
         self._name_sample(plan.sample)
         self.scanner = DualScanner(plan)
+        # (n + 1,) running sum of the memory seconds of requests below the job's density.
+        right = plan.density < plan.target_density
+        memory = plan.memory_seconds + self._spread[plan.order]
+        self._right = np.concatenate(([0.0], np.cumsum(np.where(right, memory, 0.0))))
         for leases in self._leases:
             for lease in leases.values():
                 lease.clear()
+        self._returned.clear()
         if self._foresight is not None:
             self._foresight.follow(plan, self.scanner)
 

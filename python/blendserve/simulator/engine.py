@@ -2,8 +2,9 @@
 radix cache, decode growth, retraction.
 
 Every step, all running decodes advance by one token and the oldest prefills get the step's budget
-of prompt tokens. The cost of a step does not depend on the size of the job: decodes are kept as
-two sums and a calendar of their ends, so a step costs as much as what starts and ends in it.
+of prompt tokens; or, where steps are not mixed, decodes wait while anything is left to prefill. The
+cost of a step does not depend on the size of the job: decodes are kept as two sums and a calendar
+of their ends, so a step costs as much as what starts and ends in it.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ class Totals:
 class Engine:
     """One replica. output: (n,) tokens by request index, at least 1 each. members: how many of the
     requests will be started here, for `run` to know its end. received: prompts come with their
-    KV, computed elsewhere; they take memory, but no time here. overlaps: how its time is
-    counted; nothing that an engine does depends on its clock, so one run serves several models."""
+    KV, computed elsewhere; they take memory, but no time here. mixed: whether prefill and decodes
+    share steps, as SGLang does with --enable-mixed-chunk. overlaps: how its time is counted;
+    nothing that an engine does depends on its clock, so one run serves several models."""
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class Engine:
         overlaps: Sequence[OverlapModel],
         cache: KVCache,
         received: bool = False,
+        mixed: bool = True,
         trace_every: int = 0,
     ) -> None:
         node = np.empty(tree.num_leaves, dtype=np.int64)
@@ -107,11 +110,12 @@ class Engine:
         self._output: list[int] = output.tolist()
         self.capacity = cache.capacity
         self._received = received
+        self.mixed = mixed
         self.costs = costs
         self._overlaps = overlaps
         self.cache = cache
         self.totals = Totals()
-        self.now = 0  # The step that comes next.
+        self.now = 0  # The step that comes next; where steps are not mixed, of decodes.
         self.decoding = 0
         self.context = 0  # Sum over the decodes of the tokens that their next step attends to.
         self.left = members
@@ -134,6 +138,10 @@ class Engine:
     @property
     def idle(self) -> bool:
         return not self._prefills and not self.decoding
+
+    def prefill_room(self, chunk_tokens: int) -> int:
+        """Prompt tokens of the next step, if it may have so many tokens in all."""
+        return max(chunk_tokens - self.decoding, 1) if self.mixed else chunk_tokens
 
     def generated_by(self, request: int) -> int:
         """Output tokens so far of a running or retracted request."""
@@ -169,6 +177,8 @@ class Engine:
                 break
             backlog += self._start(scheduler, request)
         self.prefill_backlog = backlog
+        # As in SGLang, all that starts in a step finds its prefix before memory is freed for any.
+        self.cache.make_room(0)
         self.totals.evicted_shared_tokens = self.cache.evicted_shared_tokens
         if self._prefills:
             self._step(scheduler, budget)
@@ -183,12 +193,11 @@ class Engine:
         _, held, _ = self.cache.find(node)
         total = self.prompt[request] + self.generated.get(request, 0)
         own = total - self._prefix[request]
-        if not self.cache.make_room(total - held):
+        if total - held > self.capacity - self.cache.locked:
             raise EngineStuck(
                 f"the {total} tokens of request {request} do not fit the {self.capacity} tokens of "
                 "KV memory; take a device with more memory"
             )
-        # Making room may have evicted some of what was cached of its prefix.
         found, cached = self.cache.start(node, own)
         first = min(cached, total - 1)
         totals.starts += 1
@@ -202,7 +211,10 @@ class Engine:
         return total - first
 
     def _step(self, scheduler: Scheduler, budget: int) -> None:
-        self._secure_decodes(scheduler)
+        decoding = context = 0
+        if self.mixed:
+            self._secure_decodes(scheduler)
+            decoding, context = self.decoding, self.context
         prefills, costs, totals = self._prefills, self.costs, self.totals
         done = []
         tokens = pairs = 0
@@ -223,24 +235,24 @@ class Engine:
         self.prefill_backlog -= tokens
         if self._received:
             tokens = pairs = 0
-        gemm = (self.decoding + tokens) * costs.token_seconds
+        gemm = (decoding + tokens) * costs.token_seconds
         if gemm < costs.weight_seconds:
             totals.floor_seconds += costs.weight_seconds - gemm
             gemm = costs.weight_seconds
         compute = gemm + pairs * costs.pair_seconds
-        memory = self.context * costs.context_seconds
+        memory = context * costs.context_seconds
         totals.steps += 1
         for k, planes in enumerate(self._planes):
             totals.seconds[k] += _longest(planes, compute, memory)
         totals.compute_seconds += compute
         totals.memory_seconds += memory
-        totals.decode_tokens += self.decoding
+        totals.decode_tokens += decoding
         if self._trace_every and totals.steps % self._trace_every == 0:
             totals.trace.append((totals.seconds[0], compute, memory, self.cache.locked))
-        if self.decoding:
-            self.cache.grow(self.decoding)
-            self.context += self.decoding
-        self.now += 1
+        if decoding:
+            self.cache.grow(decoding)
+            self.context += decoding
+        self.now += self.mixed
         if self._end_steps and self._end_steps[0] == self.now:
             self._finish_due(scheduler)
         for request, _, total, found in done:

@@ -1,16 +1,15 @@
 """The engine's KV memory with its radix cache, on the static prefix tree of a job.
 
-Pages of one token, SGLang's default. A cache entry is a whole edge of the tree, as in SGLang,
-which evicts whole radix nodes: the shared segment of an inner node, or what a finished request
-leaves beyond the prefixes it shares (its tail). Entries on the path of a running request are
+Pages of one token, SGLang's default. A cache entry is what SGLang has as a radix node, which it
+evicts as a whole: the shared segment of an inner node, but no more of it than one chunk of prefill
+(every chunk becomes a node of its own), or what a finished request leaves beyond the prefixes it
+shares (its tail). Entries on the path of a running request are
 locked. A node is only ever evicted after all that continues it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-
-import numpy as np
 
 from blendserve.planner import PrefixTree
 
@@ -23,14 +22,21 @@ _EVICTED_AT_ONCE = 0.01
 class KVCache:
     """Tokens of KV memory: locked ones of running requests, and cached ones that may be evicted.
 
-    capacity: tokens. foresight: None for LRU, which keeps tails and evicts what was not used for
-    longest. With a plan's foresight, what is never used again is dropped at once, and what is used
-    farthest in the future goes first (Belady).
+    capacity: tokens. chunk_tokens: where prompts are cut, if they are. foresight: None for LRU,
+    which keeps tails and evicts what was not used for longest. With a plan's foresight, what is
+    never used again is dropped at once, and what is used farthest in the future goes first
+    (Belady).
     Counts in `evicted_tokens` what was evicted for want of memory, and in `evicted_shared_tokens`
     the part of it that is in inner nodes.
     """
 
-    def __init__(self, tree: PrefixTree, capacity: int, foresight: Foresight | None = None) -> None:
+    def __init__(
+        self,
+        tree: PrefixTree,
+        capacity: int,
+        foresight: Foresight | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
         self.capacity = capacity
         self.locked = 0
         self.evictable = 0
@@ -40,19 +46,35 @@ class KVCache:
         self._foresight = foresight
         self._parent: list[int] = tree.parent.tolist()
         self._depth: list[int] = tree.depth.tolist()
-        self._edge: list[int] = (
-            tree.depth - np.where(tree.parent >= 0, tree.depth[np.maximum(tree.parent, 0)], 0)
-        ).tolist()
-        self._locks = [0] * tree.num_nodes
-        self._resident = bytearray(tree.num_nodes)
+        # Of each entry, the tree's node that it is part of; longer segments than a chunk are cut,
+        # and their last parts keep the numbers of the nodes.
+        self._node = list(range(tree.num_nodes))
+        if chunk_tokens is not None:
+            for node in range(1, tree.num_nodes):
+                self._cut(node, chunk_tokens)
+        above = [self._depth[parent] if parent >= 0 else 0 for parent in self._parent]
+        self._edge = [depth - a for depth, a in zip(self._depth, above, strict=True)]
+        entries = len(self._node)
+        self._locks = [0] * entries
+        self._resident = bytearray(entries)
         self._resident[0] = 1
-        self._filling = bytearray(tree.num_nodes)
+        self._filling = bytearray(entries)
         # Unlocked entries, least recently used first: node, or -1 - request for a tail.
         self._unlocked: OrderedDict[int, int] = OrderedDict()
 
+    def _cut(self, node: int, chunk_tokens: int) -> None:
+        parent, depth = self._parent[node], self._depth[node]
+        for at in range(self._depth[parent] // chunk_tokens + 1, -(-depth // chunk_tokens)):
+            self._node.append(node)
+            self._parent.append(parent)
+            self._depth.append(at * chunk_tokens)
+            parent = len(self._node) - 1
+        self._parent[node] = parent
+
     @property
     def free(self) -> int:
-        """Tokens that hold nothing; evictable ones are not among them."""
+        """Tokens that hold nothing; evictable ones are not among them. Negative where what has
+        started is yet to be made room for."""
         return self.capacity - self.locked - self.evictable
 
     def find(self, node: int) -> tuple[int, int, int]:
@@ -74,10 +96,10 @@ class KVCache:
 
     def start(self, node: int, own_tokens: int) -> tuple[int, int]:
         """A request starts: its path is locked, what of it is missing is taken from memory, and so
-        are its own tokens. Returns the inner node that it found cached, which `filled` needs, and
-        the prefix tokens down to there.
+        are its own tokens. Returns the entry that it found cached, which `filled` needs, and the
+        prefix tokens down to there.
 
-        The caller has made room: see `make_room`.
+        The caller makes room for it, before or after: see `make_room`.
         """
         resident, locks, parent, edge = self._resident, self._locks, self._parent, self._edge
         at = node
@@ -126,7 +148,7 @@ class KVCache:
                 return
             self.locked -= edge[node]
             self.locked_shared -= edge[node]
-            if foresight is not None and not foresight.waiting(node):
+            if foresight is not None and not foresight.waiting(self._node[node]):
                 self._resident[node] = 0
             else:
                 self._unlocked[node] = edge[node]
@@ -147,7 +169,10 @@ class KVCache:
         missing = max(missing, min(int(_EVICTED_AT_ONCE * self.capacity), self.evictable))
         # A node is used no later than what continues it: of equals, the deepest goes first.
         ranked = sorted(
-            ((self._foresight.distance(node), self._depth[node], node) for node in self._unlocked),
+            (
+                (self._foresight.distance(self._node[entry]), self._depth[entry], entry)
+                for entry in self._unlocked
+            ),
             reverse=True,
         )
         for _, _, node in ranked:

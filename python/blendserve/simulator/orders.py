@@ -36,6 +36,13 @@ class MemoryTest:
         limit = cache.capacity - cache.locked_shared - reserve_tokens
         return forecast.fits(engine.now, private_tokens, self._rest(engine, request), limit)
 
+    def mean_tokens(self, engine: Engine, request: int, private_tokens: int) -> float:
+        """What would be held on average while this request runs, if it started too."""
+        self.forecast.advance(engine.now)
+        return self.forecast.mean_tokens_with(
+            engine.now, private_tokens, self._rest(engine, request)
+        )
+
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
         self.forecast.add(request, engine.now, own_tokens, self._rest(engine, request))
 
@@ -61,7 +68,7 @@ class OrderScheduler:
         self._memory = MemoryTest(book)
 
     def prefill_budget(self, engine: Engine) -> int:
-        return max(self._chunk - engine.decoding, 1)
+        return engine.prefill_room(self._chunk)
 
     def patience(self, engine: Engine) -> int:
         return PATIENCE_STEPS if self._waiting else 1 << 30

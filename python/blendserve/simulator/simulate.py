@@ -69,7 +69,8 @@ class Setting:
     sampled; 1 means that all lengths are known. replicas: data-parallel, blend only. capacity:
     KV tokens of a replica, by default what the device has. curve: a measured interference curve,
     (R, P(R)) pairs. costs: measured terms of a step, in place of the cost model's. chunk_tokens: of
-    a step, decodes included. trace_every: keep every so many steps of the first replica's trace."""
+    a step, decodes included. mixed: prefill and decodes in one step. trace_every: keep every so
+    many steps of the first replica's trace."""
 
     cost_model: CostModel
     policy: Policy = Policy.BLEND
@@ -81,6 +82,7 @@ class Setting:
     curve: tuple[tuple[float, float], ...] | None = None
     costs: StepCosts | None = None
     chunk_tokens: int = CHUNK_TOKENS
+    mixed: bool = True
     seed: int = 0
     trace_every: int = 0
 
@@ -91,6 +93,8 @@ class Setting:
             raise ValueError(f"there must be at least one replica, not {self.replicas}")
         if self.replicas > 1 and self.policy is not Policy.BLEND:
             raise ValueError("several replicas are simulated for the policy blend only")
+        if not self.mixed and self.options.paced and self.policy is Policy.BLEND:
+            raise ValueError("only mixed steps can be paced: switch the option off")
         if not self.overlaps or (self.replicas > 1 and len(self.overlaps) > 1):
             raise ValueError("give one overlap model; with a single replica, one or more")
 
@@ -193,7 +197,7 @@ class Simulation:
         if setting.policy in (Policy.BLEND, Policy.BLEND_PAPER):
             return self._blend(setting)
         book = self._sampled_book(setting)
-        engine = self._engine(setting, KVCache(self.tree, _capacity(setting)))
+        engine = self._engine(setting, self._cache(setting))
         order = self.order(setting, book).tolist()
         return [engine.run(OrderScheduler(order, book, setting.chunk_tokens))]
 
@@ -252,7 +256,7 @@ class Simulation:
         costs = setting.step_costs
         engines, schedulers = [], []
         for replica in range(setting.replicas):
-            cache = KVCache(self.tree, _capacity(setting), foresight)
+            cache = self._cache(setting, foresight)
             engines.append(self._engine(setting, cache))
             schedulers.append(
                 BlendScheduler(central, costs, options, replica, setting.chunk_tokens)
@@ -268,7 +272,7 @@ class Simulation:
         ones = np.ones(len(self.output), dtype=np.int64)
         found = []
         for output, received in ((ones, False), (self.output, True)):
-            engine = self._engine(setting, KVCache(self.tree, _capacity(setting)), output, received)
+            engine = self._engine(setting, self._cache(setting), output, received)
             found.append(engine.run(OrderScheduler(order, book, setting.chunk_tokens)))
         prefill, decode = found
         decode.cached_tokens = 0  # What it received was found, or computed, by the others.
@@ -280,6 +284,9 @@ class Simulation:
         return found, seconds, detail
 
     # -- parts ------------------------------------------------------------------------------------
+
+    def _cache(self, setting: Setting, foresight: Foresight | None = None) -> KVCache:
+        return KVCache(self.tree, _capacity(setting), foresight, setting.chunk_tokens)
 
     def _engine(
         self,
@@ -296,6 +303,7 @@ class Simulation:
             [setting.overlap_model(overlap) for overlap in setting.overlaps],
             cache,
             received=received,
+            mixed=setting.mixed,
             trace_every=setting.trace_every,
         )
 
@@ -355,11 +363,11 @@ def run_together(
         ended += engine.ended - before
         if moved:
             heapq.heappush(clocks, (engine.clock, replica))
-        elif len(engines) == 1 and ended < requests:
-            raise EngineStuck(
-                f"{requests - ended} requests wait, none may start in {engine.capacity} tokens of "
-                "KV memory; take a device with more memory"
-            )
+    if ended < requests:
+        raise EngineStuck(
+            f"{requests - ended} requests wait, none may start in {engines[0].capacity} tokens of "
+            "KV memory; take a device with more memory"
+        )
 
 
 def _capacity(setting: Setting) -> int:
