@@ -83,7 +83,6 @@ def requests(
             rank=0,
             density=50.0 if side is Side.LEFT else 0.1,
             output_tokens=float(length),
-            output_deviation=0.0,
             compute_seconds=PACE.token_seconds * (len(prompt) + length),
             memory_seconds=PACE.context_seconds * length * (len(prompt) + length / 2),
         )

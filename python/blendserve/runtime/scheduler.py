@@ -263,10 +263,9 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
             left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
-            if self.is_mixed_chunk:
-                for head in (left, right):
-                    if head is not None:
-                        head.prefill_steps = self._prefill_steps(head.uncached_tokens)
+            for head in (left, right):
+                if head is not None:
+                    head.prefill_steps = self._prefill_steps(head.uncached_tokens)
             side = self._choose(left, right)
             if side is None:
                 # Nothing more, until something changes.
@@ -320,7 +319,12 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
         return budget - self._chunks_to_come()
 
     def _prefill_steps(self, tokens: int) -> int:
-        """Mixed steps until so many more prompt tokens have been computed."""
+        """Steps that the others decode until so many more prompt tokens have been computed."""
+        if self.enable_pdmux:
+            # At the most: then one layer of the prefill goes beside each of their steps.
+            return int(self.model_config.num_hidden_layers)
+        if not self.is_mixed_chunk:
+            return 0
         most = BlendPrefillAdder.step_tokens or int(self.chunked_prefill_size or 0) or tokens
         return -(-(tokens + self._chunks_to_come()) // max(most, 1))
 
