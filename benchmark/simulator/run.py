@@ -8,12 +8,14 @@ What is in the results already is not run again, unless --fresh: so a run that w
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
 import os
 import platform
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -256,12 +258,20 @@ def load(part: str) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["runs"]) if path.is_file() else []
 
 
+@functools.cache
+def commit() -> str:
+    """Of the code that runs; empty outside a repository."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def save(part: str, runs: list[dict[str, Any]], scale: float) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     head = {
         "command": f"python benchmark/simulator/run.py --part {part}"
         + (f" --scale {scale:g}" if scale != 1 else ""),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     lines = ",\n".join(json.dumps(run) for run in runs)

@@ -8,14 +8,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from .dual_scanner import Side
-from .memory_forecast import BIN_STEPS, OVERDUE_PART, MemoryForecast
+from .memory_forecast import BIN_STEPS, DEVIATIONS, OVERDUE_PART, MemoryForecast
 from .prefix_tree import Floats
 
-# Room for wrong estimates: outgrowing memory costs a retraction, which computes everything anew,
-# and memory kept in vain is only lent a little later.
-_DEVIATIONS = 2.5
-# Each step in which requests lose their memory shows that the estimates were worse than that, and
-# adds to it; what it added shrinks by this part with every step.
+# Each step in which requests lose their memory shows that the estimates are worse than thought, and
+# adds so many deviations of room; what it added shrinks by this part with every step.
 _AFTER_RETRACTION = 1.0
 _FORGETTING = 0.002
 # A request that fills the pool alone runs for so many bins of the forecast, so that a small pool
@@ -105,7 +102,7 @@ class KVAccount:
         self.right_tokens = 0.0
         self.running: dict[Side, int] = dict.fromkeys(Side, 0)
         self.bin_steps = min(max(total_tokens // _POOL_BINS, 1), BIN_STEPS)
-        self._forecast = MemoryForecast(self.bin_steps, _DEVIATIONS)
+        self._forecast = MemoryForecast(self.bin_steps, DEVIATIONS)
         self._now = 0  # Decode steps so far.
         self._retracted_at = -1
         # When a request will have outlived its estimate.
@@ -231,7 +228,7 @@ class KVAccount:
         """
         self._now += 1
         forecast = self._forecast
-        forecast.deviations -= _FORGETTING * (forecast.deviations - _DEVIATIONS)
+        forecast.deviations -= _FORGETTING * (forecast.deviations - DEVIATIONS)
         forecast.advance(self._now)
         changed = self._now % self.bin_steps == 0
         overdue = self._overdue

@@ -14,6 +14,9 @@ from .prefix_tree import Floats
 
 # Steps that share one figure, the expected demand at their end, in a pool of an 80 GB device.
 BIN_STEPS = 256
+# Room for wrong estimates, in standard deviations of the demand: outgrowing memory costs a
+# retraction, which computes everything anew; memory kept in vain is only lent a little later.
+DEVIATIONS = 2.5
 # A request beyond all lengths that were expected of it goes on for this part of what it has done.
 OVERDUE_PART = 0.5
 # Steps of a job's end that were not reckoned with wait for weights, and cost several times what

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from blendserve.planner import MemoryForecast
+from blendserve.planner.memory_forecast import DEVIATIONS
 
 from .engine import Engine
 from .lengths import LengthBook
@@ -24,7 +25,7 @@ class MemoryTest:
 
     def __init__(self, book: LengthBook) -> None:
         self._book = book
-        self.forecast = MemoryForecast()
+        self.forecast = MemoryForecast(deviations=DEVIATIONS)
 
     def fits(
         self, engine: Engine, request: int, private_tokens: int, reserve_tokens: float = 0.0
