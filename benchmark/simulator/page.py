@@ -53,6 +53,23 @@ def load(part: str) -> list[Run]:
     return list(json.loads(path.read_text())["runs"]) if path.is_file() else []
 
 
+def code_of_results() -> str:
+    """Which commit each part was run on, and which parts are older than that was recorded."""
+    parts: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        if "runs" in record:
+            parts.setdefault(record.get("commit", ""), []).append(f"`{path.stem}`")
+    said = [
+        f"{', '.join(names)}: commit {commit}"
+        if commit
+        else f"{', '.join(names)}: before commits were recorded, on an earlier form of the "
+        "memory test and of the cache"
+        for commit, names in sorted(parts.items(), reverse=True)
+    ]
+    return "Code that the results are of: " + "; ".join(said) + ".\n"
+
+
 def one(runs: Iterable[Run], **wanted: Any) -> Run | None:
     wanted = {"off": [], "sampling": 0.01, "replicas": 1, "overlap": "interference", **wanted}
     found = [run for run in runs if all(run[name] == value for name, value in wanted.items())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from page import PAGE, ROOT, load
+from page import PAGE, ROOT, code_of_results, load
 from sections_main import (
     kept_sharing,
     plot_balance,
@@ -43,6 +43,7 @@ def page() -> str:
         "(arXiv 2411.16102) measured on GPUs, so absolute numbers differ; what is to be "
         "compared are ratios. Engine, memory test and length estimates are the same for all "
         "policies, which differ in order (and ours in the prefill of each step).\n",
+        code_of_results(),
         section_workloads(table2),
         section_main(table2),
         plot_main(table2),
