@@ -80,6 +80,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
     def __init__(self, params: Any, cost_model: CostModel) -> None:
         self._cost_model = cost_model
         self._inserted: list[Any] | None = None
+        self._let_go: list[Any] = []  # Meanwhile.
         self._own_eviction = False
         self.evicted_tokens: Counter[str] = Counter()
         super().__init__(params)
@@ -123,6 +124,11 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
             if inserted:
                 # SGLang inserts the whole path first; a second insertion only cuts it in two.
                 self._learn(inserted[0], use_tag(req))
+            # What it let go of without an insertion, as of a request that lost its memory.
+            for node in self._let_go:
+                _future(node)
+                self._queue(node)
+            self._let_go.clear()
 
     def insert(self, params: Any) -> Any:
         result = super().insert(params)
@@ -182,7 +188,9 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
     def _update_leaf_status(self, node: Any) -> None:
         super()._update_leaf_status(node)
         # What is being inserted is queued once its future is known.
-        if self._inserted is None and hasattr(node, "blend_future"):
+        if self._inserted is not None:
+            self._let_go.append(node)
+        elif hasattr(node, "blend_future"):
             self._queue(node)
 
     def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
