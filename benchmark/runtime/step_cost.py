@@ -77,7 +77,7 @@ def instrument(watch: Stopwatch) -> None:
 
     from blendserve.runtime.prefill_adder import BlendPrefillAdder
 
-    stock = Live.__mro__[1]
+    stock = next(base for base in Live.__mro__ if not base.__module__.startswith("blendserve"))
     for ours, base in ((Live, stock), (BlendPrefillAdder, PrefillAdder)):
         for name in [name for name in vars(ours) if callable(vars(ours)[name])]:
             # What SGLang does not call is called by code of ours, and timed with it.
