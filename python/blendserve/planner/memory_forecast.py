@@ -174,8 +174,8 @@ class MemoryForecast:
         return max(self._ends - len(self._running) * now, 0.0)
 
     def profile(self, now: int) -> tuple[Floats, Floats]:
-        """(tokens, alive) per bin from now on, until nothing is expected to run: the demand, and
-        how likely it is, with caution, that anything runs at all. A request that still runs then
+        """(tokens, alive) per bin from now on, until nothing is expected to run: the demand with its
+        room, and how likely it is, with caution, that anything runs at all. A request that still runs then
         holds at least what it has produced since now, so demand over that bounds how many there
         are."""
         tokens = self._demand(now) if self._running else np.empty(0)
