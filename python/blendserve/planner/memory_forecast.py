@@ -174,10 +174,10 @@ class MemoryForecast:
         return max(self._ends - len(self._running) * now, 0.0)
 
     def profile(self, now: int) -> tuple[Floats, Floats]:
-        """(tokens, alive) per bin from now on, until nothing is expected to run: the demand with its
-        room, and how likely it is, with caution, that anything runs at all. A request that still runs then
-        holds at least what it has produced since now, so demand over that bounds how many there
-        are."""
+        """(tokens, alive) per bin from now on, until nothing is expected to run: the demand, its
+        room included, and how likely it is, with caution, that anything runs at all. A request that
+        still runs then holds at least what it has produced since now, so demand over that bounds
+        how many there are."""
         tokens = self._demand(now) if self._running else np.empty(0)
         last = np.flatnonzero(tokens > 1.0)
         tokens = tokens[: int(last[-1]) + 1 if len(last) else 0]
