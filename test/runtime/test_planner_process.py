@@ -117,8 +117,35 @@ def test_numbers_in_the_timetable_go_on_behind_what_was_sent():
     started = first.order[:20]
     second = worker.plan("job", News(started=started)).timetable
     assert sorted(map(first.due, range(50))) == list(range(50))
-    assert second.first_due == 20
+    assert second.first_due >= 20
     assert sorted(second.order.tolist()) == sorted(set(range(50)) - set(started.tolist()))
+
+
+@pytest.mark.parametrize("ahead", list(Side))
+def test_a_front_beyond_its_own_part_says_what_it_takes_next(ahead):
+    """All of the job from one end: every prefix is needed by the very next request of that side."""
+    worker = PlanWorker(COST_MODEL, CONFIG)
+    tokens = prompts(40)
+    worker.append("job", batch(tokens, ignore_eos=True))
+    plan = worker.plan("job", News())
+    taken = [plan.scanner.take(ahead) for _ in range(plan.scanner.remaining)]
+    plan = worker.plan("job", News())
+    beyond = [plan.timetable.side(k) is not ahead for k in taken]
+    assert any(beyond)
+    tags = []
+    for _ in taken:
+        k = plan.scanner.take(ahead)
+        tags.append(plan.use_tag("job", ahead, k))
+    for place in np.flatnonzero(beyond):
+        tag, k = tags[place], taken[place]
+        same_group = int(place + 1 < 40 and taken[place + 1] % 4 == k % 4)
+        assert [tuple(use) for use in tag.next_uses] == [
+            (50, tag.due + 1, ahead) for _ in range(same_group)
+        ]
+    numbers = [tag.due for tag in tags]
+    assert numbers == sorted(set(numbers))
+    again = worker.plan("job", News(started=positions(*taken[:30])))
+    assert again.timetable.first_due > numbers[29]
 
 
 def test_jobs_are_kept_apart_and_forgotten(process):

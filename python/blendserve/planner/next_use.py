@@ -125,12 +125,16 @@ class Timetable:
         """Number of a request. Raises KeyError when it is not in the timetable."""
         return self.first_due + self._place(request)
 
+    def side(self, request: int) -> Side:
+        """The scanner that is predicted to take a request. Raises KeyError as `due`."""
+        return self._side(self._place(request))
+
     def next_uses(self, request: int) -> list[NextUse]:
         """Corners of a request, shortest prefix and soonest use first. Raises KeyError as `due`."""
         place = self._place(request)
         corners = slice(*self.uses.offsets[place : place + 2].tolist())
         return [
-            NextUse(prefix, self.first_due + user, Side.LEFT if self.left[user] else Side.RIGHT)
+            NextUse(prefix, self.first_due + user, self._side(user))
             for prefix, user in zip(
                 self.uses.prefix_tokens[corners].tolist(),
                 self.uses.user[corners].tolist(),
@@ -142,6 +146,9 @@ class Timetable:
         """Where the numbers of the job's next timetable should start, when these requests (some
         of them perhaps not in this one) have been sent."""
         return self.first_due + int(self.index[sent].max(initial=-1)) + 1
+
+    def _side(self, place: int) -> Side:
+        return Side.LEFT if self.left[place] else Side.RIGHT
 
     def _place(self, request: int) -> int:
         place = int(self.index[request])

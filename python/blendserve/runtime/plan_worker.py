@@ -17,6 +17,7 @@ from blendserve.planner import (
     CostModel,
     DualScanner,
     Job,
+    NextUse,
     Plan,
     PlannerConfig,
     PrefixTree,
@@ -88,6 +89,7 @@ class JobPlan:
             the best sharing leaves, or all memory traffic, whichever is longer.
         total_work_tokens: prefill and output tokens of all requests, ended ones included.
         prompt_tokens, unique_tokens, sharing_best, sharing_planned: see `Plan`.
+        latest_due: the highest number that a request of each side was sent with.
     """
 
     scanner: DualScanner
@@ -105,12 +107,25 @@ class JobPlan:
     unique_tokens: int
     sharing_best: float
     sharing_planned: float
+    latest_due: dict[Side, int]
 
     def use_tag(self, job: str, side: Side, position: int) -> UseTag:
-        """What the radix cache is told when a side sends a request."""
+        """What the radix cache is told when a side sends a request; the scanner has taken it.
+
+        A front that is ahead does not stop where the timetable has the two meet. For what it takes
+        from there on, the timetable has foreseen the other direction: the last of those that share
+        a prefix comes first. So its numbers go on from its own latest, and who comes next on this
+        side is who needs the prefix next.
+        """
         times = self.timetable
-        next_uses = tuple(times.next_uses(position))
-        return UseTag(job, side, times.due(position), times.first_due, next_uses)
+        if times.side(position) is side:
+            due, next_uses = times.due(position), tuple(times.next_uses(position))
+        else:
+            due = self.latest_due[side] + 1
+            shared = self.scanner.shared_tokens(side)
+            next_uses = (NextUse(shared, due + 1, side),) if shared else ()
+        self.latest_due[side] = max(self.latest_due[side], due)
+        return UseTag(job, side, due, times.first_due, next_uses)
 
 
 class Planner(Protocol):
@@ -186,7 +201,7 @@ class _PlannedJob:
         self._sampled.update(plan.sample.tolist())
         if self._tree is None:
             self._remember(plan)
-        return self._as_walked(plan, cost_model)
+        return self._as_walked(plan, cost_model, news.started)
 
     def _gathered(self) -> Job:
         offsets = np.concatenate(([0], np.cumsum(_view(self._lengths, np.int64))))
@@ -212,17 +227,17 @@ class _PlannedJob:
         self._prefill = np.zeros(n, dtype=np.int64)
         self._compute, self._memory = np.zeros(n), np.zeros(n)
 
-    def _as_walked(self, plan: Plan, cost_model: CostModel) -> JobPlan:
+    def _as_walked(self, plan: Plan, cost_model: CostModel, started: Ints) -> JobPlan:
         lengths = _view(self._lengths, np.int64)
         self._prefill[plan.order] = lengths[plan.order] - plan.shared_with_previous
         self._compute[plan.order] = plan.compute_seconds
         self._memory[plan.order] = plan.memory_seconds
         dense = plan.request_density[plan.sample] >= plan.target_density
-        # Numbers go on behind what was sent, and not behind what was only planned.
+        # Numbers go on behind what was sent, and not behind what was only planned. A front beyond
+        # its own part has counted up by one for each request.
         first_due = 0
         if self._timetable is not None:
-            started = np.fromiter(self._started, dtype=np.int64, count=len(self._started))
-            first_due = self._timetable.due_after(started)
+            first_due = self._timetable.due_after(started) + len(started)
         self._timetable = timetable = make_timetable(plan, plan.sample, first_due)
         return JobPlan(
             scanner=DualScanner(plan),
@@ -240,6 +255,7 @@ class _PlannedJob:
             unique_tokens=plan.unique_tokens,
             sharing_best=plan.sharing_best,
             sharing_planned=plan.sharing_planned,
+            latest_due=dict.fromkeys(Side, first_due),
         )
 
 
