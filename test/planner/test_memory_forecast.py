@@ -175,6 +175,49 @@ def test_asking_what_one_more_would_take_changes_nothing(running, own, lengths):
 
 
 @quick
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["ask", "start", "ask and start", "end", "hold", "revise", "step"]),
+            st.integers(0, 500),
+            st.lists(st.integers(1, 300), min_size=1, max_size=4).map(sorted),
+        ),
+        max_size=30,
+    ),
+    st.integers(1, 40),
+)
+def test_whoever_was_asked_about_the_forecast_is_of_those_that_run(events, bin_steps):
+    """Asked in between or not, in any order of events."""
+    asked, silent = (MemoryForecast(bin_steps, deviations=1.0) for _ in range(2))
+    now, running = 0, []
+    for number, (what, tokens, lengths) in enumerate(events):
+        if "ask" in what:
+            peak = asked.peak_tokens_with(now, tokens, lengths)
+            assert peak == pytest.approx(silent.peak_tokens_with(now, tokens, lengths))
+        if what == "step":
+            now += tokens
+        for forecast in (asked, silent):
+            if "start" in what:
+                forecast.add(number, now, tokens, lengths)
+            elif what == "step":
+                forecast.advance(now)
+            elif what == "end" and running:
+                forecast.remove(running[0])
+            elif what == "hold" and running:
+                forecast.hold(running[-1], tokens)
+            elif what == "revise" and running:
+                forecast.revise(running[-1], now, lengths)
+            if forecast is silent:
+                silent.peak_tokens(now)
+        if "start" in what:
+            running.append(number)
+        elif what == "end":
+            running = running[1:]
+    assert asked.remaining_tokens(now) == pytest.approx(silent.remaining_tokens(now))
+    assert asked.profile(now)[0] == pytest.approx(silent.profile(now)[0], abs=1e-6)
+
+
+@quick
 @given(running_strategy, st.integers(0, 500), st.integers(1, 400))
 def test_the_mean_is_that_of_the_demand_over_the_life_of_one_more(running, own, length):
     requests = [(0, tokens, lengths) for tokens, lengths in running]

@@ -74,8 +74,10 @@ class MemoryForecast:
         self._looks = 0
         # Bin of the latest step seen, of the first column of the sums, behind the last used one.
         self._first = self._origin = self._stop = 0
-        self._sums = np.zeros((_ROWS, 512))
+        self._keep(np.zeros((_ROWS, 512)))
         self._base = self._ends = 0.0
+        # Counted, though it has not started: who is asked about most often starts next.
+        self._asked: _Running | None = None
 
     def __len__(self) -> int:
         return len(self._running)
@@ -94,6 +96,17 @@ class MemoryForecast:
         running = _Running(now, private_tokens - now, lengths, now + longest)
         self._running[request] = running
         self._base += running.base
+        asked, self._asked = self._asked, None
+        if asked is not None and (asked.started, asked.base, asked.lengths) == (
+            now,
+            running.base,
+            lengths,
+        ):
+            running.ends = asked.ends
+            self._await(request, running)
+            return
+        if asked is not None:
+            self._count(asked, -1.0)
         self._expect(request, running, now)
 
     def update(self, now: int, lengths_of: Callable[[Any], Sequence[float]]) -> None:
@@ -118,6 +131,7 @@ class MemoryForecast:
 
     def remove(self, request: Hashable) -> None:
         """A request ended, or lost its memory."""
+        self._forget_asked()
         running = self._running.pop(request)
         if not self._running:
             # Also rids the sums of what floating-point differences have left in them.
@@ -131,6 +145,7 @@ class MemoryForecast:
 
     def advance(self, now: int) -> None:
         """Look again at the requests that have outlived the bin of one of their lengths."""
+        self._forget_asked()
         self._first, due = now // self._width, self._due
         while due and due[0][0] < self._first:
             _, look, request = heapq.heappop(due)
@@ -145,17 +160,18 @@ class MemoryForecast:
 
     def peak_tokens_with(self, now: int, private_tokens: float, lengths: Sequence[float]) -> float:
         """The most that is expected to be held at once for as long as one more request may run."""
+        self._forget_asked()
         more = _Running(now, private_tokens - now, lengths, np.inf)
-        more.ends = [now + length for length in lengths]
+        more.ends = [now + max(length, 1.0) for length in lengths]
         self._count(more, +1.0)
+        self._asked = more
         span = math.ceil(more.ends[-1] / self._width) - now // self._width
-        peak = float(self._demand(now)[:span].max())
-        self._count(more, -1.0)
-        return peak
+        return float(self._demand(now)[:span].max())
 
     def mean_tokens_with(self, now: int, private_tokens: float, lengths: Sequence[float]) -> float:
         """What is expected to be held, one more request included, on average over the steps that
         this one is expected to take."""
+        self._forget_asked()
         life = sum(lengths) / len(lengths)
         span = math.ceil((now + life) / self._width) - now // self._width
         held = float(self._demand(now)[:span].sum()) / span if self._running else 0.0
@@ -163,6 +179,7 @@ class MemoryForecast:
 
     def peak_tokens(self, now: int) -> float:
         """The most that is expected to be held at once from now on."""
+        self._forget_asked()
         return float(self._demand(now).max()) if self._running else 0.0
 
     def held_tokens(self, now: int) -> float:
@@ -171,6 +188,7 @@ class MemoryForecast:
 
     def remaining_tokens(self, now: int) -> float:
         """Output tokens that they are expected to produce yet."""
+        self._forget_asked()
         return max(self._ends - len(self._running) * now, 0.0)
 
     def profile(self, now: int) -> tuple[Floats, Floats]:
@@ -178,6 +196,7 @@ class MemoryForecast:
         room included, and how likely it is, with caution, that anything runs at all. A request that
         still runs then holds at least what it has produced since now, so demand over that bounds
         how many there are."""
+        self._forget_asked()
         tokens = self._demand(now) if self._running else np.empty(0)
         last = np.flatnonzero(tokens > 1.0)
         tokens = tokens[: int(last[-1]) + 1 if len(last) else 0]
@@ -192,9 +211,18 @@ class MemoryForecast:
             ends = [min(now + OVERDUE_PART * done + 1.0, max(running.last, now + 1.0))]
         running.ends = ends
         self._count(running, +1.0)
+        self._await(request, running)
+
+    def _await(self, request: Hashable, running: _Running) -> None:
         self._looks += 1
         running.look = self._looks
-        heapq.heappush(self._due, (math.ceil(ends[0] / self._width) - 1, self._looks, request))
+        first = math.ceil(running.ends[0] / self._width) - 1
+        heapq.heappush(self._due, (first, self._looks, request))
+
+    def _forget_asked(self) -> None:
+        if self._asked is not None:
+            self._count(self._asked, -1.0)
+            self._asked = None
 
     def _count(self, running: _Running, sign: float) -> None:
         base, ends, width = running.base, running.ends, self._width
@@ -204,19 +232,19 @@ class MemoryForecast:
         count = len(ends)
         part = sign / count
         origin = self._origin
-        held, *sums = self._sums
+        held, alive, bases, spreads, spread_bases, spread_squares = self._rows
         for ended, end in enumerate(ends):
             at = math.ceil(end / width) - 1 - origin
             held[at] += part * (base + end)
-            sums[0][at] += part
-            sums[1][at] += part * base
+            alive[at] += part
+            bases[at] += part * base
             self._ends += part * end
             if count > 1:
                 # What p - p^2 loses when p goes down by a part, from (count - ended) parts.
                 spread = part * (1.0 - (2.0 * (count - ended) - 1.0) / count)
-                sums[2][at] += spread
-                sums[3][at] += spread * base
-                sums[4][at] += spread * base * base
+                spreads[at] += spread
+                spread_bases[at] += spread * base
+                spread_squares[at] += spread * base * base
 
     def _demand(self, now: int) -> Floats:
         """Per bin from now on."""
@@ -242,5 +270,11 @@ class MemoryForecast:
             # What is past has been counted out.
             kept = self._sums[:, self._first - self._origin :]
             self._origin = self._first
-            self._sums = np.zeros((_ROWS, 2 * (last + 1 - self._origin)))
-            self._sums[:, : kept.shape[1]] = kept[:, : self._sums.shape[1]]
+            sums = np.zeros((_ROWS, 2 * (last + 1 - self._origin)))
+            sums[:, : kept.shape[1]] = kept[:, : sums.shape[1]]
+            self._keep(sums)
+
+    def _keep(self, sums: Floats) -> None:
+        self._sums = sums
+        # The same memory: one element of it is had three times as fast as from an array.
+        self._rows: list[Any] = [memoryview(row) for row in sums]

@@ -132,10 +132,10 @@ class SideQueues:
         for other, head in tuple(self._heads.items()):
             if head[0].prompt.beginning == request.prompt.beginning:
                 del self._heads[other]
+        self.account.start(rid, candidate)
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
             self.account.share(shared.holder, self._beyond_shared(shared))
-        self.account.start(rid, candidate)
         self._prompts.start(rid, side, request.prompt, shared.cached_tokens)
         self.running[rid] = request
         self.taken[side] += 1
