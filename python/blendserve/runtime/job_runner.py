@@ -108,7 +108,7 @@ class JobRunner:
         self._closed = False
         self._sent: dict[int, _Sent] = {}
         # What the scheduler has yet to be told.
-        self._updates: deque[LengthUpdate] = deque()
+        self._to_tell: deque[int] = deque()
         self._unplanned = 0
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
@@ -210,17 +210,7 @@ class JobRunner:
 
     def _tell_lengths(self) -> None:
         """The scheduler is told what the new plan expects of requests that it has already."""
-        plan = self._plan_now
-        self._updates = deque(
-            LengthUpdate(
-                sent.task.get_name(),
-                float(plan.output_tokens[position]),
-                likely_tokens(plan.likely_output_tokens[position]),
-            )
-            for position, sent in self._sent.items()
-            # SGLang makes ids of its own where one line asks for several sequences.
-            if sent.estimate is not None and self._work.sequences[position] == 1
-        )
+        self._to_tell = deque(self._sent)
 
     def _news(self) -> News:
         running = [
@@ -313,8 +303,22 @@ class JobRunner:
         self._look()
 
     def _some_updates(self) -> tuple[LengthUpdate, ...]:
-        count = min(len(self._updates), _MAX_UPDATES)
-        return tuple(self._updates.popleft() for _ in range(count))
+        plan = self._plan_now
+        updates: list[LengthUpdate] = []
+        while self._to_tell and len(updates) < _MAX_UPDATES:
+            position = self._to_tell.popleft()
+            sent = self._sent.get(position)
+            # SGLang makes ids of its own where one line asks for several sequences.
+            if sent is None or sent.estimate is None or self._work.sequences[position] > 1:
+                continue
+            updates.append(
+                LengthUpdate(
+                    sent.task.get_name(),
+                    float(plan.output_tokens[position]),
+                    likely_tokens(plan.likely_output_tokens[position]),
+                )
+            )
+        return tuple(updates)
 
     def send_unplanned(self) -> bool:
         if self._closed or not self._work.unplannable or self._unplanned >= _MAX_UNPLANNED:
