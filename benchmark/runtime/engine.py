@@ -42,6 +42,7 @@ DATA = Path(os.environ.get("BLENDSERVE_DATA") or ROOT.parent / "shared" / "data"
 SUBJECTS, QUESTIONS, OPEN_PROMPTS, OPEN_TOKENS, ANSWER_TOKENS = 24, 4, 24, 160, 2
 COMMON = ("--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.1")
 COMMON += ("--chunked-prefill-size", "512", "--enable-cache-report", "--sleep-on-idle")
+COMMON += ("--disable-overlap-schedule",)  # As `serve` sets it; on a CPU there is no overlap.
 # name: SGLang's flags, whether the input is sorted beforehand.
 STOCK = {
     "fcfs": (("--schedule-policy", "fcfs"), False),

@@ -2,9 +2,9 @@
 
 The job, the model and the flags are those of `engine.py`. Every second a client sends one online
 chat request of its own (synthetic, 32 to 128 tokens, 8 tokens of answer) and streams the answer.
-Measured: on an idle server; while the batch runs on BlendServe; while stock SGLang is given the
-same lines and the same online requests. A step is the time between the ends of two steps of the
-batch, from the scheduler's trace.
+Measured: on an idle server; while the batch runs on BlendServe, four times; while stock SGLang is
+given the same lines and the same online requests. A step is the time between the ends of two steps
+of the batch, from the scheduler's trace.
 
     python benchmark/runtime/online.py --json benchmark/results/online.json
 
@@ -29,15 +29,19 @@ from typing import Any
 import httpx
 import numpy as np
 from engine import COMMON, make_lines, prefix_tree, send_all, shared_prefix_tokens
+from openai import OpenAI
 
 from blendserve.cli.follow import openai_client
 from blendserve.cli.server_process import free_port, running_server
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 
+JOBS = 4  # On BlendServe: one after the other, as a percentile takes many requests.
 EVERY_SECONDS, IDLE_REQUESTS, ENDED = 1.0, 20, ("completed", "failed", "expired", "cancelled")
+Seconds = tuple[float, float]
 
 
-async def first_token_seconds(client: httpx.AsyncClient, url: str, number: int) -> float:
+async def answer_seconds(client: httpx.AsyncClient, url: str, number: int) -> Seconds:
+    """Time to the first token and to the end."""
     rng = random.Random(number)
     words = " ".join(f"word{rng.randrange(1000)}" for _ in range(rng.randint(10, 40)))
     body = {"model": MODEL_NAME, "max_tokens": 8, "stream": True, "temperature": 0}
@@ -50,17 +54,33 @@ async def first_token_seconds(client: httpx.AsyncClient, url: str, number: int) 
             if first is None and '"content":"' in line.replace('"content":""', ""):
                 first = time.monotonic() - begun
     assert first is not None, "an answer without a token"
-    return first
+    return first, time.monotonic() - begun
 
 
-async def ask_until(url: str, ended: Callable[[], bool], least: int = 0) -> list[float]:
+async def ask_until(url: str, ended: Callable[[], bool], least: int = 0) -> list[Seconds]:
     """One online request every EVERY_SECONDS until the batch has ended."""
-    asked: list[asyncio.Task[float]] = []
+    asked: list[asyncio.Task[Seconds]] = []
     async with httpx.AsyncClient(timeout=600) as client:
         while len(asked) < least or not ended():
-            asked.append(asyncio.create_task(first_token_seconds(client, url, len(asked))))
+            asked.append(asyncio.create_task(answer_seconds(client, url, len(asked))))
             await asyncio.sleep(EVERY_SECONDS)
         return list(await asyncio.gather(*asked))
+
+
+def run_beside(client: OpenAI, file: str, url: str) -> list[Seconds]:
+    """Run the job once; times of the online requests meanwhile."""
+    batch = client.batches.create(
+        input_file_id=file, endpoint="/v1/completions", completion_window="24h"
+    )
+    state = {"status": batch.status}
+
+    def ended() -> bool:
+        state["status"] = client.batches.retrieve(batch.id).status
+        return state["status"] in ENDED
+
+    busy = asyncio.run(ask_until(url, ended))
+    assert state["status"] == "completed", state
+    return busy
 
 
 def run_blended(lines: list[dict[str, Any]], flags: tuple[str, ...], folder: Path) -> Any:
@@ -75,32 +95,25 @@ def run_blended(lines: list[dict[str, Any]], flags: tuple[str, ...], folder: Pat
         before = len(trace.read_text().splitlines())
         client = openai_client(url, {})
         upload = client.files.create(file=source.open("rb"), purpose="batch")
-        begun = time.monotonic()
-        batch = client.batches.create(
-            input_file_id=upload.id, endpoint="/v1/completions", completion_window="24h"
-        )
-        state = {"status": batch.status}
-
-        def ended() -> bool:
-            state["status"] = client.batches.retrieve(batch.id).status
-            return state["status"] in ENDED
-
-        busy = asyncio.run(ask_until(url, ended))
-        seconds = time.monotonic() - begun
-    assert state["status"] == "completed", state
+        busy: list[Seconds] = []
+        seconds = []
+        for _ in range(JOBS):
+            httpx.post(f"{url}/flush_cache", params={"timeout": 30}).raise_for_status()
+            begun = time.monotonic()
+            busy += run_beside(client, upload.id, url)
+            seconds.append(time.monotonic() - begun)
     steps = [json.loads(line) for line in trace.read_text().splitlines()[before:]]
     ends = np.array([step["seconds"] for step in steps])
     prefill = np.array([step["prefill_tokens"] > 0 for step in steps])[1:]
     took = np.diff(ends)
     return {
-        "idle": summary(idle),
-        "during_batch": summary(busy),
-        "batch_seconds": seconds,
+        **answers(idle, busy),
+        "batch_seconds": float(np.mean(seconds)),
         "step_seconds": {**summary(took.tolist()), "prefill_mean": float(took[prefill].mean())},
     }
 
 
-async def stock_and_online(url: str, lines: list[dict[str, Any]]) -> tuple[list[float], float]:
+async def stock_and_online(url: str, lines: list[dict[str, Any]]) -> tuple[list[Seconds], float]:
     begun = time.monotonic()
     batch = asyncio.create_task(send_all(url, lines))
     busy = await ask_until(url, batch.done)
@@ -115,7 +128,16 @@ def run_stock(lines: list[dict[str, Any]], model: str, flags: tuple[str, ...], f
     with running_server(command, port, folder / "s.log", {"BLENDSERVE_ENABLED": "0"}) as url:
         idle = asyncio.run(ask_until(url, lambda: True, IDLE_REQUESTS))
         busy, seconds = asyncio.run(stock_and_online(url, lines))
-    return {"idle": summary(idle), "during_batch": summary(busy), "batch_seconds": seconds}
+    return {**answers(idle, busy), "batch_seconds": seconds}
+
+
+def answers(idle: list[Seconds], busy: list[Seconds]) -> dict[str, Any]:
+    return {
+        "idle": summary([first for first, _ in idle]),
+        "during_batch": summary([first for first, _ in busy]),
+        "idle_whole_answer": summary([whole for _, whole in idle]),
+        "during_batch_whole_answer": summary([whole for _, whole in busy]),
+    }
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

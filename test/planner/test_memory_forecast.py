@@ -227,6 +227,14 @@ def test_the_mean_is_that_of_the_demand_over_the_life_of_one_more(running, own, 
     assert mean == pytest.approx(before + own + length / 2)
 
 
+@quick
+@given(running_strategy, st.integers(1, 400))
+def test_the_peak_of_the_next_steps_is_that_of_a_step_by_step_count(running, steps):
+    requests = [(0, own, lengths) for own, lengths in running]
+    soon = max(brute_force(requests, step) for step in range(1, steps + 1))
+    assert forecast_of(running).peak_tokens(0, steps) == pytest.approx(soon)
+
+
 def test_what_comes_to_be_shared_does_not_come_free():
     forecast = forecast_of([(100, [1]), (0, [50])])
     assert forecast.peak_tokens(0) == 102.0

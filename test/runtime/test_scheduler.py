@@ -222,6 +222,48 @@ def test_an_online_request_is_in_the_next_prefill_whatever_waits(engine: BareSch
     assert engine.finished["online"] == 5
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_prompt_is_not_held_back_for_an_online_request_that_finds_no_room(
+    engine: BareScheduler, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where prefill goes before decodes, nothing would end that makes room for it."""
+    live, rng = engine.live, random.Random(4)
+    monkeypatch.setattr(live, "is_mixed_chunk", mixed)
+    monkeypatch.setattr(live, "blend_pacer", None)
+    Request("left", Side.LEFT, tokens(rng, 6 * CHUNK), 2).submit(engine)
+    engine.step()
+    engine.submit("online", tokens(rng, 40), 5, limit=KV_TOKENS - CHUNK)
+    steps = 0
+    while live.chunked_req is not None:
+        engine.step()
+        steps += 1
+        assert "online" not in engine.finished
+    assert steps <= 6
+    while len(engine.finished) < 2:
+        engine.step()
+        steps += 1
+        assert steps < 30
+    assert engine.finished == {"left": 2, "online": 5}
+
+
+def test_an_online_request_gets_a_token_after_every_prefill_of_the_batch(
+    engine: BareScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, rng = engine.live, random.Random(5)
+    monkeypatch.setattr(live, "is_mixed_chunk", False)
+    monkeypatch.setattr(live, "blend_pacer", None)
+    engine.submit("online", tokens(rng, 20), 6)
+    engine.step()
+    for k in range(6):
+        Request(f"left-{k}", Side.LEFT, tokens(rng, 2 * CHUNK), 2).submit(engine)
+    modes = []
+    while "online" not in engine.finished:
+        modes.append(engine.step().forward_mode.is_extend())
+    assert modes == [False, True] * 4 + [False]
+    run(engine, {side: [] for side in Side})
+    assert len(engine.finished) == 7
+
+
 def test_aborts_at_every_stage_leave_the_others_alone(engine: BareScheduler) -> None:
     rng = random.Random(3)
     job = exam_and_essays(rng, groups=6)

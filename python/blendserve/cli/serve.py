@@ -31,6 +31,9 @@ _CPU_FLAGS = (
     "--chunked-prefill-size", "512",
     "--attention-backend", "blend",
     "--sleep-on-idle",
+    # There is nothing to overlap where steps run in the scheduler itself: every token would only
+    # be sent a step later.
+    "--disable-overlap-schedule",
 )  # fmt: skip
 
 # Settings that have a flag; the others are set through the environment or a config file.

@@ -134,12 +134,12 @@ class KVAccount:
         overbooked = held - (self.total_tokens - self.free_tokens)
         return growth + max(overbooked, 0.0) <= self.free_tokens - reserve_tokens
 
-    def growth_tokens(self) -> float:
-        """Free tokens that the running requests are expected to need until all have ended."""
+    def growth_tokens(self, steps: float = math.inf) -> float:
+        """Free tokens that the running requests are expected to need within so many decode steps,
+        or until all have ended."""
         forecast, now = self._forecast, self._now
-        return max(
-            forecast.peak_tokens(now) - forecast.held_tokens(now), float(len(self._bookings))
-        )
+        growth = forecast.peak_tokens(now, steps) - forecast.held_tokens(now)
+        return max(growth, float(len(self._bookings)))
 
     def remaining_tokens(self) -> float:
         """Output tokens that the running requests are expected to produce yet."""

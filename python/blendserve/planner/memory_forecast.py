@@ -177,10 +177,14 @@ class MemoryForecast:
         held = float(self._demand(now)[:span].sum()) / span if self._running else 0.0
         return held + private_tokens + life / 2
 
-    def peak_tokens(self, now: int) -> float:
-        """The most that is expected to be held at once from now on."""
+    def peak_tokens(self, now: int, steps: float = np.inf) -> float:
+        """The most that is expected to be held at once from now on, or for so many steps."""
         self._forget_asked()
-        return float(self._demand(now).max()) if self._running else 0.0
+        if not self._running:
+            return 0.0
+        demand = self._demand(now)
+        span = math.ceil((now + min(steps, len(demand) * self._width)) / self._width)
+        return float(demand[: span - now // self._width].max())
 
     def held_tokens(self, now: int) -> float:
         """What the running requests hold now, each alone."""

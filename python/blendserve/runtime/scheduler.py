@@ -66,6 +66,8 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
         # request; this replica's part.
         self.blend_rest = (0.0, 0.0)
         self.blend_online = OnlineTraffic(settings.online_share)
+        # The online request that did not fit when a planned prompt was held back for it.
+        self.blend_held_in_vain: str | None = None
         # Whether anything has changed since no more could start.
         self.blend_changed = False
         ranks = _parallel_ranks(self)
@@ -199,6 +201,9 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         online_waits = bool(self.waiting_queue)
+        if not online_waits and self._decode_is_due(running_batch):
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        first = self.waiting_queue[0].rid if online_waits else None
         BlendPrefillAdder.chunk_limit = self._chunk_limit(running_batch)
         # Online requests get all that a step can take.
         BlendPrefillAdder.step_tokens = None if online_waits else self._step_tokens(running_batch)
@@ -209,15 +214,33 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
             offered = self._offer(running_batch)
         BlendPrefillAdder.all_planned = not self.blend_online.present
         if self.blend.running and (self.waiting_queue or self.chunked_req is not None):
-            growth = self.blend.account.growth_tokens()
+            steps = self._online_steps() if online_waits else math.inf
+            growth = self.blend.account.growth_tokens(steps)
             if offered:
                 # It fits for as long as it may run; what comes after is not its doing.
                 growth = min(growth, max(self.blend.account.free_tokens, 0.0))
             BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size)
         plan = super().get_new_batch_prefill(running_batch)
+        if first is not None and self.waiting_queue and self.waiting_queue[0].rid == first:
+            self.blend_held_in_vain = first
         if offered:
             self._take_back(offered, plan.batch_to_run)
         return plan
+
+    def _decode_is_due(self, running_batch: Any) -> bool:
+        """Where steps are not mixed, batch prefill after batch prefill would leave online requests
+        without a token: they get one after each."""
+        if self.is_mixed_chunk or self.enable_pdmux or not self.blend_online.present:
+            return False
+        last = self.last_batch
+        prefilled = last is not None and last.forward_mode.is_extend()
+        return prefilled and not all(map(is_planned, running_batch.reqs))
+
+    def _online_steps(self) -> float:
+        """Decode steps that the online requests which wait may take, by SGLang's own guess."""
+        ratio = self.new_token_ratio_tracker.current
+        limits = (req.sampling_params.max_new_tokens for req in self.waiting_queue)
+        return float(ratio * max(limits))
 
     def _step_tokens(self, running_batch: Any) -> int | None:
         """Prompt tokens of the next step; None for as many as SGLang takes."""
@@ -344,14 +367,17 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
     def _chunk_limit(self, running_batch: Any) -> int | None:
         """How far a planned prompt that has begun may go on in this step; None: as SGLang does.
 
-        While an online request waits that fits beside it, hardly; while online requests run, as
-        far as batch work may go at all.
+        While an online request waits that fits beside it, hardly, but not twice in vain: where
+        prefill goes before decodes, nothing would end that makes room for it. While online requests
+        run, as far as batch work may go at all.
         """
         if self.chunked_req is None or not is_planned(self.chunked_req):
             return None
         size = int(self.chunked_prefill_size)
         if self.waiting_queue:
             req = self.waiting_queue[0]
+            if req.rid == self.blend_held_in_vain:
+                return None
             decoding = len(running_batch.reqs) if self.is_mixed_chunk else 0
             tokens = len(req.origin_input_ids) + len(req.output_ids)
             # Room for the chunk's page, and for rounding the other's tokens up to one.
