@@ -30,6 +30,7 @@ from rich.table import Table
 from blendserve.cli.follow import follow, openai_client
 from blendserve.cli.server_process import free_port, running_server
 from blendserve.planner import PrefixTree
+from blendserve.runtime.cpu_platform import needs_cpu_engine
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 
 EXAMPLES = Path(__file__).parent
@@ -75,6 +76,9 @@ def main() -> int:
     console.print(f"Model: {MODEL_NAME} (converted once into the user's cache)")
     model = resolve_model_path(MODEL_NAME)
     flags = ["--max-total-tokens", str(options.kv_tokens), "--chunked-prefill-size", "2048"]
+    if needs_cpu_engine():
+        # As `serve` has it there, because it is faster: so for stock SGLang, too.
+        flags += ["--disable-overlap-schedule"]
     best = best_cached_tokens(lines, model)
     with tempfile.TemporaryDirectory(prefix="blendserve-demo-") as folder:
         console.rule("BlendServe: Batch API, dual scan")
