@@ -178,12 +178,14 @@ class MemoryForecast:
         return held + private_tokens + life / 2
 
     def peak_tokens(self, now: int, steps: float = np.inf) -> float:
-        """The most that is expected to be held at once from now on, or for so many steps."""
+        """The most that is expected to be held at once from now on, or for so many steps, one at
+        least."""
         self._forget_asked()
         if not self._running:
             return 0.0
         demand = self._demand(now)
-        span = math.ceil((now + min(steps, len(demand) * self._width)) / self._width)
+        steps = min(max(steps, 1.0), len(demand) * self._width)
+        span = math.ceil((now + steps) / self._width)
         return float(demand[: span - now // self._width].max())
 
     def held_tokens(self, now: int) -> float:

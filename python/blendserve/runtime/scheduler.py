@@ -232,8 +232,11 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
         without a token: they get one after each."""
         if self.is_mixed_chunk or self.enable_pdmux or not self.blend_online.present:
             return False
-        last = self.last_batch
-        prefilled = last is not None and last.forward_mode.is_extend()
+        if self.last_batch is None:
+            return False
+        # Verification steps of speculative decoding count as extend, and bring tokens.
+        mode = self.last_batch.forward_mode
+        prefilled = mode.is_extend() and not mode.is_target_verify()
         return prefilled and not all(map(is_planned, running_batch.reqs))
 
     def _online_steps(self) -> float:
