@@ -332,7 +332,13 @@ def test_a_head_knows_what_it_shares_with_what_its_side_has_passed():
         found[side].append(scanner.shared_tokens(side))
         scanner.take(side)
     assert found == {LEFT: [0, 50, 50], RIGHT: [0, 30, 30]}
-    assert scanner.shared_tokens(LEFT) == scanner.shared_tokens(RIGHT) == 0
+    assert scanner.shared_tokens(RIGHT) == 0, "the last of its group, with nobody behind it"
+    # Two sides that meet within a group: what is common to those between which they met.
+    scanner = DualScanner(plan)
+    for side in (RIGHT, LEFT, RIGHT, LEFT, RIGHT, RIGHT):
+        scanner.take(side)
+    assert scanner.exhausted
+    assert scanner.shared_tokens(RIGHT) == 50
 
 
 def test_a_finished_plan_of_nothing():

@@ -148,6 +148,20 @@ def test_a_front_beyond_its_own_part_says_what_it_takes_next(ahead):
     assert again.timetable.first_due > numbers[29]
 
 
+@pytest.mark.parametrize("ahead", list(Side))
+def test_the_last_of_a_front_says_that_the_other_one_may_need_its_prefix_yet(ahead):
+    """The two meet within a group: its first half was sent by the other front, and may wait."""
+    worker = PlanWorker(COST_MODEL, CONFIG)
+    worker.append("job", batch(prompts(40), ignore_eos=True))
+    plan = worker.plan("job", News())
+    for _ in range(5):
+        plan.use_tag("job", ahead.other, plan.scanner.take(ahead.other))
+    sent = plan.latest_due[ahead.other]
+    tags = [plan.use_tag("job", ahead, plan.scanner.take(ahead)) for _ in range(35)]
+    assert plan.scanner.exhausted
+    assert [tuple(use) for use in tags[-1].next_uses] == [(50, sent, ahead.other)]
+
+
 def test_jobs_are_kept_apart_and_forgotten(process):
     process.append("a", batch(prompts(10), limit=5, ignore_eos=True))
     process.append("b", batch([]))

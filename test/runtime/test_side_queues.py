@@ -159,6 +159,18 @@ def test_what_was_cached_before_blocks_nobody():
     assert queues.candidate(LEFT).uncached_tokens == 1
 
 
+def test_a_prefix_that_was_flushed_is_waited_for_again():
+    queues = queues_of(sharing("a", 1), sharing("b", 2), sharing("c", 3))
+    start(queues, LEFT)
+    queues.prefilled("a")
+    assert queues.candidate(LEFT).uncached_tokens == 1
+    queues.finish("a")
+    queues.flushed()
+    assert queues.candidate(LEFT).uncached_tokens == 101
+    start(queues, LEFT)
+    assert queues.candidate(LEFT).blocked
+
+
 def test_a_few_common_tokens_are_not_worth_waiting_for():
     queues = queues_of(planned("a", ids=[1] * 15 + [2] * 10), planned("b", ids=[1] * 15 + [3] * 10))
     start(queues, LEFT)

@@ -109,9 +109,10 @@ class DualScanner:
 
     def shared_tokens(self, side: Side) -> int:
         """Prompt tokens that the head of a side has in common with its neighbour in the plan that
-        this side has passed; 0 when nothing is left."""
-        at = self._low if side is Side.LEFT else self._high + 1
-        return 0 if self.exhausted or at >= len(self._shared) else int(self._shared[at])
+        this side has passed; when nothing is left, those that what this side took last has in
+        common with its neighbour that the other side passed."""
+        at = self._low if side is Side.LEFT else self._high + (not self.exhausted)
+        return int(self._shared[at]) if 0 <= at < len(self._shared) else 0
 
     @property
     def remaining_seconds(self) -> tuple[float, float]:

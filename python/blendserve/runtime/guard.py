@@ -35,6 +35,7 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.managers.scheduler.Scheduler.process_batch_result": ("self", "batch", "result"),
     "sglang.srt.managers.scheduler.Scheduler.abort_request": ("self", "recv_req"),
     "sglang.srt.managers.scheduler.Scheduler.is_fully_idle": ("self", "for_health_check", "..."),
+    "sglang.srt.managers.scheduler.Scheduler.flush_cache": ("self", "..."),
     "sglang.srt.managers.scheduler.Scheduler.adjust_stream_groups": ("self", "running_batch"),
     "sglang.srt.managers.scheduler.Scheduler.get_num_allocatable_reqs": (
         "self",

@@ -115,14 +115,20 @@ class JobPlan:
         A front that is ahead does not stop where the timetable has the two meet. For what it takes
         from there on, the timetable has foreseen the other direction: the last of those that share
         a prefix comes first. So its numbers go on from its own latest, and who comes next on this
-        side is who needs the prefix next.
+        side is who needs the prefix next. After the last request of all, that can only be one that
+        the other front has sent, and that may wait yet.
         """
         times = self.timetable
-        if times.side(position) is side:
-            due, next_uses = times.due(position), tuple(times.next_uses(position))
+        foreseen = times.side(position) is side
+        due = times.due(position) if foreseen else self.latest_due[side] + 1
+        shared = self.scanner.shared_tokens(side)
+        next_uses: tuple[NextUse, ...]
+        if self.scanner.exhausted:
+            other = side.other
+            next_uses = (NextUse(shared, self.latest_due[other], other),) if shared else ()
+        elif foreseen:
+            next_uses = tuple(times.next_uses(position))
         else:
-            due = self.latest_due[side] + 1
-            shared = self.scanner.shared_tokens(side)
             next_uses = (NextUse(shared, due + 1, side),) if shared else ()
         self.latest_due[side] = max(self.latest_due[side], due)
         return UseTag(job, side, due, times.first_due, next_uses)

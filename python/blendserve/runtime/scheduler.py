@@ -109,6 +109,12 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
             self.blend_online.forget_all()
         return idle
 
+    def flush_cache(self, *args: Any, **kwargs: Any) -> bool:
+        flushed = bool(super().flush_cache(*args, **kwargs))
+        if flushed:
+            self.blend.flushed()
+        return flushed
+
     # -- arrival and departure ---------------------------------------------------------------
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:

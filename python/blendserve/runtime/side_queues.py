@@ -200,6 +200,11 @@ class SideQueues:
         for rid in list(self.running):
             self.finish(rid)
 
+    def flushed(self) -> None:
+        """The prefix cache is empty."""
+        self._prompts.forget_ended()
+        self._heads.clear()
+
     def remove_waiting(self, matches: Callable[[str], bool]) -> Iterator[PlannedRequest]:
         """Take the waiting requests whose id matches out of their queues."""
         for side, queue in self.waiting.items():

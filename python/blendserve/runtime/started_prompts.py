@@ -157,6 +157,12 @@ class StartedPrompts:
         started.prefilled = True
         return True
 
+    def forget_ended(self) -> None:
+        """The cache was flushed."""
+        for key, started in list(self._latest.items()):
+            if started.rid not in self._running:
+                del self._latest[key]
+
     def end(self, rid: str) -> None:
         """A request has ended; what it computed stays in the cache, for the time being."""
         started = self._running.pop(rid, None)
