@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from blendserve.runtime.prefill_adder import is_planned
+
 # SGLang counts no more than this of a request's limit when it keeps memory for it.
 _MAX_COUNTED_TOKENS = 4096
 # Scheduler steps after the last online request during which its share is kept for the next one.
@@ -73,3 +75,66 @@ class OnlineTraffic:
             held += len(req.origin_input_ids) + done
         share = self._share * total_tokens if self._keep_steps else 0.0
         return growth + max(share - held - growth, 0.0)
+
+
+class BlendOnline:
+    """Mixed into SGLang's scheduler class: what of a step online requests get, before batch work.
+
+    Attributes:
+        blend_held_in_vain: the online request that did not fit when a planned prompt was held back
+            for it.
+    """
+
+    blend_online: OnlineTraffic
+    blend_held_in_vain: str | None
+    chunked_prefill_size: Any
+    chunked_req: Any
+    enable_pdmux: bool
+    is_mixed_chunk: bool
+    last_batch: Any
+    new_token_ratio_tracker: Any
+    page_size: int
+    waiting_queue: list[Any]
+
+    def _decode_is_due(self, running_batch: Any) -> bool:
+        """Where steps are not mixed, batch prefill after batch prefill would leave online requests
+        without a token: they get one after each."""
+        if self.is_mixed_chunk or self.enable_pdmux or not self.blend_online.present:
+            return False
+        if self.last_batch is None:
+            return False
+        # Verification steps of speculative decoding count as extend, and bring tokens.
+        mode = self.last_batch.forward_mode
+        prefilled = mode.is_extend() and not mode.is_target_verify()
+        return prefilled and not all(map(is_planned, running_batch.reqs))
+
+    def _online_steps(self) -> float:
+        """Decode steps that the online requests which wait may take, by SGLang's own guess."""
+        ratio = self.new_token_ratio_tracker.current
+        limits = (req.sampling_params.max_new_tokens for req in self.waiting_queue)
+        return float(ratio * max(limits))
+
+    def _chunk_limit(self, running_batch: Any) -> int | None:
+        """How far a planned prompt that has begun may go on in this step; None: as SGLang does.
+
+        While an online request waits that fits beside it, hardly, but not twice in vain: where
+        prefill goes before decodes, nothing would end that makes room for it. While online requests
+        run, as far as batch work may go at all.
+        """
+        if self.chunked_req is None or not is_planned(self.chunked_req):
+            return None
+        size = int(self.chunked_prefill_size)
+        if self.waiting_queue:
+            req = self.waiting_queue[0]
+            if req.rid == self.blend_held_in_vain:
+                return None
+            decoding = len(running_batch.reqs) if self.is_mixed_chunk else 0
+            tokens = len(req.origin_input_ids) + len(req.output_ids)
+            # Room for the chunk's page, and for rounding the other's tokens up to one.
+            if tokens > size - decoding - 2 * self.page_size:
+                return None
+            return self.page_size
+        share = self.blend_online.batch_share
+        if share == 1.0:
+            return None
+        return max(int(size * share) // self.page_size, 1) * self.page_size

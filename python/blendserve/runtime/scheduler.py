@@ -26,12 +26,11 @@ from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepP
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.multiplex import BlendMultiplex
-from blendserve.runtime.online import OnlineTraffic
+from blendserve.runtime.online import BlendOnline, OnlineTraffic
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, without_tag
 from blendserve.runtime.prefill_adder import (
     BlendPrefillAdder,
     cached_tokens,
-    is_planned,
     tokens_to_compute,
 )
 from blendserve.runtime.releases import watch_releases
@@ -47,7 +46,7 @@ _REPORT_STEPS = 16
 _GPU_TOKEN_MULTIPLE = 128
 
 
-class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
+class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[misc]
     """SGLang's scheduler, plus two queues and an admission test in front of its own."""
 
     waiting_queue: list[Any]
@@ -66,8 +65,7 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
         # request; this replica's part.
         self.blend_rest = (0.0, 0.0)
         self.blend_online = OnlineTraffic(settings.online_share)
-        # The online request that did not fit when a planned prompt was held back for it.
-        self.blend_held_in_vain: str | None = None
+        self.blend_held_in_vain = None
         # Whether anything has changed since no more could start.
         self.blend_changed = False
         ranks = _parallel_ranks(self)
@@ -233,24 +231,6 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
             self._take_back(offered, plan.batch_to_run)
         return plan
 
-    def _decode_is_due(self, running_batch: Any) -> bool:
-        """Where steps are not mixed, batch prefill after batch prefill would leave online requests
-        without a token: they get one after each."""
-        if self.is_mixed_chunk or self.enable_pdmux or not self.blend_online.present:
-            return False
-        if self.last_batch is None:
-            return False
-        # Verification steps of speculative decoding count as extend, and bring tokens.
-        mode = self.last_batch.forward_mode
-        prefilled = mode.is_extend() and not mode.is_target_verify()
-        return prefilled and not all(map(is_planned, running_batch.reqs))
-
-    def _online_steps(self) -> float:
-        """Decode steps that the online requests which wait may take, by SGLang's own guess."""
-        ratio = self.new_token_ratio_tracker.current
-        limits = (req.sampling_params.max_new_tokens for req in self.waiting_queue)
-        return float(ratio * max(limits))
-
     def _step_tokens(self, running_batch: Any) -> int | None:
         """Prompt tokens of the next step; None for as many as SGLang takes."""
         if self.blend_pacer is None or not (self.blend.running or len(self.blend)):
@@ -372,31 +352,6 @@ class BlendScheduler(BlendMultiplex, Scheduler):  # type: ignore[misc]
     def _chunks_to_come(self) -> int:
         """Tokens that are not computed yet of the prompt that SGLang has in chunks."""
         return 0 if self.chunked_req is None else tokens_to_compute(self.chunked_req)
-
-    def _chunk_limit(self, running_batch: Any) -> int | None:
-        """How far a planned prompt that has begun may go on in this step; None: as SGLang does.
-
-        While an online request waits that fits beside it, hardly, but not twice in vain: where
-        prefill goes before decodes, nothing would end that makes room for it. While online requests
-        run, as far as batch work may go at all.
-        """
-        if self.chunked_req is None or not is_planned(self.chunked_req):
-            return None
-        size = int(self.chunked_prefill_size)
-        if self.waiting_queue:
-            req = self.waiting_queue[0]
-            if req.rid == self.blend_held_in_vain:
-                return None
-            decoding = len(running_batch.reqs) if self.is_mixed_chunk else 0
-            tokens = len(req.origin_input_ids) + len(req.output_ids)
-            # Room for the chunk's page, and for rounding the other's tokens up to one.
-            if tokens > size - decoding - 2 * self.page_size:
-                return None
-            return int(self.page_size)
-        share = self.blend_online.batch_share
-        if share == 1.0:
-            return None
-        return max(int(size * share) // int(self.page_size), 1) * int(self.page_size)
 
     # -- report ------------------------------------------------------------------------------
 
