@@ -67,6 +67,17 @@ def test_the_next_report_makes_up_for_a_lost_one():
     assert credits.queued(RIGHT) == 1
 
 
+def test_towards_the_end_the_rest_stays_with_the_front_that_reaches_it_first():
+    credits = Credits(replicas=2)
+    credits.sent(LEFT, 2 * 16)
+    credits.on_report(report(left=16))
+    assert [credits.available(LEFT, left) + credits.queued(LEFT) for left in (1000, 400, 0)] == [
+        2 * DEPTH_PER_STEP * 16,
+        400 // 4,
+        2 * FIRST_DEPTH,
+    ]
+
+
 def test_the_queue_grows_with_what_one_report_admits_and_stays_deep():
     credits = Credits()
     credits.sent(LEFT, 16)

@@ -36,6 +36,10 @@ class FakeJob:
         return len(self.turns)
 
     @property
+    def unsent(self) -> int:
+        return len(self.requests)
+
+    @property
     def work_seconds_left(self) -> float:
         return self.seconds * (len(self.requests) + len(self.turns))
 

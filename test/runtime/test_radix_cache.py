@@ -121,6 +121,17 @@ def test_the_next_request_of_a_prefix_says_who_comes_after_it(engine):
     assert cached_tokens(engine, own(2, 50)) == 50
 
 
+def test_it_tells_of_what_goes_although_it_is_needed_yet(engine):
+    told: list[list[int]] = []
+    engine.cache.on_planned_eviction = told.append
+    serve(engine, "a", SYSTEM + own(0, 30), planned(0, (20, 4), (50, 7)), output=9)
+    serve(engine, "b", own(1, 60), planned(1))
+    evict(engine, 60 + 8)
+    assert told == [], "nobody needs b's prompt, or an output"
+    evict(engine, 30)
+    assert told == [(SYSTEM + own(0, 30))[:16]]
+
+
 def test_a_part_that_a_match_splits_off_keeps_the_future(engine):
     prompt = own(0, 60)
     serve(engine, "a", prompt, planned(0, (60, 9)))

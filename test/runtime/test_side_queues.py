@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -159,13 +160,20 @@ def test_what_was_cached_before_blocks_nobody():
     assert queues.candidate(LEFT).uncached_tokens == 1
 
 
-def test_a_prefix_that_was_flushed_is_waited_for_again():
+@pytest.mark.parametrize(
+    "lose", [SideQueues.flushed, lambda queues: queues.evicted(sharing("a", 1).prompt.tokens[:50])]
+)
+def test_a_prefix_that_is_gone_from_the_cache_is_waited_for_again(lose):
     queues = queues_of(sharing("a", 1), sharing("b", 2), sharing("c", 3))
     start(queues, LEFT)
     queues.prefilled("a")
-    assert queues.candidate(LEFT).uncached_tokens == 1
+    lose(queues)
+    assert queues.candidate(LEFT).uncached_tokens == 1, "it runs, and holds its prompt"
     queues.finish("a")
-    queues.flushed()
+    assert queues.candidate(LEFT).uncached_tokens == 1
+    queues.evicted(list(range(5000, 5100)))
+    assert queues.candidate(LEFT).uncached_tokens == 1, "another prompt's prefix"
+    lose(queues)
     assert queues.candidate(LEFT).uncached_tokens == 101
     start(queues, LEFT)
     assert queues.candidate(LEFT).blocked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from blendserve.planner import Side
@@ -10,6 +11,9 @@ from blendserve.runtime.feedback import SchedulerReport
 _MIN_DEPTH = 16
 _MAX_DEPTH = 1024
 _DEPTH_PER_STEP = 4
+# Of what a job has left, a queue holds no more than this part: the rest stays with the front that
+# reaches it first. Else the last requests of a small job would all wait on one side.
+_DEPTH_PER_REMAINING = 0.25
 # A request that has not shown up in a queue after so many reports never will.
 _LOST_AFTER_REPORTS = 64
 
@@ -19,7 +23,7 @@ class Credits:
 
     What is queued can no longer be re-planned, and what is not queued cannot be admitted; so the
     depth follows the most requests that one report said were admitted, times a margin for the
-    way there.
+    way there, and is less towards the end.
 
     Args:
         replicas: data-parallel schedulers, each with queues of its own.
@@ -87,8 +91,10 @@ class Credits:
         """Requests sent to a side that the scheduler has not yet taken from its queue."""
         return self._sent[side] - sum(taken[side] for taken in self._taken.values())
 
-    def available(self, side: Side) -> int:
-        return self._depth[side] * self._replicas - self.queued(side)
+    def available(self, side: Side, remaining: float = math.inf) -> int:
+        """Requests that may be sent to a side now, where so many have not been sent."""
+        enough = max(_DEPTH_PER_REMAINING * remaining / self._replicas, _MIN_DEPTH)
+        return int(min(self._depth[side], enough)) * self._replicas - self.queued(side)
 
     def settle(self) -> None:
         """Nothing is in flight: forget any difference between what was sent and counted."""

@@ -77,6 +77,11 @@ class DispatchedJob(Protocol):
     def in_flight(self) -> int: ...
 
     @property
+    def unsent(self) -> int:
+        """Planned requests that have not been sent."""
+        ...
+
+    @property
     def work_seconds_left(self) -> float:
         """Compute and memory seconds of what has not ended, by the cost model."""
         ...
@@ -189,7 +194,7 @@ class Dispatcher:
             target_density=self.target_density,
             densities={"left": max(left, default=None), "right": min(right, default=None)},
             queued={side.value: self.credits.queued(side) for side in Side},
-            available={side.value: self.credits.available(side) for side in Side},
+            available={side.value: self._available(side) for side in Side},
             pace=self.pace,
             urgent=[job.job_id for job in self.urgent()],
         )
@@ -210,14 +215,17 @@ class Dispatcher:
         """Send one line; False when none may go."""
         if any(job.send_unplanned() for job in self._jobs):
             return True
-        for side in sorted(Side, key=self.credits.available, reverse=True):
-            if self.credits.available(side) > 0 and (job := self._choose(side)) is not None:
+        for side in sorted(Side, key=self._available, reverse=True):
+            if self._available(side) > 0 and (job := self._choose(side)) is not None:
                 turn = Turn(side, self._ranks[side], self._waiting_seconds())
                 self._ranks[side] += 1
                 self._last[side] = job
                 job.send(turn)
                 return True
         return False
+
+    def _available(self, side: Side) -> int:
+        return self.credits.available(side, sum(job.unsent for job in self._jobs))
 
     def _choose(self, side: Side) -> DispatchedJob | None:
         """The job whose next request goes to this side; None when no job has one."""

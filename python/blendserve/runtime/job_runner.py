@@ -243,6 +243,10 @@ class JobRunner:
         return self.view.in_flight
 
     @property
+    def unsent(self) -> int:
+        return self._scanner.remaining
+
+    @property
     def work_seconds_left(self) -> float:
         return sum(self.waiting_seconds) + self._sent_seconds
 

@@ -31,6 +31,7 @@ from blendserve.planner import CostModel, NextUse, Side
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.eviction_order import NEVER, EvictionOrder, NodeFuture
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, UseTag
+from blendserve.runtime.started_prompts import MIN_SHARED_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
 
     Attributes:
         evicted_tokens: by what was known of them: "never", "planned", "online".
+        on_planned_eviction: called with the first tokens of a path of which a part was evicted that
+            planned requests need yet.
     """
 
     evictable_leaves: set[Any]
@@ -83,6 +86,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
         self._let_go: list[Any] = []  # Meanwhile.
         self._own_eviction = False
         self.evicted_tokens: Counter[str] = Counter()
+        self.on_planned_eviction: Callable[[list[int]], object] | None = None
         super().__init__(params)
 
     def reset(self) -> None:
@@ -220,6 +224,9 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
         if kept > 0 and known != "never":
             self._split_node(leaf.key, leaf, kept)
         size = len(leaf.key)
+        # With EAGLE a position is a pair of tokens.
+        if known == "planned" and self.on_planned_eviction is not None and not self.is_eagle:
+            self.on_planned_eviction(self._first_tokens(leaf))
         # SGLang's own eviction, shown this one leaf, frees it and keeps its books.
         leaves, self.evictable_leaves = self.evictable_leaves, {leaf}
         self._own_eviction = True
@@ -233,6 +240,15 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
         self._order.forget(leaf)
         self.evicted_tokens[known] += size
         return size
+
+    def _first_tokens(self, node: Any) -> list[int]:
+        """The first tokens of the path to a node, at most MIN_SHARED_TOKENS."""
+        tokens: list[int] = []
+        for on_path in reversed([*self._path(node)]):
+            tokens.extend(on_path.key.token_ids[: MIN_SHARED_TOKENS - len(tokens)])
+            if len(tokens) >= MIN_SHARED_TOKENS:
+                break
+        return tokens
 
     def update_eviction_metrics(self, num_evicted: int, start_time: float) -> None:
         # One observation for a call of evict, as SGLang makes it, and not one for each leaf.

@@ -33,6 +33,7 @@ from blendserve.runtime.prefill_adder import (
     cached_tokens,
     tokens_to_compute,
 )
+from blendserve.runtime.radix_cache import BlendRadixCache
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.step_pacer import StepPacer
@@ -79,6 +80,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             StepTrace(settings.trace_file) if settings.trace_file and speaks else None
         )
         watch_releases(self.tree_cache, self._released)
+        if isinstance(self.tree_cache, BlendRadixCache):
+            self.tree_cache.on_planned_eviction = self.blend.evicted
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()

@@ -12,7 +12,12 @@ import numpy as np
 from blendserve.planner import Candidate, KVAccount, Side
 from blendserve.planner.memory_forecast import OVERDUE_PART
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
-from blendserve.runtime.started_prompts import Prompt, SharedPrefix, StartedPrompts
+from blendserve.runtime.started_prompts import (
+    Prompt,
+    SharedPrefix,
+    StartedPrompts,
+    beginning_of,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -204,6 +209,13 @@ class SideQueues:
         """The prefix cache is empty."""
         self._prompts.forget_ended()
         self._heads.clear()
+
+    def evicted(self, beginning: Sequence[int]) -> None:
+        """A prefix that waiting requests were to find is gone. Of its tokens, the first few do."""
+        key = beginning_of(np.asarray(beginning, dtype=np.int64))
+        if key:
+            self._prompts.forget_ended(key)
+            self._heads.clear()
 
     def remove_waiting(self, matches: Callable[[str], bool]) -> Iterator[PlannedRequest]:
         """Take the waiting requests whose id matches out of their queues."""

@@ -24,6 +24,11 @@ _COMPARED = 3
 _REMEMBERED = 512
 
 
+def beginning_of(tokens: NDArray[np.int64]) -> bytes:
+    """What prompts that are compared have in common; empty for one too short."""
+    return tokens[:MIN_SHARED_TOKENS].tobytes() if len(tokens) >= MIN_SHARED_TOKENS else b""
+
+
 class Prompt:
     """The prompt of a waiting request, and what it was last compared with.
 
@@ -36,9 +41,7 @@ class Prompt:
     def __init__(self, tokens: NDArray[np.int64]) -> None:
         self.tokens = tokens
         # Only prompts that begin alike are compared; one too short to share begins like nobody.
-        self.beginning = (
-            tokens[:MIN_SHARED_TOKENS].tobytes() if len(tokens) >= MIN_SHARED_TOKENS else b""
-        )
+        self.beginning = beginning_of(tokens)
         self.compared: list[tuple[StartedPrompt, int]] = []
 
     def common_with(self, started: StartedPrompt) -> int:
@@ -157,10 +160,13 @@ class StartedPrompts:
         started.prefilled = True
         return True
 
-    def forget_ended(self) -> None:
-        """The cache was flushed."""
-        for key, started in list(self._latest.items()):
-            if started.rid not in self._running:
+    def forget_ended(self, beginning: bytes | None = None) -> None:
+        """What no running request holds is not in the cache any more: of the prompts that begin
+        so, or of all."""
+        keys = list(self._latest) if beginning is None else [(side, beginning) for side in Side]
+        for key in keys:
+            started = self._latest.get(key)
+            if started is not None and started.rid not in self._running:
                 del self._latest[key]
 
     def end(self, rid: str) -> None:
