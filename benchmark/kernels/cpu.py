@@ -246,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {
         "command": " ".join(["python", "benchmark/kernels/cpu.py", *sys.argv[1:]]),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "instruction_set": cpu.instruction_set(),
         "threads": options.threads,
         "clock": clock.__name__,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

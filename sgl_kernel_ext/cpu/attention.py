@@ -12,7 +12,7 @@ from sgl_kernel_ext.plan import Plan, Tiling
 
 DTYPES = (torch.float32, torch.bfloat16)
 TILING = Tiling(
-    query_tile=32, max_members=64, min_split_tokens=128, items_per_worker=3, shared_read_cost=0.12
+    query_tile=64, max_members=64, min_split_tokens=128, items_per_worker=3, shared_read_cost=0.12
 )
 
 

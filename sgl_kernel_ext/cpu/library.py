@@ -5,7 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 from pathlib import Path
+
+# The best that the machine has is taken; this variable asks for an older one.
+LIMIT = "BLENDSERVE_CPU_ISA"
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
 
 
 class AttentionArguments(ctypes.Structure):
@@ -65,8 +70,16 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library. Raises OSError if it is missing, does not load or is not of these sources,
-    AttributeError if it is older than that check."""
+    """The library.
+
+    Raises:
+        OSError: it is missing, does not load or is not of these sources.
+        AttributeError: it is older than that check.
+        ValueError: ``LIMIT`` names no instruction set.
+    """
+    limit = os.environ.get(LIMIT)
+    if limit is not None and limit not in INSTRUCTION_SETS:
+        raise ValueError(f"{LIMIT} is {limit!r}, not one of {', '.join(INSTRUCTION_SETS)}")
     # torch brings the OpenMP runtime into the process: its thread pool serves these kernels too.
     import torch  # noqa: F401
 
@@ -76,4 +89,11 @@ def load() -> ctypes.CDLL:
         raise OSError("they were built from other sources than these")
     library.blend_attention.argtypes = (ctypes.POINTER(AttentionArguments), ctypes.c_int)
     library.blend_attention.restype = None
+    library.blend_instruction_set.restype = ctypes.c_char_p
     return library
+
+
+def instruction_set() -> str:
+    """Of the kernels that this machine gets: one of ``INSTRUCTION_SETS``."""
+    name: bytes = load().blend_instruction_set()
+    return name.decode()

@@ -38,7 +38,7 @@ class BlendCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]
         reason = cpu.unavailable_reason() or self._unfit_pool()
         self.usable = reason is None
         if reason is None:
-            logger.info("blend attention: C++ kernels for the CPU")
+            logger.info("blend attention: C++ kernels for the CPU, %s", cpu.instruction_set())
         else:
             logger.warning("blend attention runs as torch_native: %s", reason)
 

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#ifdef BLEND_AMX_VARIANT
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 BlendScratch::~BlendScratch() { std::free(memory); }
 
@@ -21,23 +25,46 @@ float* BlendScratch::reserve(int64_t floats) {
 
 namespace {
 
-const BlendKernels& kernels() {
 #ifdef BLEND_X86_VARIANTS
-  static const BlendKernels& chosen = [&]() -> const BlendKernels& {
-    const char* limit = std::getenv("BLENDSERVE_CPU_ISA");
-    const bool any = limit == nullptr;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && any)
-      return blend_kernels_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        (any || std::strcmp(limit, "avx2") == 0))
-      return blend_kernels_avx2;
-    return blend_kernels_baseline;
-  }();
-  return chosen;
-#else
-  return blend_kernels_baseline;
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
+
+#ifdef BLEND_AMX_VARIANT
+// Also asks the system to let this process use the tiles.
+bool has_amx() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023;
+  constexpr int XFEATURE_XTILEDATA = 18;
+  return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
+// The best that the machine has, from the one on that BLENDSERVE_CPU_ISA names.
+const BlendKernels& choose() {
+  const char* limit = std::getenv("BLENDSERVE_CPU_ISA");
+  bool reached = limit == nullptr;
+  const auto allowed = [&](const BlendKernels& kernels) {
+    return reached = reached || std::strcmp(limit, kernels.name) == 0;
+  };
+#ifdef BLEND_AMX_VARIANT
+  if (allowed(blend_kernels_amx) && has_amx()) return blend_kernels_amx;
+#endif
+#ifdef BLEND_X86_VARIANTS
+  if (allowed(blend_kernels_avx512) && has_avx512()) return blend_kernels_avx512;
+  if (allowed(blend_kernels_avx2) && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma"))
+    return blend_kernels_avx2;
+#endif
+  (void)allowed;
+  return blend_kernels_baseline;
+}
+
+const BlendKernels& kernels() {
+  static const BlendKernels& chosen = choose();
+  return chosen;
 }
 
 thread_local BlendScratch scratch[2];
@@ -48,6 +75,9 @@ thread_local BlendScratch partials;
 
 // For the caller to check that it fills in the struct that these kernels read.
 extern "C" int64_t blend_attention_bytes() { return sizeof(BlendAttention); }
+
+// The instruction set of the kernels that this machine gets.
+extern "C" const char* blend_instruction_set() { return kernels().name; }
 
 extern "C" void blend_attention(BlendAttention* attention, int threads) {
   const BlendKernels& k = kernels();

@@ -69,6 +69,7 @@ struct BlendQueue {
 };
 
 struct BlendKernels {
+  const char* name;
   // One thread's part: computes items until there are no more. `scratch` is one for each kind.
   void (*attend)(const BlendAttention&, BlendQueue&, BlendScratch* scratch);
   void (*merge)(const BlendAttention&, int64_t merge);
@@ -79,4 +80,8 @@ extern const BlendKernels blend_kernels_baseline;
 #define BLEND_X86_VARIANTS 1
 extern const BlendKernels blend_kernels_avx2;
 extern const BlendKernels blend_kernels_avx512;
+#if defined(__linux__) && __GNUC__ >= 11
+#define BLEND_AMX_VARIANT 1
+extern const BlendKernels blend_kernels_amx;
+#endif
 #endif

@@ -5,6 +5,7 @@
 #pragma GCC target("avx2,fma")
 #define VECTOR_LANES 8
 #define ROW_BLOCK 3
+#define MATRIX 0
 
 namespace avx2 {
 namespace {
@@ -12,5 +13,5 @@ namespace {
 }
 }  // namespace avx2
 
-const BlendKernels blend_kernels_avx2 = {avx2::attend, avx2::merge};
+const BlendKernels blend_kernels_avx2 = {"avx2", avx2::attend, avx2::merge};
 #endif

@@ -5,6 +5,7 @@
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
 #define VECTOR_LANES 16
 #define ROW_BLOCK 6
+#define MATRIX 0
 
 namespace avx512 {
 namespace {
@@ -12,5 +13,5 @@ namespace {
 }
 }  // namespace avx512
 
-const BlendKernels blend_kernels_avx512 = {avx512::attend, avx512::merge};
+const BlendKernels blend_kernels_avx512 = {"avx512", avx512::attend, avx512::merge};
 #endif

@@ -3,6 +3,7 @@
 
 #define VECTOR_LANES 4
 #define ROW_BLOCK 3
+#define MATRIX 0
 
 namespace baseline {
 namespace {
@@ -10,4 +11,4 @@ namespace {
 }
 }  // namespace baseline
 
-const BlendKernels blend_kernels_baseline = {baseline::attend, baseline::merge};
+const BlendKernels blend_kernels_baseline = {"baseline", baseline::attend, baseline::merge};

@@ -2,6 +2,12 @@
 
 constexpr int TILE = 64;           // KV positions that are scored together
 constexpr int DIRECT_ROWS = 6;     // up to here, transposing the keys costs more than it saves
+// On AMX tiles: rows of one, elements that one product runs over, query rows that are computed
+// together, and from how many rows on this pays.
+constexpr int MATRIX_TILE = 16;
+constexpr int MATRIX_STEP = 32;
+constexpr int MATRIX_BLOCK = 64;
+constexpr int MATRIX_ROWS = 40;
 constexpr float NOTHING = -1e30f;  // maximum of a row that has seen no key yet
 constexpr float MASKED = -__builtin_inff();
 constexpr float MAXIMUM_SLACK = 8.0f;  // weights stay below 2 to this power
@@ -150,13 +156,14 @@ struct Rows<0> {
   static inline void weigh(int, const float*, const float* const*, int, float*, Width, Ahead&) {}
 };
 
-// Scores of `rows` rows, as powers of two, to unnormalised weights, in place. `maxima` are what the
+// Scores of `rows` rows, as powers of two, to unnormalised weights, which `put` is given, two vectors
+// at a time: (row, position, weights there, weights W positions on). `maxima` are what the
 // weights are taken against: a row is rescaled only when a score exceeds its own by far, since any
 // value near the maximum will do. `sums` holds each row's sum of weights in W parts, added up at the
 // end.
-template <class Width>
+template <class Width, class Put>
 inline void soften(int rows, float* scores, float soft_cap, float* maxima, float* sums,
-                   float* accumulators, Width width) {
+                   float* accumulators, Width width, Put put) {
   if (soft_cap > 0.0f)
     for (int t = 0; t < rows * TILE; t += W) {
       const vfloat s = load(scores + t);
@@ -182,10 +189,12 @@ inline void soften(int rows, float* scores, float soft_cap, float* maxima, float
     }
   for (int row = 0; row < rows; ++row) {
     vfloat total = load(sums + row * W);
-    for (int t = 0; t < TILE; t += W) {
-      const vfloat weight = power_of_two(load(scores + row * TILE + t) - maxima[row]);
-      store(scores + row * TILE + t, weight);
-      total += weight;
+    for (int t = 0; t < TILE; t += 2 * W) {
+      const float* score = scores + row * TILE + t;
+      const vfloat first = power_of_two(load(score) - maxima[row]);
+      const vfloat second = power_of_two(load(score + W) - maxima[row]);
+      put(row, t, first, second);
+      total += first + second;
     }
     store(sums + row * W, total);
   }
