@@ -6,7 +6,7 @@
 Inputs are synthetic: random tensors and random token ids. Each sample of one side is followed by a
 sample of the other, so that what else the machine does meets both. Medians are reported, and the
 ratio of medians. With one thread the clock is the process's own CPU time, which other processes
-change little; with more it is wall time.
+change little; with more it is wall time. `accuracy` is about errors, not time.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
-from sgl_kernel_ext import cpu
+from sgl_kernel_ext import cpu, reference
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
 from sgl_kernel_ext.plan import make_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
+CASES = Path(__file__).parents[2] / "test" / "kernels"
 # SmolLM2-135M.
 SHAPE = AttentionShape(heads=9, kv_heads=3, head_dim=64, scale=0.125)
 LAYERS = 10  # enough that a layer's KV has left the caches when its turn comes again
@@ -164,6 +165,28 @@ def shared_prefix(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     }
 
 
+def accuracy(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Relative errors against float64 over the random batches of the tests, in float32."""
+    sys.path.append(str(CASES))
+    from kernel_cases import random_case
+
+    errors = []
+    for seed in range(320):
+        case = random_case(seed)
+        tensors = (case.query, case.key_pool, case.value_pool, case.slot_table)
+        plan = make_plan(case.batch, case.shape, cpu.TILING, torch.get_num_threads(), case.lookup)
+        output = case.poisoned_output()
+        cpu.run(plan, case.shape, *tensors, output)
+        expected = reference.attention(*tensors, case.batch, case.shape)
+        errors.append(reference.relative_error(output, expected))
+    return {
+        "batches": len(errors),
+        "worst": max(errors),
+        "median": statistics.median(errors),
+        "bars": {"worst": 1e-5},
+    }
+
+
 def engine(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     """A whole decode step, batch 32 over 512 tokens each, and a prefill of 1,024 tokens."""
     from sglang.benchmark import one_batch
@@ -226,6 +249,7 @@ PARTS = {
     "decode_attention": decode_attention,
     "prefill_attention": prefill_attention,
     "shared_prefix": shared_prefix,
+    "accuracy": accuracy,
     "engine": engine,
 }
 
