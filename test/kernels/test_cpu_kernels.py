@@ -65,7 +65,7 @@ def test_older_instruction_sets_compute_the_same(isa: str) -> None:
     )
     subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "BLENDSERVE_CPU_ISA": isa},
+        env={**os.environ, "SGL_KERNEL_EXT_ISA": isa},
         cwd=Path(__file__).parent,
         check=True,
         timeout=120,

@@ -42,9 +42,9 @@ bool has_amx() {
 }
 #endif
 
-// The best that the machine has, from the one on that BLENDSERVE_CPU_ISA names.
+// The best that the machine has, from the one on that SGL_KERNEL_EXT_ISA names.
 const BlendKernels& choose() {
-  const char* limit = std::getenv("BLENDSERVE_CPU_ISA");
+  const char* limit = std::getenv("SGL_KERNEL_EXT_ISA");
   bool reached = limit == nullptr;
   const auto allowed = [&](const BlendKernels& kernels) {
     return reached = reached || std::strcmp(limit, kernels.name) == 0;
