@@ -9,7 +9,8 @@ import torch
 
 from sgl_kernel_ext import gpu
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
-from sgl_kernel_ext.gpu.steps import SlotMirror, Step
+from sgl_kernel_ext.gpu.steps import Step
+from sgl_kernel_ext.groups import Segment, shared_segments
 from sgl_kernel_ext.plan import plan_segments
 
 SHAPE = AttentionShape(heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
@@ -55,11 +56,15 @@ class Layer:
         self.device = device
 
     def step(self, share: bool = True) -> Step:
-        if share:
-            return Step(self.batch, SlotMirror().segments(self.batch, self.table), self.table)
+        decodes = np.flatnonzero(self.batch.query_lens == 1)
         # Rows that no other request's row resembles: nothing to share.
-        apart = torch.arange(self.table.numel(), dtype=torch.int32).reshape(self.table.shape)
-        return Step(self.batch, SlotMirror().segments(self.batch, apart), self.table)
+        apart = torch.arange(self.table.numel()).reshape(self.table.shape)
+        slots = (self.table.cpu() if share else apart).numpy()
+        segments = shared_segments(
+            lambda members, at: slots[decodes[members], at], self.batch.kv_lens[decodes]
+        )
+        members = [Segment(s.begin, s.end, decodes[s.members]) for s in segments]
+        return Step(self.batch, members, self.table)
 
     def triton(self, share: bool = True) -> Callable[[], None]:
         """The Triton kernels over everything at once."""

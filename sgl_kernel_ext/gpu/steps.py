@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
-from sgl_kernel_ext.groups import IntArray, Segment, shared_segments
+from sgl_kernel_ext.groups import IntArray, Segment
 
 # (query, key_pool, value_pool, output): one layer.
 Runner = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -43,16 +42,17 @@ class Step:
     def is_mixed(self) -> bool:
         return 0 < len(self.decodes) < len(self.batch)
 
-    def saved_share(self) -> float:
-        """Share of the decodes' KV reads that sharing saves."""
+    @property
+    def saved_tokens(self) -> int:
+        """Positions of KV that the decodes need not read, because others read them."""
         read = sum(s.end - s.begin for s in self.segments)
-        total = int(self.batch.kv_lens[self.decodes].sum())
-        return 1.0 - read / total if total else 0.0
+        return int(self.batch.kv_lens[self.decodes].sum()) - read
 
     @property
     def worth_planning(self) -> bool:
         """Whether SGLang's own kernels would leave something on the table."""
-        return self.is_mixed or self.saved_share() >= MIN_SAVED_SHARE
+        total = int(self.batch.kv_lens[self.decodes].sum())
+        return self.is_mixed or self.saved_tokens > MIN_SAVED_SHARE * total
 
 
 class StepKernels(Protocol):
@@ -62,39 +62,6 @@ class StepKernels(Protocol):
 
     def plan(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         """Plan a step for layers of one shape; None where the family has no kernel for it."""
-
-
-class SlotMirror:
-    """Host copy of the running requests' slot-table rows, fetched when the batch changes.
-
-    While the same requests decode on, each new position is private, so the copy stays good.
-    """
-
-    def __init__(self) -> None:
-        self.rows: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self.lens: IntArray = np.empty(0, dtype=np.int64)
-        self.slots: NDArray[np.int32] = np.empty((0, 0), dtype=np.int32)
-        self.fetches = 0
-
-    def segments(self, batch: PagedBatch, slot_table: torch.Tensor) -> list[Segment]:
-        """Segments of the batch's decodes (`groups.shared_segments`), numbered as in the batch."""
-        decodes = np.flatnonzero(batch.query_lens == 1)
-        rows, lens = batch.table_rows[decodes], batch.kv_lens[decodes]
-        if not len(rows):
-            return []
-        same = np.array_equal(rows, self.rows) and bool((lens == self.lens + 1).all())
-        if not same:
-            index = torch.from_numpy(rows).to(slot_table.device)
-            self.slots = slot_table[index, : int(lens.max())].cpu().numpy()
-            self.rows, self.fetches = rows, self.fetches + 1
-        self.lens = lens
-
-        def lookup(members: IntArray, positions: IntArray) -> IntArray:
-            known = positions < self.slots.shape[1]
-            slots = self.slots[members, np.where(known, positions, 0)].astype(np.int64)
-            return np.where(known, slots, -1 - members)
-
-        return [Segment(s.begin, s.end, decodes[s.members]) for s in shared_segments(lookup, lens)]
 
 
 def flashinfer_or_reason() -> tuple[Any | None, str]:

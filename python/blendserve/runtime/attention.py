@@ -30,6 +30,10 @@ def register() -> None:
     register_attention_backend(BACKEND_NAME)(_create)
     if needs_cpu_engine():
         _keep_triton_off()
+    else:
+        from blendserve.runtime.attention_gpu import leave_graphs
+
+        leave_graphs()
 
 
 def _create(runner: Any) -> Any:

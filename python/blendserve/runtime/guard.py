@@ -42,6 +42,7 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "running_bs",
         "...",
     ),
+    "sglang.srt.managers.scheduler.Scheduler.run_batch": ("self", "batch", "..."),
     "sglang.srt.managers.utils.is_health_check_generate_req": ("recv_req",),
     "sglang.srt.managers.schedule_policy.PrefillAdder.__init__": (
         "self",

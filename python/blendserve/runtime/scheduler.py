@@ -23,6 +23,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from blendserve import __version__
 from blendserve.config import load_settings
 from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepPace
+from blendserve.runtime import prefix_paths
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.multiplex import BlendMultiplex
@@ -159,6 +160,10 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         """SGLang has given the memory of a request back."""
         if self.blend.finish(rid) or self.blend_online.ended(rid):
             self.blend_changed = True
+
+    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        prefix_paths.current.reqs = batch.reqs
+        return super().run_batch(batch, *args, **kwargs)
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
         super().process_batch_result(batch, result)
