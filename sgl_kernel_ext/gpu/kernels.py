@@ -9,6 +9,8 @@ the bandwidth that the compute-bound ones leave idle.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -21,17 +23,16 @@ FEW_ROWS = 16  # the smallest tile that tensor cores take
 KIND_NOTHING, KIND_FEW, KIND_MANY = 0, 1, 2
 
 
-def _configs(blended: bool) -> list[triton.Config]:
-    """Candidates for Ampere and Hopper; the interpreter cannot time, and takes the first."""
-    few_tiles = (64, 128) if blended else (64, 32, 128)
-    found = [
-        triton.Config({"FEW_TILE": few, "MANY_TILE": many}, num_warps=warps, num_stages=stages)
-        for few in few_tiles
-        for many in (64, 32, 128)
-        for warps in (4, 8)
-        for stages in (2, 3)
+def _tuned(few_tiles: Sequence[int], many_tiles: Sequence[int], warps: Sequence[int],
+           stages: Sequence[int]) -> Any:  # fmt: skip
+    """`_items` with candidates for Ampere and Hopper. Each takes seconds to compile, so there are
+    few, and the choice is kept on disk; the interpreter cannot time, and takes the first."""
+    configs = [
+        triton.Config({"FEW_TILE": few, "MANY_TILE": many}, num_warps=w, num_stages=s)
+        for few, many, w, s in itertools.product(few_tiles, many_tiles, warps, stages)
     ]
-    return found[:1] if INTERPRETED else found
+    key = ["HEADS", "KV_HEADS", "HEAD_DIM", "MANY_ROWS"]
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key, cache_results=True)(_items)
 
 
 @triton.jit
@@ -196,10 +197,9 @@ def _items(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-_KEY = ["HEADS", "KV_HEADS", "HEAD_DIM", "MANY_ROWS"]
-decode_only: Any = triton.autotune(_configs(blended=False), key=_KEY)(_items)
-prefill_only: Any = triton.autotune(_configs(blended=False), key=_KEY)(_items)
-blended: Any = triton.autotune(_configs(blended=True), key=_KEY)(_items)
+decode_only = _tuned((64, 128), (64,), warps=(2, 4), stages=(2, 3, 4))
+prefill_only = _tuned((64,), (64, 128), warps=(4, 8), stages=(2, 3))
+blended = _tuned((64,), (64, 128), warps=(4, 8), stages=(2, 3))
 
 
 @triton.jit
