@@ -25,10 +25,12 @@ def setting(policy=Policy.BLEND, **changes):
 
 
 @settings(max_examples=25)
-@given(workloads(), capacities, st.sampled_from(list(Policy)), st.booleans())
-def test_no_policy_beats_a_bound_and_tokens_are_conserved(job, capacity, policy, known):
+@given(workloads(), capacities, st.sampled_from(list(Policy)), st.booleans(), st.booleans())
+def test_no_policy_beats_a_bound_and_tokens_are_conserved(job, capacity, policy, known, shared):
     simulation = Simulation(job)
-    given_setting = setting(policy, capacity=capacity, sampling=1.0 if known else 0.25)
+    given_setting = setting(
+        policy, capacity=capacity, sampling=1.0 if known else 0.25, shared_decode=shared
+    )
     for result in simulation.run(given_setting):
         assert result.share_of_bound <= 1 + 1e-9
         assert result.seconds >= result.bound_seconds * (1 - 1e-9)
@@ -83,6 +85,41 @@ def test_blending_keeps_the_sharing_of_a_depth_first_order(job, capacity):
     # a hundredth of all.
     one_prefix = int(simulation.tree.depth.max()) / simulation.tree.prompt_tokens
     assert blend.sharing >= min(0.99 * dfs.sharing, dfs.sharing - one_prefix)
+
+
+def test_a_common_prefix_is_read_once_a_step_where_decode_shares_it():
+    rng = np.random.default_rng(0)
+    prefix, requests, steps = rng.integers(0, 5_000, 100), 4, 19
+    prompts = [
+        np.concatenate([prefix, rng.integers(0, 5_000, 10)]).astype(np.int32)
+        for _ in range(requests)
+    ]
+    simulation = Simulation(workload(prompts, [steps + 1] * requests))
+    apart, shared = (
+        simulation.run(setting(Policy.DFS, sampling=1.0, shared_decode=shared))[0]
+        for shared in (False, True)
+    )
+    # The others wait a step for the prefix, so the first is alone at first, and they at last.
+    read_again = ((requests - 1) * (steps - 1) + requests - 2) * len(prefix)
+    saved = apart.memory_seconds - shared.memory_seconds
+    assert saved == pytest.approx(read_again * setting().step_costs.context_seconds)
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_job_that_shares_its_decoding_is_faster_for_it(shared_memory):
+    rng = np.random.default_rng(1)
+    prefix = rng.integers(0, 5_000, 3_000)
+    prompts = [np.concatenate([prefix, rng.integers(0, 5_000, 50)]) for _ in range(200)]
+    prompts += [rng.integers(0, 5_000, 1_000) for _ in range(200)]
+    job = workload([p.astype(np.int32) for p in prompts], [400] * 200 + [4] * 200)
+    options = BlendOptions(shared_memory=shared_memory)
+    simulation = Simulation(job)
+    apart, shared = (
+        simulation.run(setting(capacity=100_000, shared_decode=shared, options=options))[-1]
+        for shared in (False, True)
+    )
+    assert shared.seconds < 0.8 * apart.seconds
+    assert shared.sharing == pytest.approx(apart.sharing, abs=0.01)
 
 
 def test_ours_is_faster_than_the_orders_it_improves_on():

@@ -106,6 +106,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=Overlap.INTERFERENCE,
         help="how compute and memory operators share the device (default: interference)",
     )
+    parser.add_argument(
+        "--shared-decode",
+        action="store_true",
+        help="decode attention reads prefixes that running requests share once a step for all",
+    )
     parser.add_argument("--dp", type=positive, default=1, help="replicas, for the policy blend")
     parser.add_argument(
         "--sampling",
@@ -166,6 +171,7 @@ def _simulate(options: argparse.Namespace) -> list[Result]:
             sampling=options.sampling,
             replicas=options.dp,
             capacity=capacity,
+            shared_decode=options.shared_decode,
             seed=options.seed,
             trace_every=max(steps, 1) if options.plot else 0,
         )

@@ -43,13 +43,15 @@ class BlendOptions:
     prefill that its decodes balance, and the memory side goes first (else each side has its
     partition and a fixed rate, as in the paper). distribution: the memory test counts with several
     possible lengths of a request (else with its mean). foresight: prefixes are evicted by when the
-    plan needs them next (else the least recently used).
+    plan needs them next (else the least recently used). shared_memory: where decodes read shared
+    prefixes once for all, the plan counts them so (else each request's whole context).
     """
 
     online: bool = True
     paced: bool = True
     distribution: bool = True
     foresight: bool = True
+    shared_memory: bool = True
 
 
 PAPER = BlendOptions(online=False, paced=False, distribution=True, foresight=False)
@@ -135,7 +137,7 @@ class BlendScheduler:
             return self._chunk
         if not self._options.paced:
             return self._paper_budget(engine)
-        return self._pace.prefill_tokens(self._pace_density, engine.context, engine.decoding)
+        return self._pace.prefill_tokens(self._pace_density, engine.reads, engine.decoding)
 
     def patience(self, engine: Engine) -> int:
         waits = self._central.waiting or any(queue.heap for queue in self._retracted.values())
@@ -259,11 +261,14 @@ class BlendScheduler:
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
         costs, central = self._costs, self._central
+        # Of a context, the part that is read: what others read as well counts once.
+        read = engine.reads / engine.context if engine.context else 1.0
         compute, memory = engine.prefill_backlog * costs.token_seconds, 0.0
         self._longest = self._unknown = 0
         waiting_memory = 0.0
         for request, done in self.running(engine).items():
             more_compute, more_memory, _ = self._rest_of(engine, request)
+            more_memory *= read
             compute += more_compute
             memory += more_memory
             if request not in self._running:
@@ -284,7 +289,7 @@ class BlendScheduler:
             self._pace_density = rest_density(
                 compute,
                 waiting_memory,
-                tokens * costs.context_seconds,
+                tokens * read * costs.context_seconds,
                 alive * BIN_STEPS,
                 costs.weight_seconds,
                 FULL_PART * engine.capacity * costs.context_seconds,

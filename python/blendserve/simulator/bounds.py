@@ -6,7 +6,9 @@ sequence of steps, on k replicas, is shorter than f(C, M) / k, with
 
 - C: GEMMs and prefill attention of every distinct prompt token once (no cache finds more than an
   endless one), and GEMMs of every output token but the last of each request;
-- M: decode attention of every request at its true context in each of its steps.
+- M: decode attention of every request at its true context in each of its steps; where what requests
+  have in common is read once a step for all, each shared stretch in as many steps at least as its
+  longest decode takes.
 
 And no run is shorter than its longest request alone: each of its decode steps reads the weights and
 its own context at least. With the `interference` model this is the practical optimum, with
@@ -15,12 +17,14 @@ its own context at least. With the `interference` model this is the practical op
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.planner import PrefixTree
+from blendserve.planner.annotation import prompt_tokens_read
 
 from .step_time import OverlapModel, StepCosts
 
@@ -39,7 +43,12 @@ class Bound:
 
 
 def lower_bound(
-    tree: PrefixTree, output: Ints, costs: StepCosts, overlap: OverlapModel, replicas: int = 1
+    tree: PrefixTree,
+    output: Ints,
+    costs: StepCosts,
+    overlap: OverlapModel,
+    replicas: int = 1,
+    shared_decode: bool = False,
 ) -> Bound:
     """output: (n,) true output tokens by request index, at least 1 each."""
     length = tree.length.astype(np.float64)
@@ -47,7 +56,8 @@ def lower_bound(
     steps = output[tree.requests].astype(np.float64) - 1.0
     compute = float((length - shared + steps).sum()) * costs.token_seconds
     compute += float((length**2 - shared**2).sum()) * costs.pair_seconds
-    memory = float((length * steps + steps * (steps + 1) / 2).sum()) * costs.context_seconds
+    read = prompt_tokens_read(tree, steps, math.inf) if shared_decode else length
+    memory = float((read * steps + steps * (steps + 1) / 2).sum()) * costs.context_seconds
     longest = _longest_alone(tree, output, costs, overlap)
     return Bound(
         compute_seconds=compute,

@@ -85,8 +85,10 @@ class Engine:
     """One replica. output: (n,) tokens by request index, at least 1 each. members: how many of the
     requests will be started here, for `run` to know its end. received: prompts come with their
     KV, computed elsewhere; they take memory, but no time here. mixed: whether prefill and decodes
-    share steps, as SGLang does with --enable-mixed-chunk. overlaps: how its time is counted;
-    nothing that an engine does depends on its clock, so one run serves several models."""
+    share steps, as SGLang does with --enable-mixed-chunk. shared_decode: whether decode attention
+    reads what running requests have in common once a step for all (cascade). overlaps: how its time
+    is counted; nothing that an engine does depends on its clock, so one run serves several models.
+    """
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Engine:
         cache: KVCache,
         received: bool = False,
         mixed: bool = True,
+        shared_decode: bool = False,
         trace_every: int = 0,
     ) -> None:
         node = np.empty(tree.num_leaves, dtype=np.int64)
@@ -111,6 +114,7 @@ class Engine:
         self.capacity = cache.capacity
         self._received = received
         self.mixed = mixed
+        self._shared_decode = shared_decode
         self.costs = costs
         self._overlaps = overlaps
         self.cache = cache
@@ -134,6 +138,15 @@ class Engine:
     def clock(self) -> float:
         """Seconds so far, under the first overlap model."""
         return self.totals.seconds[0]
+
+    @property
+    def reads(self) -> int:
+        """KV tokens that decode attention reads in the next step."""
+        if not self._shared_decode:
+            return self.context
+        # What is locked is held once, however many need it; prefills hold some of it, too. Each
+        # decode's latest token is not in it yet.
+        return min(self.context, self.cache.locked + self.decoding)
 
     @property
     def idle(self) -> bool:
@@ -211,10 +224,10 @@ class Engine:
         return total - first
 
     def _step(self, scheduler: Scheduler, budget: int) -> None:
-        decoding = context = 0
+        decoding = reads = 0
         if self.mixed:
             self._secure_decodes(scheduler)
-            decoding, context = self.decoding, self.context
+            decoding, reads = self.decoding, self.reads
         prefills, costs, totals = self._prefills, self.costs, self.totals
         done = []
         tokens = pairs = 0
@@ -240,7 +253,7 @@ class Engine:
             totals.floor_seconds += costs.weight_seconds - gemm
             gemm = costs.weight_seconds
         compute = gemm + pairs * costs.pair_seconds
-        memory = context * costs.context_seconds
+        memory = reads * costs.context_seconds
         totals.steps += 1
         for k, planes in enumerate(self._planes):
             totals.seconds[k] += _longest(planes, compute, memory)
@@ -337,8 +350,8 @@ class Engine:
         cache.make_room(n * steps)
         gemm = max(n * costs.token_seconds, costs.weight_seconds)
         totals.floor_seconds += steps * (gemm - n * costs.token_seconds)
-        contexts = self.context + n * np.arange(steps)
-        memory = contexts * costs.context_seconds
+        reads = self.reads + n * np.arange(steps)
+        memory = reads * costs.context_seconds
         for k, overlap in enumerate(self._overlaps):
             totals.seconds[k] += float(overlap.seconds_each(gemm, memory).sum())
         totals.compute_seconds += gemm * steps

@@ -69,8 +69,9 @@ class Setting:
     sampled; 1 means that all lengths are known. replicas: data-parallel, blend only. capacity:
     KV tokens of a replica, by default what the device has. curve: a measured interference curve,
     (R, P(R)) pairs. costs: measured terms of a step, in place of the cost model's. chunk_tokens: of
-    a step, decodes included. mixed: prefill and decodes in one step. trace_every: keep every so
-    many steps of the first replica's trace."""
+    a step, decodes included. mixed: prefill and decodes in one step. shared_decode: decode
+    attention reads what running requests have in common once a step for all. trace_every: keep
+    every so many steps of the first replica's trace."""
 
     cost_model: CostModel
     policy: Policy = Policy.BLEND
@@ -83,6 +84,7 @@ class Setting:
     costs: StepCosts | None = None
     chunk_tokens: int = CHUNK_TOKENS
     mixed: bool = True
+    shared_decode: bool = False
     seed: int = 0
     trace_every: int = 0
 
@@ -148,7 +150,9 @@ class Simulation:
         """Of the time of any run under this setting, whatever the policy."""
         costs = setting.step_costs
         model = setting.overlap_model(overlap)
-        return lower_bound(self.tree, self.output, costs, model, setting.replicas)
+        return lower_bound(
+            self.tree, self.output, costs, model, setting.replicas, setting.shared_decode
+        )
 
     def run(self, setting: Setting) -> list[Result]:
         """One result per overlap model, all from one run.
@@ -246,7 +250,13 @@ class Simulation:
             self.job,
             self.tree,
             setting.cost_model,
-            PlannerConfig(sample_fraction=setting.sampling, seed=setting.seed),
+            PlannerConfig(
+                sample_fraction=setting.sampling,
+                seed=setting.seed,
+                shared_decode_tokens=_capacity(setting)
+                if setting.shared_decode and options.shared_memory
+                else None,
+            ),
             book,
             online,
             setting.replicas,
@@ -304,6 +314,7 @@ class Simulation:
             cache,
             received=received,
             mixed=setting.mixed,
+            shared_decode=setting.shared_decode,
             trace_every=setting.trace_every,
         )
 
