@@ -13,6 +13,7 @@ from typing import Any
 from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSource
 from blendserve.config import Settings
 from blendserve.planner import PlannerConfig
+from blendserve.runtime.attention import BACKEND_NAME
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
@@ -40,10 +41,16 @@ class BlendExecutor:
         server_args: SGLang's settings.
         tokenizer_manager: SGLang's tokenizer manager.
         settings: BlendServe's settings.
+        kv_tokens: size of a replica's KV pool; None: not known.
     """
 
     def __init__(
-        self, app: Any, server_args: Any, tokenizer_manager: Any, settings: Settings
+        self,
+        app: Any,
+        server_args: Any,
+        tokenizer_manager: Any,
+        settings: Settings,
+        kv_tokens: int | None,
     ) -> None:
         self._app = app
         self._server_args = server_args
@@ -58,6 +65,10 @@ class BlendExecutor:
             PlannerConfig(
                 sample_fraction=settings.sample_fraction,
                 sharing_preserved=settings.sharing_preserved,
+                # Our attention reads what running requests share once a step for all of them.
+                shared_decode_tokens=kv_tokens
+                if server_args.attention_backend == BACKEND_NAME
+                else None,
             ),
         )
         self._threads = Threads(

@@ -56,7 +56,8 @@ def mount(
                 "BlendServe's Batch API needs --tokenizer-worker-num 1: further workers do not "
                 "load plugins. Leave the flag out."
             )
-        executor = BlendExecutor(app, server_args, tokenizer_manager, settings)
+        kv_tokens = scheduler_infos[0].get("max_total_num_tokens") if scheduler_infos else None
+        executor = BlendExecutor(app, server_args, tokenizer_manager, settings, kv_tokens)
         if settings.behind_front:
             app.include_router(build_engine_router(executor, lambda: _engine_view(executor)))
             _extend_life(app, tokenizer_manager, executor, None)
