@@ -97,15 +97,15 @@ def test_another_batch_than_the_schedulers_is_not_taken_for_it():
 
 
 def test_the_scheduler_leaves_its_batch_where_the_model_finds_it(monkeypatch):
-    from sglang.srt.managers.scheduler import Scheduler
-
     from blendserve.runtime import prefix_paths
     from blendserve.runtime.scheduler import BlendScheduler
 
     def run_batch(self, batch, pp_proxy_tensors=None):
         return prefix_paths.current.reqs, pp_proxy_tensors
 
-    monkeypatch.setattr(Scheduler, "run_batch", run_batch)
+    # By its place: once the plugin is loaded, SGLang's name for it is ours.
+    sglangs = next(c for c in BlendScheduler.__mro__[1:] if "run_batch" in vars(c))
+    monkeypatch.setattr(sglangs, "run_batch", run_batch)
     batch = SimpleNamespace(reqs=["a", "b"])
     scheduler = object.__new__(BlendScheduler)
     assert scheduler.run_batch(batch, 7) == (batch.reqs, 7)

@@ -25,9 +25,12 @@ def workload(prompts: list[np.ndarray], output: list[int], limit: int = 4_096) -
 
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
+    return random_workload(draw(st.integers(1, 60)), draw(st.integers(0, 2**32 - 1)))
+
+
+def random_workload(n: int, seed: int) -> Workload:
     """Random trees: a prompt is a walk down a few shared segments, then tokens of its own."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n = draw(st.integers(1, 60))
+    rng = np.random.default_rng(seed)
     segments = [rng.integers(0, 5_000, rng.integers(20, 400)) for _ in range(6)]
     prompts, output = [], []
     for _ in range(n):

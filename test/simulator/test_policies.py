@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_jobs import LLAMA_ON_A100, mixed_workload, workload, workloads
+from simulator_jobs import LLAMA_ON_A100, mixed_workload, random_workload, workload, workloads
 
 from blendserve.planner import FlatTokens
 from blendserve.simulator.blend import BlendOptions
@@ -49,6 +49,16 @@ def test_no_policy_beats_a_bound_and_tokens_are_conserved(job, capacity, policy,
         extra = totals.prefill_tokens - simulation.tree.unique_tokens
         waived = totals.evicted_shared_tokens + 16 * len(job)
         assert -1 <= extra <= waived or totals.retractions
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_small_job_ends_in_memory_that_each_of_its_requests_just_fits(known):
+    """What is left of a job is often one retracted request that needs nearly all memory, alone."""
+    for seed in range(40):
+        job = random_workload(50, seed)
+        changes = {"capacity": 4_000, "sampling": 1.0 if known else 0.25}
+        for totals in Simulation(job).run_totals(setting(**changes)):
+            assert totals.decode_tokens + totals.starts == job.output_tokens.sum()
 
 
 @settings(max_examples=15)

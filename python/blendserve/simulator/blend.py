@@ -76,14 +76,11 @@ class _Pool:
     heads: dict[Side, int]
     left_tokens: float
     right_tokens: float
+    idle: bool
 
     @property
     def total_tokens(self) -> int:
         return self.engine.capacity
-
-    @property
-    def idle(self) -> bool:
-        return self.left_tokens <= 0 and self.right_tokens <= 0
 
     def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
         request = self.heads[candidate.side]
@@ -154,7 +151,15 @@ class BlendScheduler:
         right = self._candidate(engine, Side.RIGHT, heads)
         if not heads:
             return None
-        kv = _Pool(engine, self._memory, heads, self._account[Side.LEFT], self._account[Side.RIGHT])
+        kv = _Pool(
+            engine,
+            self._memory,
+            heads,
+            self._account[Side.LEFT],
+            self._account[Side.RIGHT],
+            # The accounts are sums that came and went; they need not end at nothing.
+            idle=not self._running,
+        )
         if self._options.paced:
             side = self._paced.choose(
                 left,

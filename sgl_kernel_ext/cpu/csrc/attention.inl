@@ -149,8 +149,9 @@ class Lane {
                        parts + (d / MATRIX_STEP * all_rows + index) * W, all_rows * width / 2);
   }
 
-  // One KV head of a tile. Scores grow in the exponential, so they are taken from all parts; in the
-  // weighted sums two of a weight and of a value are enough for a relative error of 4e-6.
+  // One KV head of a tile. What is left of a last tile of rows is computed along, and never read.
+  // Scores grow in the exponential, so they are taken from all parts; in the weighted sums two of a
+  // weight and of a value are enough for a relative error of 4e-6.
   template <int QUERY_PARTS, int KEY_PARTS, int VALUE_PARTS>
   void matrix_tile(int h, const float* const* keys, const float* const* values, int64_t begin,
                    int tokens, bool masked, Ahead& ahead) {
@@ -267,7 +268,8 @@ class Lane {
       const int64_t row_tiles = (row_count + MATRIX_TILE - 1) / MATRIX_TILE;
       const int64_t products = row_tiles * (TILE / MATRIX_TILE) * (width / MATRIX_STEP) * 2;
       const int64_t weights = row_count * (TILE / MATRIX_STEP);
-      return (item.kv_head < 0 ? a.kv_heads : 1) * ((tokens + TILE - 1) / TILE) * (products + weights);
+      const int64_t tiles = (tokens + TILE - 1) / TILE * (item.kv_head < 0 ? a.kv_heads : 1);
+      return tiles * (products + weights);
     }
     const int64_t scoring = row_count <= DIRECT_ROWS ? tokens / W * row_count * (width / W) : 0;
     const int64_t weighing = (row_count + ROW_BLOCK - 1) / ROW_BLOCK * vectors * tokens;

@@ -25,8 +25,8 @@ inline void store_parts(vfloat a, vfloat b, uint32_t* to, int apart) {
   }
 }
 
-// For the left side of a product: row r of step s of part p is number (p * steps + s) * rows + r, of
-// W lanes; lane j holds elements j and j + W of the step.
+// For the left side of a product: row r of step s of part p is number (p * steps + s) * rows + r,
+// of W lanes; lane j holds elements j and j + W of the step.
 struct RowTiles {
   const uint32_t* lanes;
   int steps;
@@ -37,8 +37,8 @@ struct RowTiles {
   }
 };
 
-// For the right side of a product: tile c of step s of part p is number (p * steps + s) * columns + c.
-// Its row j holds elements j and j + W of the step, of MATRIX_TILE columns.
+// For the right side of a product: tile c of step s of part p is number
+// (p * steps + s) * columns + c. Its row j holds elements j and j + W of the step, of 16 columns.
 struct ColumnTiles {
   const uint32_t* lanes;
   int steps;
@@ -89,12 +89,12 @@ inline void pack_values(const float* const* values, int tokens, Width width, uin
   }
 }
 
-// to[0 .. 16 ROW_TILES)[0 .. 16 columns) = or += left x right. Tiles 0 to 3 are sums of 16 rows each,
-// 4 to 6 hold the parts of 16 columns, 7 passes the rows by.
+// to[0 .. 16 ROW_TILES)[0 .. 16 columns) = or += left x right. Tiles 0 to 3 are sums of 16 rows
+// each, 4 to 6 hold the parts of 16 columns, 7 passes the rows by.
 template <int LEFT_PARTS, int RIGHT_PARTS, int ROW_TILES, bool ADD>
 inline void multiply(RowTiles left, ColumnTiles right, float* to, int stride, Ahead& ahead) {
   constexpr int PARTS = LEFT_PARTS > RIGHT_PARTS ? LEFT_PARTS : RIGHT_PARTS;
-  // The compiler does not know that loading a tile reads memory, so what is to be read must be there.
+  // The compiler does not know that loading a tile reads memory: what is to be read must be there.
   __asm__ volatile("" ::: "memory");
   for (int column = 0; column < right.columns; ++column, to += MATRIX_TILE) {
 // Numbers of tiles must be literals.
