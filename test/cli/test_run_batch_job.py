@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 FAKES = Path(__file__).parents[1] / "batch"
+# What is started in the background of a shell ignores Ctrl-C, and so would its children.
 COMMAND = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from blendserve.cli import main, offline_job
 offline_job.ENGINE_COMMAND = (sys.executable, {engine!r}, *{options!r})
 sys.exit(main(["run-batch", *sys.argv[1:]]))
