@@ -20,7 +20,7 @@ _DEFAULT_FLAGS = (
     *("--radix-cache-backend", "blendserve"),
 )
 # Prefill and decode in one step overlap compute with memory traffic. A CPU has no idle units to
-# gain: SGLang's attention for it computes a mixed step more slowly than the two apart, ours no faster.
+# gain: SGLang's attention computes a mixed step more slowly than the two apart, ours no faster.
 _GPU_FLAGS = ("--enable-mixed-chunk",)
 # Without a size SGLang would take most of the machine's memory for KV, and minutes to clear it.
 _CPU_FLAGS = (
