@@ -26,11 +26,25 @@ from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.prompts import PromptReader
+from sgl_kernel_ext import cpu
 
 # How old what GET /metrics shows may be.
 _METRICS_SECONDS = 1.0
 # A report lies in its socket when the server starts; this is for a machine that swaps.
 _HELLO_SECONDS = 60.0
+
+
+def planner_config(server_args: Any, settings: Settings, kv_tokens: int | None) -> PlannerConfig:
+    """How jobs are planned on a server with so much KV memory (None: not known)."""
+    # Our attention reads what running requests share once a step for all of them.
+    shares_reads = server_args.attention_backend == BACKEND_NAME and not (
+        server_args.device == "cpu" and cpu.unavailable_reason()
+    )
+    return PlannerConfig(
+        sample_fraction=settings.sample_fraction,
+        sharing_preserved=settings.sharing_preserved,
+        shared_decode_tokens=kv_tokens if shares_reads else None,
+    )
 
 
 class BlendExecutor:
@@ -62,14 +76,7 @@ class BlendExecutor:
         self._reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
             cost_model_of(tokenizer_manager.model_config, server_args.tp_size, settings),
-            PlannerConfig(
-                sample_fraction=settings.sample_fraction,
-                sharing_preserved=settings.sharing_preserved,
-                # Our attention reads what running requests share once a step for all of them.
-                shared_decode_tokens=kv_tokens
-                if server_args.attention_backend == BACKEND_NAME
-                else None,
-            ),
+            planner_config(server_args, settings, kv_tokens),
         )
         self._threads = Threads(
             ThreadPoolExecutor(1, "blendserve-reading"),
