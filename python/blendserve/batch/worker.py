@@ -46,7 +46,7 @@ _MAX_PAUSE_SECONDS = 60.0
 _SWEEP_SECONDS = 60
 _MAX_TRIES = 3
 # Batches that wait for another try. When there are more, it is not for their own sake.
-_MAX_WAITING_FOR_RETRY = 32
+_MAX_BACKING_OFF = 32
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class BatchWorker:
         self._runs: dict[str, _Run] = {}
         self._interrupted: set[str] = set()
         self._yielding: set[str] = set()
-        self._retry_at: dict[str, float] = {}
+        self._backing_off: set[str] = set()
         self._tries: Counter[str] = Counter()
         self._last_tenant: dict[BatchStage, str] = {}
         self._swept_at: int | None = None
@@ -170,19 +170,18 @@ class BatchWorker:
                     await asyncio.wait_for(wake.wait(), pause)
 
     async def _pause_seconds(self) -> float:
-        """How long nothing can happen by itself: until a retry or an expiry is due."""
-        clock = asyncio.get_running_loop().time()
-        waits = [max(0.0, due - clock) for due in self._retry_at.values()]
+        """How long nothing can happen by itself: until an expiry is due."""
         expiry = await self._offload(self._store.next_expiry)
-        if expiry is not None:
-            waits.append(max(0.0, expiry - self._now()) + 0.05)
-        return min([_MAX_PAUSE_SECONDS, *waits])
+        if expiry is None:
+            return _MAX_PAUSE_SECONDS
+        return min(_MAX_PAUSE_SECONDS, max(0.0, expiry - self._now()) + 0.05)
 
     async def _validate_next(self) -> bool:
         if self._waits_for_engine:
             return False
         async with self._claim(await self._next("validate")) as row:
             if row is not None:
+                self._last_tenant["validate"] = row.tenant
                 recoveries = self._recoveries
                 try:
                     await self._validation.carry_out(row)
@@ -216,6 +215,7 @@ class BatchWorker:
             if not self._yielding:
                 self._make_room(row)
             return False
+        self._last_tenant["run"] = row.tenant
         self._runs[row.id] = _Run(row, asyncio.create_task(self._run(row)))
         return True
 
@@ -257,6 +257,7 @@ class BatchWorker:
         more = await self._sweep()
         async with self._claim(await self._next("publish")) as row:
             if row is not None:
+                self._last_tenant["publish"] = row.tenant
                 await self._publishing.carry_out(row)
                 self._interrupted.discard(row.id)
                 return True
@@ -284,23 +285,18 @@ class BatchWorker:
 
     async def _next(self, stage: BatchStage, fingerprint: str | None = None) -> BatchRow | None:
         """The batch of a stage that is next, of those that nobody holds."""
-        clock = asyncio.get_running_loop().time()
-        self._retry_at = {name: due for name, due in self._retry_at.items() if due > clock}
-        if len(self._retry_at) >= _MAX_WAITING_FOR_RETRY:
+        if len(self._backing_off) >= _MAX_BACKING_OFF:
             return None
         last = self._last_tenant.get(stage)
         running = Counter(run.row.tenant for run in self._runs.values() if stage == "run")
-        row = await self._offload(
+        return await self._offload(
             lambda: self._store.next_batch(
                 stage,
                 lambda tenants: in_turn(tenants, last, running),
-                without=[*self._held, *self._retry_at, *self._runs],
+                without=[*self._held, *self._backing_off, *self._runs],
                 fingerprint=fingerprint,
             )
         )
-        if row is not None:
-            self._last_tenant[stage] = row.tenant
-        return row
 
     @contextlib.asynccontextmanager
     async def _claim(self, row: BatchRow | None) -> AsyncIterator[BatchRow | None]:
@@ -343,7 +339,12 @@ class BatchWorker:
         del self._tries[row.id]
 
     def _back_off(self, row: BatchRow) -> None:
-        self._retry_at[row.id] = asyncio.get_running_loop().time() + self._retry_seconds
+        def try_again() -> None:
+            self._backing_off.discard(row.id)
+            self.wake()
+
+        self._backing_off.add(row.id)
+        asyncio.get_running_loop().call_later(self._retry_seconds, try_again)
 
     async def _offload(self, function: Callable[..., Result], *args: Any) -> Result:
         loop = asyncio.get_running_loop()
