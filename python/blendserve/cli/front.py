@@ -41,6 +41,7 @@ from blendserve.config import ConfigError, Settings, load_settings, to_environme
 
 ENGINE_COMMAND = (sys.executable, "-m", "blendserve.cli.serve")
 # SGLang's defaults.
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST, _PORT = "127.0.0.1", 30_000
 _GRACE_SECONDS = 10
 

@@ -76,7 +76,7 @@ def check(
 
 
 def served_models(flags: Sequence[str]) -> frozenset[str]:
-    """The names that an engine with these flags of `blendserve serve` answers to; empty: unknown."""
+    """The names that an engine with these flags of `serve` answers to; empty: unknown."""
     from blendserve.runtime.default_model import MODEL_NAME
 
     if any(flag == "--config" or flag.startswith("--config=") for flag in flags):
