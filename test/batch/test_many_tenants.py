@@ -131,7 +131,7 @@ def test_files_of_tenants_are_checked_in_turn(tmp_path: Path) -> None:
         order = "".join(owner[batch_id] for batch_id in executor.began)
         # Both of the second tenant's are done before the last three of the first one's.
         assert order.rindex("b") <= 4, order
-        until(server.store.next_expiry, lambda first: first is None)
+        until(server.store.backlog.next_expiry, lambda first: first is None)
 
 
 # -- how many
@@ -179,12 +179,12 @@ def test_looking_for_the_next_batch_reads_no_more_rows_than_it_needs(
         with store._reading() as session:
             driver: Any = session.connection().connection.driver_connection
             driver.set_progress_handler(step, 10)
-        found = store.next_batch(
+        found = store.backlog.next_batch(
             stage, lambda tenants: tenants, fingerprint="x" if stage == "run" else None
         )
         assert found is not None
-        store.expire_overdue(NOW)
-        store.next_expiry()
+        store.backlog.expire_overdue(NOW)
+        store.backlog.next_expiry()
         return steps[-1]
 
     few, many = 10, 3_000

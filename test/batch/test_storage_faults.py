@@ -131,7 +131,7 @@ def test_a_database_damaged_while_it_is_used_is_called_damaged(
         checkpoint.close()
         with open(tmp_path / "blendserve.db", "r+b") as file:
             file.write(b"not a database at all" * 400)
-        server.store._opened().close()
+        server.store._database.close()
         answer = server.http.get("/v1/batches")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "storage_damaged")
         assert "damaged" in caplog.text

@@ -59,7 +59,7 @@ class Surroundings:
     async def take_up(self, row: BatchRow) -> None:
         """Reads what the journal of a batch of an earlier process holds."""
         try:
-            tally = await self.offload(self.read_journal, row)
+            tally = await self.offload(self._read_durably, row)
         except OSError as error:
             # Whoever works on it will meet the same, and try again.
             logger.error("the journal of %s cannot be read: %s", row.id, reason_of(error))
@@ -70,11 +70,16 @@ class Surroundings:
             # It needs no engine any more, whichever comes up.
             await self.end(row, "completed", status="finalizing", finalizing_at=self.now())
 
-    def read_journal(self, row: BatchRow) -> Tally:
-        """What is done of a batch, made durable before it counts. Blocking."""
+    def _read_durably(self, row: BatchRow) -> Tally:
         path = self.store.directory.journal(row.id)
         if path.exists():
+            # What the process before has written may have been in memory only.
             Journal(path).close()
+        return self.read_journal(row)
+
+    def read_journal(self, row: BatchRow) -> Tally:
+        """What is done of a batch. Blocking."""
+        path = self.store.directory.journal(row.id)
         with self.ids_of_input(row) as custom_id_of:
             return tally_journal(path, row.total or 0, custom_id_of)
 
@@ -212,6 +217,7 @@ class Running:
         """Raises EngineUnavailable and JournalUnwritable: to be tried again; results are kept."""
         around = self._around
         path = around.store.directory.journal(row.id)
+        # Opening comes first: it cuts off a torn record, after which the rest may be read.
         journal = await around.offload(Journal, path)
         try:
             tally = await around.offload(around.read_journal, row)

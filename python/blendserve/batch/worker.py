@@ -112,7 +112,7 @@ class BatchWorker:
     async def start(self) -> None:
         """Reads what the journals hold, and takes up every open batch."""
         last = 0
-        while rows := await self._offload(self._store.unfinished_batches, last):
+        while rows := await self._offload(self._store.backlog.unfinished_batches, last):
             for row in rows:
                 await self._around.take_up(row)
             last = rows[-1].seq
@@ -163,7 +163,7 @@ class BatchWorker:
                 busy = await step()
                 pause = None if busy else await self._pause_seconds()
             except Exception as error:
-                logger.error("the batch store fails, trying again: %s", reason_of(error))
+                logger.error("trying again: %s", self._said(error))
                 busy, pause = False, self._retry_seconds
             if not busy:
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -171,7 +171,7 @@ class BatchWorker:
 
     async def _pause_seconds(self) -> float:
         """How long nothing can happen by itself: until an expiry is due."""
-        expiry = await self._offload(self._store.next_expiry)
+        expiry = await self._offload(self._store.backlog.next_expiry)
         if expiry is None:
             return _MAX_PAUSE_SECONDS
         return min(_MAX_PAUSE_SECONDS, max(0.0, expiry - self._now()) + 0.05)
@@ -200,7 +200,7 @@ class BatchWorker:
             self._waits_for_engine = True
             return False
         if fingerprint != self._engine_seen:
-            others = await self._offload(self._store.adopt, fingerprint)
+            others = await self._offload(self._store.backlog.adopt, fingerprint)
             if others:
                 logger.warning(
                     "%d batches were begun with other engines than %s, and wait for theirs",
@@ -232,7 +232,7 @@ class BatchWorker:
                 if current is not None:
                     await self._run_claimed(current)
         except Exception as error:
-            logger.error("the batch store fails, trying again: %s", reason_of(error))
+            logger.error("%s fails for now, trying again: %s", row.id, self._said(error))
             self._back_off(row)
         finally:
             del self._runs[row.id]
@@ -251,7 +251,7 @@ class BatchWorker:
             self._back_off(row)
 
     async def _publish_next(self) -> bool:
-        overdue = await self._offload(self._store.expire_overdue, self._now())
+        overdue = await self._offload(self._store.backlog.expire_overdue, self._now())
         if overdue:
             self.interrupt(overdue)
         more = await self._sweep()
@@ -290,7 +290,7 @@ class BatchWorker:
         last = self._last_tenant.get(stage)
         running = Counter(run.row.tenant for run in self._runs.values() if stage == "run")
         return await self._offload(
-            lambda: self._store.next_batch(
+            lambda: self._store.backlog.next_batch(
                 stage,
                 lambda tenants: in_turn(tenants, last, running),
                 without=[*self._held, *self._backing_off, *self._runs],
@@ -327,16 +327,19 @@ class BatchWorker:
 
     async def _try_again(self, row: BatchRow, error: Exception) -> None:
         """Lets it wait for another try. Ends it after some, unless the storage is to blame."""
-        database = self._store.directory.database
-        if storage_fault(error, database) is None:
+        if storage_fault(error, self._store.directory.database) is None:
             self._tries[row.id] += 1
         if self._tries[row.id] < _MAX_TRIES:
-            logger.error("%s fails for now, trying again: %s", row.id, reason_of(error))
+            logger.error("%s fails for now, trying again: %s", row.id, self._said(error))
             self._back_off(row)
             return
-        logger.error("%s fails for good: %s", row.id, reason_of(error))
+        logger.error("%s fails for good: %s", row.id, self._said(error))
         await self._publishing.give_up(row, error)
         del self._tries[row.id]
+
+    def _said(self, error: Exception) -> str:
+        fault = storage_fault(error, self._store.directory.database)
+        return fault.remedy if fault is not None else reason_of(error)
 
     def _back_off(self, row: BatchRow) -> None:
         def try_again() -> None:
