@@ -272,33 +272,59 @@ def test_a_journal_is_durable_before_its_records_count(
 # -- a disk that is full at the start
 
 
-def test_a_start_on_a_full_disk_says_so(tmp_path: Path) -> None:
+FULL_DISK = """
+import os, pathlib, sys
+sys.path.insert(0, sys.argv[2])
+from test_directory_safety import add, job
+from blendserve.batch import BatchDirectoryError, BatchStore
+from blendserve.batch.storage import storage_fault
+
+disk = pathlib.Path(sys.argv[1])
+root = disk / "b"
+
+def fill(name):
+    with open(disk / name, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+
+store = BatchStore(root)
+kept = add(store, job(3))
+store.close()
+fill("ballast")
+store = BatchStore(root)
+assert store.content_of(kept).read_bytes() == job(3)
+fill("more")
+try:
+    add(store, job(4))
+except Exception as error:
+    print(storage_fault(error, store.directory.database).kind)
+store.close()
+fill("most")
+try:
+    BatchStore(root)
+except BatchDirectoryError as error:
+    print(error)
+for name in ("ballast", "more", "most"):
+    os.unlink(disk / name)
+store = BatchStore(root)
+print(store.content_of(kept).read_bytes() == job(3), (root / "reserve").exists())
+store.close()
+"""
+
+
+def test_a_start_on_a_full_disk_serves_what_is_there_or_says_so(tmp_path: Path) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("this machine has no unshare")
-    root = tmp_path / "disk"
-    root.mkdir()
-    code = (
-        "import os, sys, pathlib\n"
-        "sys.path.insert(0, sys.argv[2])\n"
-        "from blendserve.batch import BatchDirectoryError, BatchStore\n"
-        "root = pathlib.Path(sys.argv[1])\n"
-        "BatchStore(root / 'b').close()\n"
-        "with open(root / 'ballast', 'wb', buffering=0) as file:\n"
-        "    try:\n"
-        "        while True: file.write(b'x' * 4096)\n"
-        "    except OSError: pass\n"
-        "try: BatchStore(root / 'b')\n"
-        "except BatchDirectoryError as error: print(error)\n"
-        "os.unlink(root / 'ballast')\n"
-        "BatchStore(root / 'b').close()\n"
-        "print('opens again')\n"
-    )
-    script = 'mount -t tmpfs -o size=600k tmpfs "$1" || exit 77; exec "$2" -c "$3" "$1" "$4"'
-    here = str(Path(__file__).parent)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = 'mount -t tmpfs -o size=800k tmpfs "$1" || exit 77; exec "$2" -c "$3" "$1" "$4"'
     run = subprocess.run(
         [
             *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script),
-            *("sh", str(root), sys.executable, code, here),
+            *("sh", str(disk), sys.executable, FULL_DISK, str(Path(__file__).parent)),
         ],
         capture_output=True,
         text=True,
@@ -309,10 +335,12 @@ def test_a_start_on_a_full_disk_says_so(tmp_path: Path) -> None:
     if run.returncode == 77 or "unshare" in run.stderr:
         pytest.skip("this user may not mount a tmpfs in a name space of its own")
     assert run.returncode == 0, run.stderr
-    first, *_, last = run.stdout.splitlines()
-    assert f"the disk of {root / 'b'} is full" in first
-    assert "backup" not in first
-    assert last == "opens again"
+    upload, start, end = run.stdout.splitlines()
+    assert upload == "full"
+    # With no reserve left it does not open, and does not speak of damage or a backup.
+    assert f"the disk of {disk / 'b'} is full" in start
+    assert "backup" not in start
+    assert end == "True True"
 
 
 def test_creating_needs_no_default_fields(tmp_path: Path) -> None:

@@ -325,11 +325,12 @@ class Publishing:
         # Nothing can be published, so what is done stays where whoever looks into it finds it.
         values |= {"status": "failed", "ending": "failed", "failed_at": around.now()}
         values["failed"] = row.total or 0
-        await around.offload(lambda: store.conclude(row.id, [], **values))
-        around.live.pop(row.id, None)
         journal = store.directory.journal(row.id)
         if await around.offload(journal.exists):
-            await around.offload(store.directory.set_aside, journal)
+            await around.offload(store.directory.keep, journal)
+        await around.offload(lambda: store.conclude(row.id, [], **values))
+        around.live.pop(row.id, None)
+        journal.unlink(missing_ok=True)
 
     def _publish(self, row: BatchRow, ending: str) -> None:
         around, store = self._around, self._around.store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from blendserve.batch.tables import (
     IdempotencyRow,
 )
 
+logger = logging.getLogger(__name__)
+
 Row = TypeVar("Row", FileRow, BatchRow)
 
 _ROOM_RETRY_SECONDS = 60
@@ -48,10 +51,11 @@ class BatchStore:
     def __init__(self, batch_dir: str | os.PathLike[str]) -> None:
         self.directory = BatchDirectory(batch_dir)
         with _opening(self.directory) as undo:
-            self._database = Database(self.directory)
+            self._database = _open_database(self.directory)
             undo.callback(self._database.close)
             with self._reading() as session:
                 clear_orphans(self.directory, session)
+            self.directory.hold_reserve()
         self.backlog = Backlog(self._database)
 
     def close(self) -> None:
@@ -312,6 +316,18 @@ class BatchStore:
             owned = set(session.scalars(query))
         for digest in set(digests) - owned:
             self.directory.content(digest).unlink(missing_ok=True)
+
+
+def _open_database(directory: BatchDirectory) -> Database:
+    try:
+        return Database(directory)
+    except (OSError, DBAPIError) as error:
+        fault = storage_fault(error, directory.database)
+        if fault is None or fault.kind != "full" or not directory.give_reserve():
+            raise
+        # On a full disk nothing new can be taken in, but what is there can be read.
+        logger.error("%s", fault.remedy)
+        return Database(directory)
 
 
 @contextmanager

@@ -271,6 +271,7 @@ class BatchWorker:
         more = await self._offload(self._store.bury_expired, now)
         if not more:
             await self._offload(self._store.directory.clear_lost, now)
+            await self._offload(self._store.directory.hold_reserve)
             self._swept_at = now
         return more
 
