@@ -28,13 +28,12 @@ from blendserve.batch.progress import Progress
 from blendserve.batch.stages import (
     Publishing,
     Running,
-    SavedRecords,
-    Surroundings,
     Validation,
     other_engine_note,
 )
 from blendserve.batch.storage import storage_fault
 from blendserve.batch.store import BatchStore
+from blendserve.batch.surroundings import SavedRecords, Surroundings
 from blendserve.batch.tables import BatchRow, BatchStage
 
 logger = logging.getLogger(__name__)
