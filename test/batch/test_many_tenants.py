@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from sqlalchemy import insert
 
 import blendserve.batch.stages as stages_module
+import blendserve.batch.surroundings as surroundings_module
 import blendserve.batch.worker as worker_module
 from blendserve.batch import BatchLimits, BatchService, BatchStore
 from blendserve.batch.fairness import in_turn, makes_room
@@ -370,3 +371,29 @@ def test_what_cannot_be_cancelled_any_more_says_what_it_is_about_to_be(tmp_path:
         finish(server.client, batch.id)
         with pytest.raises(openai.ConflictError, match="that is expired cannot be cancelled"):
             server.client.batches.cancel(batch.id)
+
+
+def test_a_batch_whose_journal_cannot_be_read_does_not_keep_the_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = FakeExecutor()
+    executor.gate = 4
+    with BatchServer(tmp_path, executor) as server:
+        broken = submit(server.client, job(12))
+        until(lambda: server.service.progress(broken.id).done, lambda done: done >= 4)
+    read = surroundings_module.tally_journal
+    damaged = threading.Event()
+    damaged.set()
+
+    def unreadable(*args: Any) -> Any:
+        if damaged.is_set() and args[1] == 12:
+            raise OSError(5, "Input/output error")
+        return read(*args)
+
+    monkeypatch.setattr(surroundings_module, "tally_journal", unreadable)
+    with BatchServer(tmp_path, FakeExecutor()) as server:
+        assert finish(server.client, submit(server.client, job(2)).id).status == "completed"
+        assert server.client.batches.retrieve(broken.id).status == "in_progress"
+        damaged.clear()
+        ended = finish(server.client, broken.id)
+        assert (ended.status, len(all_ids(server.client, ended))) == ("completed", 12)
