@@ -241,6 +241,18 @@ def test_expired_files_go_by_themselves_but_not_under_a_batch(tmp_path: Path) ->
         assert [file.purpose for file in server.client.files.list()] == ["batch_output"]
 
 
+def test_what_cannot_be_removed_keeps_no_batch_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> bool:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(BatchStore, "bury_expired", refused)
+    with BatchServer(tmp_path, FakeExecutor()) as server:
+        assert finish(server.client, submit(server.client, job(2)).id).status == "completed"
+    assert "cannot be removed yet" in caplog.text
+
+
 def test_many_expired_files_cost_one_statement_a_block(tmp_path: Path) -> None:
     """Under the right to write, a look at every batch for every file would take seconds."""
     store = BatchStore(tmp_path)

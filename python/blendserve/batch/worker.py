@@ -267,12 +267,16 @@ class BatchWorker:
         now = self._now()
         if self._swept_at is not None and abs(now - self._swept_at) < _SWEEP_SECONDS:
             return False
-        more = await self._offload(self._store.bury_expired, now)
-        if not more:
+        try:
+            if await self._offload(self._store.bury_expired, now):
+                return True
             await self._offload(self._store.directory.clear_lost, now)
             await self._offload(self._store.directory.hold_reserve)
-            self._swept_at = now
-        return more
+        except Exception as error:
+            # Batches end all the same; the next sweep is in a minute.
+            logger.error("what has expired cannot be removed yet: %s", self._said(error))
+        self._swept_at = now
+        return False
 
     def _wait_for_engine(self, row: BatchRow, error: EngineUnavailable, recoveries: int) -> None:
         # Unless the next engine came up while this one's last results were being saved.
