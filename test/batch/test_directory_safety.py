@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -92,6 +93,26 @@ def test_a_database_older_than_the_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BatchDirectoryError, match=r"is older than .* 11 files"):
         BatchStore(tmp_path)
     assert contents(tmp_path / "files") == before
+
+
+def test_the_documented_way_to_go_on_with_an_older_database(tmp_path: Path) -> None:
+    if shutil.which("sqlite3") is None or shutil.which("bash") is None:
+        pytest.skip("this machine has no sqlite3 shell")
+    store = BatchStore(tmp_path)
+    kept = add(store, job(20))
+    for count in range(1, 12):
+        orphan(store, job(count))
+    path = store.directory.journal(new_batch_id())
+    path.write_bytes(Record(0, "output", {"custom_id": "r0"}).encode())
+    store.close()
+    page = Path(__file__).parents[2] / "docs" / "operations.md"
+    [script] = re.findall(r"```\n(mkdir -m 700 newer\n.*?)```", page.read_text(), re.DOTALL)
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True, timeout=20)
+    store = BatchStore(tmp_path)
+    assert store.content_of(kept).read_bytes() == job(20)
+    assert len(list((tmp_path / "newer").iterdir())) == 12
+    assert not (tmp_path / "lost").exists()
+    store.close()
 
 
 def test_a_journal_of_a_batch_that_is_not_known_is_refused(tmp_path: Path) -> None:

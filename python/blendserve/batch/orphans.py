@@ -79,10 +79,13 @@ def _lost(
     held = " and ".join(
         f"{count} {kind}" for count, kind in ((files, "files"), (journals, "journals")) if count
     )
-    named = f" ({', '.join(names[:_NAMED])}, ...)" if names else ""
+    if names is None:
+        remedy = "move files/ and journals/ to another place to begin anew"
+    else:
+        held += f" ({', '.join(names[:_NAMED])}, ...)"
+        remedy = "move those to another place to go on without them (docs/operations.md has how)"
     return BatchDirectoryError(
-        f"{what}: {directory.root} holds {held}{named} that it does not know. Was it restored or "
-        "copied without its -wal file? Nothing has been changed. Put the right blendserve.db and "
-        "its -wal file back; or move files/ and journals/ to another place to begin with what "
-        "the database knows."
+        f"{what}: {directory.root} holds {held} that it does not know. Was it restored or copied "
+        "without its -wal file? Nothing has been changed. Put the right blendserve.db and its "
+        f"-wal file back; or {remedy}."
     )
