@@ -87,7 +87,16 @@ def test_all_bad_lines_are_told_before_an_engine_starts(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(lines(5)))
+    odd = [{**line, "custom_id": f"odd{i}"} for i, line in enumerate(lines(30))]
+    for line in odd:
+        line["body"] = {**line["body"], "stream": True}
+    odd[0]["body"] = {**odd[0]["body"], "stream": False, "max_tokens": 8.0}
+    with source.open("ab") as more:
+        more.write(jsonl(odd))
     run = Run(tmp_path, "-i", str(source), "--dry-run", "--hardware", "h100-80g-sxm", "--json")
     assert run.end() == 0, run.said
+    assert "29 lines cannot run" in run.said
+    assert run.said.count("A batch cannot stream") == 29
+    assert json.loads(run.out)["requests"] == 6
     assert json.loads(run.out)["predicted_seconds"]["blend"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
