@@ -22,8 +22,11 @@ from blendserve.batch.orphans import refuse_empty_database
 from blendserve.batch.storage import DatabaseBusy
 from blendserve.batch.tables import SCHEMA_VERSION, STAGE_SQL, TERMINAL_STATUSES, Base
 
-# Together what a write waits at most for another process; a read waits for one of its kind only.
-_TURN_SECONDS, _BUSY_SECONDS = 2.0, 2.0
+# How long a write waits for those before it, and then for another process. The first is long: a
+# slow disk is no reason to refuse anything.
+_TURN_SECONDS, _BUSY_SECONDS = 20.0, 2.0
+BLOCK_ROWS = 500
+"""What one write changes at most where a time comes for many: it holds up all others."""
 _OLDEST_VERSION = 3
 
 
@@ -74,6 +77,12 @@ class Database:
     def transaction(self) -> Iterator[Session]:
         """One transaction: all of it durable at the end, or nothing. Within a `turn`."""
         with Session(self._writers, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A transaction in a turn of its own."""
+        with self.turn(), self.transaction() as session:
             yield session
 
     def _prepare_schema(self) -> None:

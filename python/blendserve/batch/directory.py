@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Prompts and answers are nobody else's business, whatever the umask.
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
+# What SQLite needs to open its log (a page of shared memory), and some more.
+_RESERVE_BYTES = 128 * 1024
 LOST_SECONDS = 7 * 86_400
 """How long what nothing refers to is kept in `lost/`."""
 
@@ -103,12 +105,19 @@ class BatchDirectory:
 
     def set_aside(self, path: Path) -> None:
         """Moves what nothing refers to into `lost/`, where it stays for LOST_SECONDS."""
-        self._lost.mkdir(FOLDER_MODE, exist_ok=True)
-        # Its time there is counted from now; a crash after this line has only made it younger.
-        os.utime(path)
-        os.replace(path, self._lost / path.name)
-        fsync_folder(self._lost)
+        self.keep(path)
+        path.unlink()
         logger.warning("%s belongs to nothing and was moved to %s", path, self._lost)
+
+    def keep(self, path: Path) -> None:
+        """Lets a file that is about to go stay in `lost/` for LOST_SECONDS."""
+        self._lost.mkdir(FOLDER_MODE, exist_ok=True)
+        target = self._lost / path.name
+        target.unlink(missing_ok=True)
+        # Its time there is counted from now.
+        os.utime(path)
+        os.link(path, target)
+        fsync_folder(self._lost)
 
     def clear_lost(self, now: float) -> None:
         """Removes what has been in `lost/` for long enough; `now` is in unix seconds."""
@@ -117,6 +126,26 @@ class BatchDirectory:
                 is_old = entry.stat(follow_symlinks=False).st_mtime + LOST_SECONDS < now
                 if is_old and entry.is_file(follow_symlinks=False):
                     os.unlink(entry.path)
+
+    def hold_reserve(self) -> None:
+        """Keeps some space, so that the next start need not find any."""
+        path = self.root / "reserve"
+        if path.exists():
+            return
+        try:
+            with open(path, "xb", opener=private_opener) as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+        except OSError:
+            # Full, for now. Half of it would be no help.
+            path.unlink(missing_ok=True)
+
+    def give_reserve(self) -> bool:
+        """Makes the reserved space free; False if there was none."""
+        try:
+            (self.root / "reserve").unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def require_present(self) -> None:
         """FileNotFoundError if the directory is not where it was: SQLite would not notice."""

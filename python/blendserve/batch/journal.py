@@ -142,7 +142,8 @@ class Journal:
         self._lock = threading.Lock()
         try:
             self._durable_bytes = _cut_torn_tail(self._fd)
-            os.fsync(self._fd)
+            if self._durable_bytes:
+                os.fsync(self._fd)
             fsync_folder(path.parent)
         except OSError:
             self.close()

@@ -7,6 +7,7 @@ than what lies beside it: nothing is touched then.
 
 from __future__ import annotations
 
+import logging
 import time
 
 from sqlalchemy import select
@@ -15,7 +16,9 @@ from sqlalchemy.orm import Session
 from blendserve.batch.directory import BatchDirectory, BatchDirectoryError
 from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, FileRow
 
-_MAX_LEFT_BY_CRASHES = 8
+logger = logging.getLogger(__name__)
+
+_MAX_LEFT_BY_CRASHES = 4
 _NAMED = 3
 
 
@@ -54,6 +57,12 @@ def clear_orphans(directory: BatchDirectory, session: Session) -> None:
             len(unknown),
             len(strange),
             sorted([*unknown, *(f"{batch_id}.jsonl" for batch_id in strange)]),
+        )
+    if owned - digests:
+        logger.warning(
+            "%d files that %s has are not in its folder any more: they cannot be downloaded",
+            len(owned - digests),
+            directory.database,
         )
     for digest in digests & (deleted - owned):
         directory.content(digest).unlink(missing_ok=True)

@@ -26,8 +26,8 @@ from blendserve.batch.objects import (
     progress_of,
 )
 from blendserve.batch.progress import Progress
-from blendserve.batch.stages import SavedRecords
 from blendserve.batch.store import BatchStore
+from blendserve.batch.surroundings import SavedRecords
 from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, FileRow
 from blendserve.batch.upload import Upload
 from blendserve.batch.windows import window_seconds
@@ -266,7 +266,7 @@ class BatchService:
         """The live counts, with why the batch waits if it does so for an engine."""
         if row.status != "in_progress" or row.ending is not None:
             return live
-        if live is not None and live.phase != "waiting":
+        if live is not None and live.phase == "running":
             return live
         note = self._worker.waits_for(row)
         if note is None:

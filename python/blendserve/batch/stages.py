@@ -8,86 +8,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
 
-from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import Executor, LineError, same_engine
-from blendserve.batch.job import BatchRun, JournalUnwritable, Offload
-from blendserve.batch.journal import Journal, Record, Tally, read_records, tally_journal
-from blendserve.batch.limits import BatchLimits
-from blendserve.batch.lines import FileLineSource, IdsOfInput
+from blendserve.batch.job import BatchRun, JournalUnwritable
+from blendserve.batch.journal import Journal, Record, Tally, read_records
+from blendserve.batch.lines import FileLineSource
 from blendserve.batch.objects import BatchFault
 from blendserve.batch.progress import Progress
 from blendserve.batch.publication import JournalIncomplete, Results, write_results
 from blendserve.batch.refusals import RefusalJournal
 from blendserve.batch.reuse import reused_records
-from blendserve.batch.store import BatchStore
+from blendserve.batch.surroundings import Surroundings, progress_of_tally
 from blendserve.batch.tables import BatchRow
 from blendserve.batch.turns import Turns
 from blendserve.batch.validation import ValidationStopped, Verdict, validate_file
 
 logger = logging.getLogger(__name__)
 
-SavedRecords = Callable[[str, Sequence[Record]], None]
-
 _UNFINISHED = {
     "cancelled": LineError("batch_cancelled", "The batch was cancelled before this request ran."),
     "expired": LineError("batch_expired", "The completion window closed before this request ran."),
     "failed": LineError("batch_failed", "The batch failed before this request ran."),
 }
-
-
-@dataclass
-class Surroundings:
-    """What all stages work with. `live` has the progress of open batches by id: written on the
-    event loop, read from any thread. `is_stopped` tells whether to let go of a batch, `in_order`
-    whether result files are sorted."""
-
-    store: BatchStore
-    executor: Executor
-    limits: BatchLimits
-    now: Callable[[], int]
-    offload: Offload
-    is_stopped: Callable[[str], bool]
-    on_saved: SavedRecords | None = None
-    in_order: bool = False
-    live: dict[str, Progress] = field(default_factory=dict)
-
-    async def take_up(self, row: BatchRow) -> None:
-        """Reads what the journal of a batch of an earlier process holds."""
-        try:
-            tally = await self.offload(self.read_journal, row)
-        except OSError as error:
-            # Whoever works on it will meet the same, and try again.
-            logger.error("the journal of %s cannot be read: %s", row.id, reason_of(error))
-            self.live[row.id] = Progress(total=row.total or 0)
-            return
-        self.live[row.id] = progress_of_tally(tally, recovered=tally.completed + tally.failed)
-        if tally.remaining == 0 and row.status == "in_progress":
-            # It needs no engine any more, whichever comes up.
-            await self.end(row, "completed", status="finalizing", finalizing_at=self.now())
-
-    def read_journal(self, row: BatchRow) -> Tally:
-        """What is done of a batch, made durable before it counts. Blocking."""
-        path = self.store.directory.journal(row.id)
-        if path.exists():
-            Journal(path).close()
-        with self.ids_of_input(row) as custom_id_of:
-            return tally_journal(path, row.total or 0, custom_id_of)
-
-    def ids_of_input(self, row: BatchRow) -> IdsOfInput:
-        """The custom_ids of a batch's input, to be closed."""
-        path = self.store.content_of(row.input_file_id)
-        return IdsOfInput(path, self.limits.max_line_bytes)
-
-    async def end(self, row: BatchRow, ending: str, **values: Any) -> None:
-        """Sends a running batch to its end, unless it heads for another already."""
-        await self.offload(
-            lambda: self.store.advance(row.id, ["in_progress"], ending=ending, **values)
-        )
 
 
 class Validation:
@@ -212,6 +158,7 @@ class Running:
         """Raises EngineUnavailable and JournalUnwritable: to be tried again; results are kept."""
         around = self._around
         path = around.store.directory.journal(row.id)
+        # Opening comes first: it cuts off a torn record, after which the rest may be read.
         journal = await around.offload(Journal, path)
         try:
             tally = await around.offload(around.read_journal, row)
@@ -319,11 +266,12 @@ class Publishing:
         # Nothing can be published, so what is done stays where whoever looks into it finds it.
         values |= {"status": "failed", "ending": "failed", "failed_at": around.now()}
         values["failed"] = row.total or 0
-        await around.offload(lambda: store.conclude(row.id, [], **values))
-        around.live.pop(row.id, None)
         journal = store.directory.journal(row.id)
         if await around.offload(journal.exists):
-            await around.offload(store.directory.set_aside, journal)
+            await around.offload(store.directory.keep, journal)
+        await around.offload(lambda: store.conclude(row.id, [], **values))
+        around.live.pop(row.id, None)
+        journal.unlink(missing_ok=True)
 
     def _publish(self, row: BatchRow, ending: str) -> None:
         around, store = self._around, self._around.store
@@ -369,18 +317,6 @@ def _final_values(results: Results) -> dict[str, Any]:
         "output_file_id": results.output and results.output[0].id,
         "error_file_id": results.error and results.error[0].id,
     }
-
-
-def progress_of_tally(tally: Tally, *, recovered: int) -> Progress:
-    """What a journal's tally says of a batch that waits to run."""
-    return Progress(
-        total=tally.total,
-        completed=tally.completed,
-        failed=tally.failed,
-        usage=tally.usage,
-        recovered=recovered,
-        suspects=len(tally.suspects),
-    )
 
 
 def other_engine_note(row: BatchRow, fingerprint: str) -> str | None:

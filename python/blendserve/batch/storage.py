@@ -60,16 +60,15 @@ class StorageFault:
         """For whoever runs the server: names the path, what is wrong, and what to do."""
         root, database, cause = self.database.parent, self.database, self.cause
         return {
-            "full": f"the disk of {root} is full ({cause}). Nothing in it is damaged: make space, "
-            "and start again.",
+            "full": f"the disk of {root} is full ({cause}). Nothing in it is damaged: make space.",
             "locked": f"{database} is locked by another process ({cause}), such as a backup or an "
-            "sqlite3 shell with an open transaction. End that, and start again.",
+            "sqlite3 shell with an open transaction. End that.",
             "damaged": f"{database} cannot be read, it is damaged ({cause}). Keep a copy of "
             f"{root}; then restore it from a backup, or give another --batch-dir.",
             "missing": f"{database} is not there any more ({cause}): it or its folder was moved "
-            "or removed. Put it back, and start again.",
+            "or removed. Put it back, and start the server again.",
             "handles": f"{root} cannot be used: too many open files ({cause}). Raise the limit "
-            "(`ulimit -n`, systemd's LimitNOFILE), and start again.",
+            "(`ulimit -n`, systemd's LimitNOFILE), and start the server again.",
             "denied": f"cannot use {root} as the batch directory: {cause}. Give a folder that "
             "this user may write to.",
             "failing": f"the disk of {root} fails ({cause}). The system's log tells more; nothing "

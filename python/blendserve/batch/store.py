@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import exists, func, or_, select, text, update
+from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
-from blendserve.batch.database import Database
+from blendserve.batch.backlog import Backlog
+from blendserve.batch.database import BLOCK_ROWS, Database
 from blendserve.batch.directory import BatchDirectory, BatchDirectoryError, Draft
 from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
 from blendserve.batch.orphans import clear_orphans
@@ -23,28 +25,18 @@ from blendserve.batch.tables import (
     STAGES,
     TERMINAL_STATUSES,
     BatchRow,
-    BatchStage,
     FileRow,
     IdempotencyRow,
 )
 
+logger = logging.getLogger(__name__)
+
 Row = TypeVar("Row", FileRow, BatchRow)
 
-# What one write changes at most where a time comes for many: it holds up all others.
-_BLOCK_ROWS = 500
 _ROOM_RETRY_SECONDS = 60
 _STAMPS = (
     *("created_at", "in_progress_at", "finalizing_at", "cancelling_at"),
     *(f"{status}_at" for status in TERMINAL_STATUSES),
-)
-# One seek of the index for each tenant, however many batches each has.
-_TENANTS_WITH = text(
-    "WITH RECURSIVE t(tenant) AS ("
-    " SELECT min(tenant) FROM batches WHERE stage = :stage"
-    " UNION ALL"
-    " SELECT (SELECT min(tenant) FROM batches WHERE stage = :stage AND tenant > t.tenant)"
-    " FROM t WHERE t.tenant IS NOT NULL)"
-    " SELECT tenant FROM t WHERE tenant IS NOT NULL"
 )
 
 
@@ -58,23 +50,17 @@ class BatchStore:
 
     def __init__(self, batch_dir: str | os.PathLike[str]) -> None:
         self.directory = BatchDirectory(batch_dir)
-        self._database: Database | None = None
-        try:
-            self._database = Database(self.directory)
+        with _opening(self.directory) as undo:
+            self._database = _open_database(self.directory)
+            undo.callback(self._database.close)
             with self._reading() as session:
                 clear_orphans(self.directory, session)
-        except (OSError, DBAPIError) as error:
-            self.close()
-            fault = storage_fault(error, self.directory.database)
-            raise BatchDirectoryError(fault.remedy if fault else str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+            self.directory.hold_reserve()
+        self.backlog = Backlog(self._database)
 
     def close(self) -> None:
         """Closes the database and gives the directory free."""
-        if self._database is not None:
-            self._database.close()
+        self._database.close()
         self.directory.close()
 
     # -- files
@@ -145,6 +131,30 @@ class BatchStore:
                     )
                 row.deleted_at = now
             self._remove_unowned([row.sha256])
+
+    def bury_expired(self, now: int) -> bool:
+        """Deletes files past their time that no open batch reads, a block of them.
+
+        Returns:
+            Whether there may be more.
+        """
+        due = (
+            select(FileRow.seq)
+            .where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now, ~_has_open_reader())
+            .limit(BLOCK_ROWS)
+        )
+        with self._reading() as session:
+            if session.scalar(due.limit(1)) is None:
+                return False
+        bury = update(FileRow).where(FileRow.seq.in_(due.scalar_subquery()))
+        with self._turn():
+            with self._transaction() as session:
+                digests = session.scalars(
+                    bury.values(deleted_at=now).returning(FileRow.sha256),
+                    execution_options={"synchronize_session": False},
+                ).all()
+            self._remove_unowned(digests)
+        return len(digests) == BLOCK_ROWS
 
     # -- batches
 
@@ -220,63 +230,6 @@ class BatchStore:
                 query = query.where(BatchRow.seq < _cursor(session, BatchRow, after, tenant))
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
 
-    def next_batch(
-        self,
-        stage: BatchStage,
-        in_turn: Callable[[Sequence[str]], Sequence[str]],
-        *,
-        without: Collection[str] = (),
-        fingerprint: str | None = None,
-    ) -> BatchRow | None:
-        """The batch that is next in a stage; of each tenant the one whose window closes first.
-
-        `in_turn` sorts the tenants that have any. `without`: ids of a few that are taken. With a
-        `fingerprint` only batches of that engine count. The work does not grow with their number.
-        """
-        query = select(BatchRow).where(BatchRow.stage == stage, BatchRow.id.not_in(without))
-        if fingerprint is not None:
-            query = query.where(BatchRow.fingerprint == fingerprint)
-        order = (BatchRow.fingerprint, BatchRow.expires_at, BatchRow.seq)
-        with self._reading() as session:
-            tenants = session.scalars(_TENANTS_WITH, {"stage": stage}).all()
-            for tenant in in_turn(tenants):
-                of_tenant = query.where(BatchRow.tenant == tenant).order_by(*order).limit(1)
-                if (row := session.scalar(of_tenant)) is not None:
-                    return row
-        return None
-
-    def unfinished_batches(self, after_seq: int) -> Sequence[BatchRow]:
-        """A block of the batches that have been validated and are not at their end, by `seq`."""
-        query = select(BatchRow).where(
-            BatchRow.status.in_(OPEN_STATUSES),
-            BatchRow.total.is_not(None),
-            BatchRow.seq > after_seq,
-        )
-        with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.seq).limit(_BLOCK_ROWS)).all()
-
-    def adopt(self, fingerprint: str) -> int:
-        """Gives this engine the open batches of an earlier release that wait for one of its name.
-
-        Returns:
-            How many open batches wait for other engines.
-        """
-        name = fingerprint.rpartition("@")[0]
-        waiting = select(BatchRow.id).where(BatchRow.stage == "run")
-        with self._reading() as session:
-            unbound = waiting.where(BatchRow.fingerprint == f"{name}@").limit(1)
-            adopts = bool(name) and session.scalar(unbound) is not None
-        if adopts:
-            with self._writing() as session:
-                session.execute(
-                    update(BatchRow)
-                    .where(BatchRow.stage == "run", BatchRow.fingerprint == f"{name}@")
-                    .values(fingerprint=fingerprint)
-                )
-        others = waiting.where(BatchRow.fingerprint != fingerprint).subquery()
-        with self._reading() as session:
-            return session.scalar(select(func.count()).select_from(others)) or 0
-
     def answered_batches(self, like: BatchRow, fingerprint: str) -> Sequence[BatchRow]:
         """Ended batches whose answers `like` could have got from this engine, newest first."""
         query = select(BatchRow).where(
@@ -306,56 +259,6 @@ class BatchStore:
                 _assign(row, values)
             return row
 
-    def expire_overdue(self, now: int) -> Sequence[str]:
-        """Sends batches past their completion window to the ending `expired`: a block of them."""
-        due = (
-            select(BatchRow.seq)
-            .where(BatchRow.stage.in_(("validate", "run")), BatchRow.expires_at <= now)
-            .limit(_BLOCK_ROWS)
-        )
-        with self._reading() as session:
-            if session.scalar(due.limit(1)) is None:
-                return []
-        expire = update(BatchRow).where(BatchRow.seq.in_(due.scalar_subquery()))
-        with self._writing() as session:
-            return session.scalars(
-                expire.values(ending="expired").returning(BatchRow.id),
-                execution_options={"synchronize_session": False},
-            ).all()
-
-    def next_expiry(self) -> int | None:
-        """When the first of the batches expires that wait or run, in unix seconds."""
-        with self._reading() as session:
-            firsts = [
-                session.scalar(select(func.min(BatchRow.expires_at)).where(BatchRow.stage == stage))
-                for stage in ("validate", "run")
-            ]
-        return min((first for first in firsts if first is not None), default=None)
-
-    def bury_expired(self, now: int) -> bool:
-        """Deletes files past their time that no open batch reads, a block of them.
-
-        Returns:
-            Whether there may be more.
-        """
-        due = (
-            select(FileRow.seq)
-            .where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now, ~_has_open_reader())
-            .limit(_BLOCK_ROWS)
-        )
-        with self._reading() as session:
-            if session.scalar(due.limit(1)) is None:
-                return False
-        bury = update(FileRow).where(FileRow.seq.in_(due.scalar_subquery()))
-        with self._turn():
-            with self._transaction() as session:
-                digests = session.scalars(
-                    bury.values(deleted_at=now).returning(FileRow.sha256),
-                    execution_options={"synchronize_session": False},
-                ).all()
-            self._remove_unowned(digests)
-        return len(digests) == _BLOCK_ROWS
-
     def conclude(
         self, batch_id: str, files: Sequence[tuple[FileRow, Draft]], **values: Any
     ) -> None:
@@ -367,23 +270,19 @@ class BatchStore:
 
     # -- inside
 
-    def _opened(self) -> Database:
-        assert self._database is not None
-        return self._database
-
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        with self._opened().reading() as session:
+        with self._database.reading() as session:
             yield session
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        with self._opened().turn():
+        with self._database.turn():
             yield
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
-        with self._opened().transaction() as session:
+        with self._database.transaction() as session:
             yield session
 
     @contextmanager
@@ -417,6 +316,31 @@ class BatchStore:
             owned = set(session.scalars(query))
         for digest in set(digests) - owned:
             self.directory.content(digest).unlink(missing_ok=True)
+
+
+def _open_database(directory: BatchDirectory) -> Database:
+    try:
+        return Database(directory)
+    except (OSError, DBAPIError) as error:
+        fault = storage_fault(error, directory.database)
+        if fault is None or fault.kind != "full" or not directory.give_reserve():
+            raise
+        # On a full disk nothing new can be taken in, but what is there can be read.
+        logger.error("%s", fault.remedy)
+        return Database(directory)
+
+
+@contextmanager
+def _opening(directory: BatchDirectory) -> Iterator[ExitStack]:
+    """Gives the directory free if what comes next fails, and says why in words."""
+    with ExitStack() as undo:
+        undo.callback(directory.close)
+        try:
+            yield undo
+        except (OSError, DBAPIError) as error:
+            fault = storage_fault(error, directory.database)
+            raise BatchDirectoryError(fault.remedy if fault else str(error)) from error
+        undo.pop_all()
 
 
 def _is_expired(row: FileRow, now: int) -> bool:

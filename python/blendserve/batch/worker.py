@@ -28,13 +28,12 @@ from blendserve.batch.progress import Progress
 from blendserve.batch.stages import (
     Publishing,
     Running,
-    SavedRecords,
-    Surroundings,
     Validation,
     other_engine_note,
 )
 from blendserve.batch.storage import storage_fault
 from blendserve.batch.store import BatchStore
+from blendserve.batch.surroundings import SavedRecords, Surroundings
 from blendserve.batch.tables import BatchRow, BatchStage
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ _MAX_PAUSE_SECONDS = 60.0
 _SWEEP_SECONDS = 60
 _MAX_TRIES = 3
 # Batches that wait for another try. When there are more, it is not for their own sake.
-_MAX_WAITING_FOR_RETRY = 32
+_MAX_BACKING_OFF = 32
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class BatchWorker:
         self._runs: dict[str, _Run] = {}
         self._interrupted: set[str] = set()
         self._yielding: set[str] = set()
-        self._retry_at: dict[str, float] = {}
+        self._backing_off: set[str] = set()
         self._tries: Counter[str] = Counter()
         self._last_tenant: dict[BatchStage, str] = {}
         self._swept_at: int | None = None
@@ -112,7 +111,7 @@ class BatchWorker:
     async def start(self) -> None:
         """Reads what the journals hold, and takes up every open batch."""
         last = 0
-        while rows := await self._offload(self._store.unfinished_batches, last):
+        while rows := await self._offload(self._store.backlog.unfinished_batches, last):
             for row in rows:
                 await self._around.take_up(row)
             last = rows[-1].seq
@@ -163,26 +162,25 @@ class BatchWorker:
                 busy = await step()
                 pause = None if busy else await self._pause_seconds()
             except Exception as error:
-                logger.error("the batch store fails, trying again: %s", reason_of(error))
+                logger.error("trying again: %s", self._said(error))
                 busy, pause = False, self._retry_seconds
             if not busy:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(wake.wait(), pause)
 
     async def _pause_seconds(self) -> float:
-        """How long nothing can happen by itself: until a retry or an expiry is due."""
-        clock = asyncio.get_running_loop().time()
-        waits = [max(0.0, due - clock) for due in self._retry_at.values()]
-        expiry = await self._offload(self._store.next_expiry)
-        if expiry is not None:
-            waits.append(max(0.0, expiry - self._now()) + 0.05)
-        return min([_MAX_PAUSE_SECONDS, *waits])
+        """How long nothing can happen by itself: until an expiry is due."""
+        expiry = await self._offload(self._store.backlog.next_expiry)
+        if expiry is None:
+            return _MAX_PAUSE_SECONDS
+        return min(_MAX_PAUSE_SECONDS, max(0.0, expiry - self._now()) + 0.05)
 
     async def _validate_next(self) -> bool:
         if self._waits_for_engine:
             return False
         async with self._claim(await self._next("validate")) as row:
             if row is not None:
+                self._last_tenant["validate"] = row.tenant
                 recoveries = self._recoveries
                 try:
                     await self._validation.carry_out(row)
@@ -201,7 +199,7 @@ class BatchWorker:
             self._waits_for_engine = True
             return False
         if fingerprint != self._engine_seen:
-            others = await self._offload(self._store.adopt, fingerprint)
+            others = await self._offload(self._store.backlog.adopt, fingerprint)
             if others:
                 logger.warning(
                     "%d batches were begun with other engines than %s, and wait for theirs",
@@ -216,6 +214,7 @@ class BatchWorker:
             if not self._yielding:
                 self._make_room(row)
             return False
+        self._last_tenant["run"] = row.tenant
         self._runs[row.id] = _Run(row, asyncio.create_task(self._run(row)))
         return True
 
@@ -232,7 +231,7 @@ class BatchWorker:
                 if current is not None:
                     await self._run_claimed(current)
         except Exception as error:
-            logger.error("the batch store fails, trying again: %s", reason_of(error))
+            logger.error("%s fails for now, trying again: %s", row.id, self._said(error))
             self._back_off(row)
         finally:
             del self._runs[row.id]
@@ -251,12 +250,13 @@ class BatchWorker:
             self._back_off(row)
 
     async def _publish_next(self) -> bool:
-        overdue = await self._offload(self._store.expire_overdue, self._now())
+        overdue = await self._offload(self._store.backlog.expire_overdue, self._now())
         if overdue:
             self.interrupt(overdue)
         more = await self._sweep()
         async with self._claim(await self._next("publish")) as row:
             if row is not None:
+                self._last_tenant["publish"] = row.tenant
                 await self._publishing.carry_out(row)
                 self._interrupted.discard(row.id)
                 return True
@@ -267,11 +267,16 @@ class BatchWorker:
         now = self._now()
         if self._swept_at is not None and abs(now - self._swept_at) < _SWEEP_SECONDS:
             return False
-        more = await self._offload(self._store.bury_expired, now)
-        if not more:
+        try:
+            if await self._offload(self._store.bury_expired, now):
+                return True
             await self._offload(self._store.directory.clear_lost, now)
-            self._swept_at = now
-        return more
+            await self._offload(self._store.directory.hold_reserve)
+        except Exception as error:
+            # Batches end all the same; the next sweep is in a minute.
+            logger.error("what has expired cannot be removed yet: %s", self._said(error))
+        self._swept_at = now
+        return False
 
     def _wait_for_engine(self, row: BatchRow, error: EngineUnavailable, recoveries: int) -> None:
         # Unless the next engine came up while this one's last results were being saved.
@@ -284,23 +289,18 @@ class BatchWorker:
 
     async def _next(self, stage: BatchStage, fingerprint: str | None = None) -> BatchRow | None:
         """The batch of a stage that is next, of those that nobody holds."""
-        clock = asyncio.get_running_loop().time()
-        self._retry_at = {name: due for name, due in self._retry_at.items() if due > clock}
-        if len(self._retry_at) >= _MAX_WAITING_FOR_RETRY:
+        if len(self._backing_off) >= _MAX_BACKING_OFF:
             return None
         last = self._last_tenant.get(stage)
         running = Counter(run.row.tenant for run in self._runs.values() if stage == "run")
-        row = await self._offload(
-            lambda: self._store.next_batch(
+        return await self._offload(
+            lambda: self._store.backlog.next_batch(
                 stage,
                 lambda tenants: in_turn(tenants, last, running),
-                without=[*self._held, *self._retry_at, *self._runs],
+                without=[*self._held, *self._backing_off, *self._runs],
                 fingerprint=fingerprint,
             )
         )
-        if row is not None:
-            self._last_tenant[stage] = row.tenant
-        return row
 
     @contextlib.asynccontextmanager
     async def _claim(self, row: BatchRow | None) -> AsyncIterator[BatchRow | None]:
@@ -331,19 +331,27 @@ class BatchWorker:
 
     async def _try_again(self, row: BatchRow, error: Exception) -> None:
         """Lets it wait for another try. Ends it after some, unless the storage is to blame."""
-        database = self._store.directory.database
-        if storage_fault(error, database) is None:
+        if storage_fault(error, self._store.directory.database) is None:
             self._tries[row.id] += 1
         if self._tries[row.id] < _MAX_TRIES:
-            logger.error("%s fails for now, trying again: %s", row.id, reason_of(error))
+            logger.error("%s fails for now, trying again: %s", row.id, self._said(error))
             self._back_off(row)
             return
-        logger.error("%s fails for good: %s", row.id, reason_of(error))
+        logger.error("%s fails for good: %s", row.id, self._said(error))
         await self._publishing.give_up(row, error)
         del self._tries[row.id]
 
+    def _said(self, error: Exception) -> str:
+        fault = storage_fault(error, self._store.directory.database)
+        return fault.remedy if fault is not None else reason_of(error)
+
     def _back_off(self, row: BatchRow) -> None:
-        self._retry_at[row.id] = asyncio.get_running_loop().time() + self._retry_seconds
+        def try_again() -> None:
+            self._backing_off.discard(row.id)
+            self.wake()
+
+        self._backing_off.add(row.id)
+        asyncio.get_running_loop().call_later(self._retry_seconds, try_again)
 
     async def _offload(self, function: Callable[..., Result], *args: Any) -> Result:
         loop = asyncio.get_running_loop()

@@ -255,6 +255,10 @@ def _raise_if_failed(batch: BatchObject) -> None:
 def _place(source: Path, target: Path) -> None:
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
+        # What was asked for has the mode that the user's files have; the state is private.
+        draft.touch()
+        mode = draft.stat().st_mode
+        draft.unlink()
         try:
             os.link(source, draft)
         except OSError:
@@ -262,6 +266,7 @@ def _place(source: Path, target: Path) -> None:
             shutil.copyfile(source, draft)
             with draft.open("rb") as written:
                 os.fsync(written.fileno())
+        draft.chmod(mode)
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)
