@@ -62,11 +62,13 @@ def sampling() -> Iterator[Body]:
         "repetition_penalty",
         "n",
         "seed",
-        "max_tokens",
         "min_tokens",
         "priority",
     ):
         yield from _one_each(name, _NUMBERS)
+    for number in _NUMBERS:
+        # Without the limit of the others the answer ends at its first character.
+        yield {"max_tokens": number, "stop_regex": "."}
     yield from (
         {"n": 129},
         {"n": 10_000},
@@ -735,7 +737,7 @@ def responses() -> Iterator[Body]:
     for more in (
         *_one_each("temperature", _NUMBERS),
         *_one_each("top_p", _NUMBERS),
-        *_one_each("max_output_tokens", _NUMBERS),
+        *_one_each("max_output_tokens", (-1, 0, 3.7, "8", True, [], 2**70)),
         *_one_each("top_logprobs", (*_NUMBERS, 20, 21, 100_000)),
         *_one_each("instructions", (*_SHAPES, "x" * 20_000, [_say()])),
         *_one_each("metadata", (*_SHAPES, {"a": 1}, nested(300), nested(990))),

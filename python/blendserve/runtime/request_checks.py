@@ -22,8 +22,10 @@ _VOCABULARY = "the vocabulary"
 
 _MAX_SEQUENCES = 128
 _MAX_ID_CHARACTERS = 512
-# Each is a list of three Python objects, in two processes; so many take about a gigabyte.
-_MAX_LOGPROBS = 2**22
+# OpenAI's limit. As many may be had of each token of the longest answer.
+_MANY_LOGPROBS = 20
+# More of each, no more than so many in all: SGLang's event loop needs up to 70 microseconds for one.
+_MAX_LOGPROBS = 2**18
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _check_logprobs(request: Any, limits: ModelLimits) -> None:
     if request.logprob_start_len >= 0:
         places += max(prompt - request.logprob_start_len, 0)
     each = max(request.top_logprobs_num, len(request.token_ids_logprob or ()))
-    if places * each > _MAX_LOGPROBS:
+    if each > _MANY_LOGPROBS and places * each > _MAX_LOGPROBS:
         raise ValueError(
             f"{each} logprobs for each of up to {places} tokens are more than {_MAX_LOGPROBS} in "
             "all. Ask for fewer, or set max_tokens lower."
