@@ -20,6 +20,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         kind: str = "invalid_request_error",
+        retry_after_seconds: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status_code = status_code
@@ -27,6 +28,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.kind = kind
+        self.retry_after_seconds = retry_after_seconds
 
 
 def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> ApiError:

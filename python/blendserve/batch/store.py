@@ -3,60 +3,78 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import create_engine, event, func, select
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import exists, func, or_, select, text, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
 
+from blendserve.batch.database import Database
 from blendserve.batch.directory import BatchDirectory, BatchDirectoryError, Draft
-from blendserve.batch.errors import bad_request, conflict, not_found
+from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
+from blendserve.batch.orphans import clear_orphans
+from blendserve.batch.storage import storage_fault
 from blendserve.batch.tables import (
-    SCHEMA_VERSION,
+    OPEN_STATUSES,
+    STAGES,
     TERMINAL_STATUSES,
-    Base,
     BatchRow,
+    BatchStage,
     FileRow,
     IdempotencyRow,
 )
 
 Row = TypeVar("Row", FileRow, BatchRow)
 
+# What one write changes at most where a time comes for many: it holds up all others.
+_BLOCK_ROWS = 500
+_ROOM_RETRY_SECONDS = 60
+_STAMPS = (
+    *("created_at", "in_progress_at", "finalizing_at", "cancelling_at"),
+    *(f"{status}_at" for status in TERMINAL_STATUSES),
+)
+# One seek of the index for each tenant, however many batches each has.
+_TENANTS_WITH = text(
+    "WITH RECURSIVE t(tenant) AS ("
+    " SELECT min(tenant) FROM batches WHERE stage = :stage"
+    " UNION ALL"
+    " SELECT (SELECT min(tenant) FROM batches WHERE stage = :stage AND tenant > t.tenant)"
+    " FROM t WHERE t.tenant IS NOT NULL)"
+    " SELECT tenant FROM t WHERE tenant IS NOT NULL"
+)
+
 
 class BatchStore:
     """The objects of one batch directory. Every method may be called from any thread.
 
     Rows are handed out detached: they are snapshots, and changing one changes nothing. Raises
-    BatchDirectoryError if the directory is in use, not writable, or of another schema version.
+    BatchDirectoryError if the directory is in use, not usable, of a schema that is not known, or
+    if its database lacks what lies beside it. Every call may raise what `storage_fault` knows.
     """
 
     def __init__(self, batch_dir: str | os.PathLike[str]) -> None:
         self.directory = BatchDirectory(batch_dir)
-        # One process owns the directory, so a lock of ours orders the writers: SQLite then never
-        # has to answer "database is locked".
-        self._write_lock = threading.Lock()
-        self._engine = create_engine(f"sqlite:///{self.directory.database}")
-        event.listen(self._engine, "connect", _configure_connection)
+        self._database: Database | None = None
         try:
-            self._prepare_schema()
-            self._remove_orphans()
-        except DatabaseError as error:
+            self._database = Database(self.directory)
+            with self._reading() as session:
+                clear_orphans(self.directory, session)
+        except (OSError, DBAPIError) as error:
             self.close()
-            raise BatchDirectoryError(
-                f"{self.directory.database} cannot be read ({type(error.orig).__name__}: "
-                f"{error.orig}). Restore it from a backup, or give another --batch-dir."
-            ) from error
+            fault = storage_fault(error, self.directory.database)
+            raise BatchDirectoryError(fault.remedy if fault else str(error)) from error
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Closes the database and gives the directory free."""
-        self._engine.dispose()
+        if self._database is not None:
+            self._database.close()
         self.directory.close()
 
     # -- files
@@ -79,12 +97,10 @@ class BatchStore:
             row = session.scalar(
                 select(FileRow).where(FileRow.id == file_id, FileRow.tenant == tenant)
             )
-            gone = row is None or row.deleted_at is not None
-            if row is None or gone:
+            if row is None or row.deleted_at is not None:
                 return None
             if not _is_expired(row, now) or _is_in_use(session, file_id):
                 return row
-        self._bury_expired(now)
         return None
 
     def list_files(
@@ -98,8 +114,11 @@ class BatchStore:
         purpose: str | None,
     ) -> tuple[Sequence[FileRow], bool]:
         """One page of the files, and whether there are more. ApiError 400 on an unknown cursor."""
-        self._bury_expired(now)
-        query = select(FileRow).where(FileRow.tenant == tenant, FileRow.deleted_at.is_(None))
+        query = select(FileRow).where(
+            FileRow.tenant == tenant,
+            FileRow.deleted_at.is_(None),
+            or_(FileRow.expires_at.is_(None), FileRow.expires_at > now, _has_open_reader()),
+        )
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         with self._reading() as session:
@@ -111,7 +130,7 @@ class BatchStore:
 
     def delete_file(self, file_id: str, now: int) -> None:
         """Deletes a file. ApiError 404 if there is none, 409 while a batch reads it."""
-        with self._write_lock:
+        with self._turn():
             with self._transaction() as session:
                 row = session.scalar(
                     select(FileRow).where(FileRow.id == file_id, FileRow.deleted_at.is_(None))
@@ -130,12 +149,17 @@ class BatchStore:
     # -- batches
 
     def add_batch(
-        self, row: BatchRow, *, now: int, idempotency: tuple[str, str] | None = None
+        self,
+        row: BatchRow,
+        *,
+        now: int,
+        max_open: int,
+        idempotency: tuple[str, str] | None = None,
     ) -> BatchRow:
         """Creates a batch, or finds the one that the same idempotency key has created before.
 
         `idempotency` is (key, sha256 of the request). ApiError 404 if the input file is gone, 409
-        if the key came with another request.
+        if the key came with another request, 429 if the tenant has `max_open` open batches.
         """
         with self._writing() as session:
             if idempotency is not None:
@@ -166,6 +190,7 @@ class BatchStore:
                     code="invalid_file_purpose",
                     param="input_file_id",
                 )
+            _require_room(session, row.tenant, max_open)
             session.add(row)
             session.flush()
             if idempotency is not None:
@@ -195,19 +220,62 @@ class BatchStore:
                 query = query.where(BatchRow.seq < _cursor(session, BatchRow, after, tenant))
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
 
-    def open_batches(self, status: str) -> Sequence[BatchRow]:
-        """Batches in `status` that head for no ending yet; whose window closes first is first."""
-        query = select(BatchRow).where(BatchRow.status == status, BatchRow.ending.is_(None))
-        with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.expires_at, BatchRow.seq)).all()
+    def next_batch(
+        self,
+        stage: BatchStage,
+        in_turn: Callable[[Sequence[str]], Sequence[str]],
+        *,
+        without: Collection[str] = (),
+        fingerprint: str | None = None,
+    ) -> BatchRow | None:
+        """The batch that is next in a stage; of each tenant the one whose window closes first.
 
-    def ending_batches(self) -> Sequence[BatchRow]:
-        """Batches that head for an ending and are not there yet, oldest first."""
+        `in_turn` sorts the tenants that have any. `without`: ids of a few that are taken. With a
+        `fingerprint` only batches of that engine count. The work does not grow with their number.
+        """
+        query = select(BatchRow).where(BatchRow.stage == stage, BatchRow.id.not_in(without))
+        if fingerprint is not None:
+            query = query.where(BatchRow.fingerprint == fingerprint)
+        order = (BatchRow.fingerprint, BatchRow.expires_at, BatchRow.seq)
+        with self._reading() as session:
+            tenants = session.scalars(_TENANTS_WITH, {"stage": stage}).all()
+            for tenant in in_turn(tenants):
+                of_tenant = query.where(BatchRow.tenant == tenant).order_by(*order).limit(1)
+                if (row := session.scalar(of_tenant)) is not None:
+                    return row
+        return None
+
+    def unfinished_batches(self, after_seq: int) -> Sequence[BatchRow]:
+        """A block of the batches that have been validated and are not at their end, by `seq`."""
         query = select(BatchRow).where(
-            BatchRow.status.not_in(TERMINAL_STATUSES), BatchRow.ending.is_not(None)
+            BatchRow.status.in_(OPEN_STATUSES),
+            BatchRow.total.is_not(None),
+            BatchRow.seq > after_seq,
         )
         with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.seq)).all()
+            return session.scalars(query.order_by(BatchRow.seq).limit(_BLOCK_ROWS)).all()
+
+    def adopt(self, fingerprint: str) -> int:
+        """Gives this engine the open batches of an earlier release that wait for one of its name.
+
+        Returns:
+            How many open batches wait for other engines.
+        """
+        name = fingerprint.rpartition("@")[0]
+        waiting = select(BatchRow.id).where(BatchRow.stage == "run")
+        with self._reading() as session:
+            unbound = waiting.where(BatchRow.fingerprint == f"{name}@").limit(1)
+            adopts = bool(name) and session.scalar(unbound) is not None
+        if adopts:
+            with self._writing() as session:
+                session.execute(
+                    update(BatchRow)
+                    .where(BatchRow.stage == "run", BatchRow.fingerprint == f"{name}@")
+                    .values(fingerprint=fingerprint)
+                )
+        others = waiting.where(BatchRow.fingerprint != fingerprint).subquery()
+        with self._reading() as session:
+            return session.scalar(select(func.count()).select_from(others)) or 0
 
     def answered_batches(self, like: BatchRow, fingerprint: str) -> Sequence[BatchRow]:
         """Ended batches whose answers `like` could have got from this engine, newest first."""
@@ -239,23 +307,54 @@ class BatchStore:
             return row
 
     def expire_overdue(self, now: int) -> Sequence[str]:
-        """Sends running batches that are past their completion window to the ending `expired`."""
-        query = select(BatchRow).where(
-            BatchRow.status == "in_progress", BatchRow.ending.is_(None), BatchRow.expires_at <= now
-        )
-        with self._writing() as session:
-            rows = session.scalars(query).all()
-            for row in rows:
-                row.ending = "expired"
-            return [row.id for row in rows]
-
-    def next_expiry(self) -> int | None:
-        """When the first of the running batches expires, in unix seconds."""
-        query = select(func.min(BatchRow.expires_at)).where(
-            BatchRow.status == "in_progress", BatchRow.ending.is_(None)
+        """Sends batches past their completion window to the ending `expired`: a block of them."""
+        due = (
+            select(BatchRow.seq)
+            .where(BatchRow.stage.in_(("validate", "run")), BatchRow.expires_at <= now)
+            .limit(_BLOCK_ROWS)
         )
         with self._reading() as session:
-            return session.scalar(query)
+            if session.scalar(due.limit(1)) is None:
+                return []
+        expire = update(BatchRow).where(BatchRow.seq.in_(due.scalar_subquery()))
+        with self._writing() as session:
+            return session.scalars(
+                expire.values(ending="expired").returning(BatchRow.id),
+                execution_options={"synchronize_session": False},
+            ).all()
+
+    def next_expiry(self) -> int | None:
+        """When the first of the batches expires that wait or run, in unix seconds."""
+        with self._reading() as session:
+            firsts = [
+                session.scalar(select(func.min(BatchRow.expires_at)).where(BatchRow.stage == stage))
+                for stage in ("validate", "run")
+            ]
+        return min((first for first in firsts if first is not None), default=None)
+
+    def bury_expired(self, now: int) -> bool:
+        """Deletes files past their time that no open batch reads, a block of them.
+
+        Returns:
+            Whether there may be more.
+        """
+        due = (
+            select(FileRow.seq)
+            .where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now, ~_has_open_reader())
+            .limit(_BLOCK_ROWS)
+        )
+        with self._reading() as session:
+            if session.scalar(due.limit(1)) is None:
+                return False
+        bury = update(FileRow).where(FileRow.seq.in_(due.scalar_subquery()))
+        with self._turn():
+            with self._transaction() as session:
+                digests = session.scalars(
+                    bury.values(deleted_at=now).returning(FileRow.sha256),
+                    execution_options={"synchronize_session": False},
+                ).all()
+            self._remove_unowned(digests)
+        return len(digests) == _BLOCK_ROWS
 
     def conclude(
         self, batch_id: str, files: Sequence[tuple[FileRow, Draft]], **values: Any
@@ -268,19 +367,28 @@ class BatchStore:
 
     # -- inside
 
+    def _opened(self) -> Database:
+        assert self._database is not None
+        return self._database
+
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._opened().reading() as session:
+            yield session
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._opened().turn():
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        with self._opened().transaction() as session:
             yield session
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        with self._write_lock, self._transaction() as session:
-            yield session
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._turn(), self._transaction() as session:
             yield session
 
     @contextmanager
@@ -290,7 +398,7 @@ class BatchStore:
             draft.settle()
         # From when the bytes are in place until a row owns them, nobody may delete the same bytes
         # of another file: the lock spans both.
-        with self._write_lock:
+        with self._turn():
             try:
                 for row, draft in files:
                     self.directory.publish(draft, row.sha256)
@@ -310,54 +418,6 @@ class BatchStore:
         for digest in set(digests) - owned:
             self.directory.content(digest).unlink(missing_ok=True)
 
-    def _prepare_schema(self) -> None:
-        with self._engine.connect() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if version == 0:
-            Base.metadata.create_all(self._engine)
-            with self._engine.begin() as connection:
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION:
-            raise BatchDirectoryError(
-                f"{self.directory.database} has schema version {version}, and this program knows "
-                f"version {SCHEMA_VERSION}. Use the program that wrote it, or give another "
-                "--batch-dir."
-            )
-
-    def _remove_orphans(self) -> None:
-        """Removes bytes that no object owns: a crash came between the two."""
-        with self._reading() as session:
-            owned = set(session.scalars(select(FileRow.sha256).where(FileRow.deleted_at.is_(None))))
-            unfinished = set(
-                session.scalars(
-                    select(BatchRow.id).where(BatchRow.status.not_in(TERMINAL_STATUSES))
-                )
-            )
-        for digest in self.directory.stored_digests():
-            if digest not in owned:
-                self.directory.content(digest).unlink(missing_ok=True)
-        for batch_id in self.directory.stored_journal_ids():
-            if batch_id not in unfinished:
-                self.directory.journal(batch_id).unlink(missing_ok=True)
-
-    def _bury_expired(self, now: int) -> None:
-        query = select(FileRow).where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now)
-        with self._reading() as session:
-            if session.scalar(query.limit(1)) is None:
-                return
-        with self._write_lock:
-            with self._transaction() as session:
-                rows = [row for row in session.scalars(query) if not _is_in_use(session, row.id)]
-                for row in rows:
-                    row.deleted_at = now
-            self._remove_unowned([row.sha256 for row in rows])
-
-
-def _configure_connection(connection: Any, _record: Any) -> None:
-    # FULL: a status that a client has seen survives a power cut as well as a kill.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}").close()
-
 
 def _is_expired(row: FileRow, now: int) -> bool:
     return row.expires_at is not None and row.expires_at <= now
@@ -367,9 +427,27 @@ def _is_in_use(session: Session, file_id: str) -> str | None:
     """The id of an unfinished batch that reads the file."""
     return session.scalar(
         select(BatchRow.id)
-        .where(BatchRow.input_file_id == file_id, BatchRow.status.not_in(TERMINAL_STATUSES))
+        .where(BatchRow.input_file_id == file_id, BatchRow.status.in_(OPEN_STATUSES))
         .limit(1)
     )
+
+
+def _has_open_reader() -> ColumnElement[bool]:
+    return exists().where(BatchRow.input_file_id == FileRow.id, BatchRow.status.in_(OPEN_STATUSES))
+
+
+def _require_room(session: Session, tenant: str, max_open: int) -> None:
+    of_tenant = select(BatchRow.seq).where(BatchRow.tenant == tenant, BatchRow.stage.in_(STAGES))
+    count = session.scalar(select(func.count()).select_from(of_tenant.subquery())) or 0
+    if count >= max_open:
+        raise ApiError(
+            429,
+            f"There are {count} open batches of yours, and this server keeps at most {max_open}. "
+            "Wait until some have ended, or cancel some.",
+            code="too_many_open_batches",
+            kind="rate_limit_error",
+            retry_after_seconds=_ROOM_RETRY_SECONDS,
+        )
 
 
 def _cursor(session: Session, table: type[Row], identifier: str, tenant: str) -> int:
@@ -389,4 +467,7 @@ def _assign(row: BatchRow, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if name not in BatchRow.__table__.columns:
             raise AttributeError(f"a batch has no column {name!r}")
+        if name in _STAMPS and value is not None:
+            # A clock that was put back must not turn a batch's life round.
+            value = max([value, *(at for at in map(row.__getattribute__, _STAMPS) if at)])
         setattr(row, name, value)

@@ -154,6 +154,7 @@ class BlendExecutor:
                 self._tokenizer_manager.abort_request,
                 self._tokens_so_far,
                 self._server_args.api_key,
+                self._tokenizer_manager.served_model_name,
             ),
             planner=self._planner,
             threads=self._threads,
