@@ -24,7 +24,7 @@ _MAX_SEQUENCES = 128
 _MAX_ID_CHARACTERS = 512
 # OpenAI's limit. As many may be had of each token of the longest answer.
 _MANY_LOGPROBS = 20
-# More of each, no more than so many in all: SGLang's event loop needs up to 70 microseconds for one.
+# More of each, no more than so many in all: SGLang's event loop needs 70 microseconds for one.
 _MAX_LOGPROBS = 2**18
 
 
