@@ -21,7 +21,7 @@ def dry_run(
     as_json: bool,
     max_line_bytes: int,
 ) -> int:
-    """Prints the plan of the lines that can run; the exit status.
+    """Prints the plan of the lines that can run; 0, or 2 if there is none: `plan` says why.
 
     Raises:
         InputError: the model or the device cannot be used.
@@ -52,7 +52,7 @@ def dry_run(
     if as_json:
         argv.append("--json")
     if not checked.refused:
-        return plan.main(["-i", str(source), *argv])
+        return 2 if plan.main(["-i", str(source), *argv]) else 0
     refused = frozenset(checked.refused)
     with spool(Path(tempfile.gettempdir())) as good:
         with source.open("rb") as stream:
@@ -60,7 +60,7 @@ def dry_run(
                 if index not in refused and line.data is not None:
                     good.write(line.data + b"\n")
         good.flush()
-        return plan.main(["-i", str(path_of(good)), *argv])
+        return 2 if plan.main(["-i", str(path_of(good)), *argv]) else 0
 
 
 def _this_machine() -> str:

@@ -42,6 +42,8 @@ def keep_log(log: Path, output: Path) -> Path | None:
         os.replace(log, kept)
     except OSError:
         shutil.copyfile(log, kept)
+    # It may quote what was asked.
+    kept.chmod(0o600)
     return kept
 
 
@@ -57,6 +59,7 @@ def _cause(line: dict[str, Any]) -> tuple[str, tuple[str, str], str]:
     if not isinstance(error, dict):
         error = {"message": error}
     # SGLang's errors stand in the body itself, with the HTTP status as code.
-    code = str(error.get("code") or error.get("type") or "")
+    codes = [str(error[name]) for name in ("code", "type") if error.get(name)]
+    code = next((code for code in codes if code != status), "")
     message = " ".join(str(error.get("message") or "").split())[:_MAX_MESSAGE]
-    return str(line.get("custom_id")), (status, "" if code == status else code), message
+    return str(line.get("custom_id")), (status, code), message

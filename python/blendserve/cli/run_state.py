@@ -26,6 +26,7 @@ class RunState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._ended = folder.with_name(f".{folder.name}.ended")
         self._descriptor = -1
 
     def __enter__(self) -> RunState:
@@ -48,6 +49,8 @@ class RunState:
                     "ended, stop it, or give another -o."
                 ) from error
         self._descriptor = descriptor
+        # What a run left that was killed while it removed its state.
+        shutil.rmtree(self._ended, ignore_errors=True)
         (self.folder / _PROCESS).write_text(f"{os.getpid()}\n")
         return self
 
@@ -76,8 +79,12 @@ class RunState:
         fsync_folder(self.folder)
 
     def remove(self) -> None:
-        """The job has ended, and its results are in place."""
-        shutil.rmtree(self.folder)
+        """The job has ended, and its results are in place. The folder goes at once, or not at all:
+        half of one would be taken for a job that has not ended."""
+        shutil.rmtree(self._ended, ignore_errors=True)
+        os.replace(self.folder, self._ended)
+        fsync_folder(self.folder.parent)
+        shutil.rmtree(self._ended)
 
     def _is_the_folder(self, descriptor: int) -> bool:
         try:

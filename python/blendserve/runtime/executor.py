@@ -26,6 +26,8 @@ from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.prompts import PromptReader
+from blendserve.runtime.refusals import RefuseBodies, guarded, refuse_in_handlers
+from blendserve.runtime.request_checks import ModelLimits, checked
 from sgl_kernel_ext import cpu
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,17 @@ class BlendExecutor:
         self._tokenizer_manager = tokenizer_manager
         pacer = Pacer(self._serves_online)
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
-        # On the one object that serves all requests: SGLang's own method stays as it is.
-        tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, pacer)
         self._fingerprint: tuple[str, str] | None = None
+        # On the one object that serves all requests: SGLang's own methods stay as they are.
+        config = tokenizer_manager.model_config
+        tokenizer_manager._create_tokenized_object = checked(
+            tokenizer_manager._create_tokenized_object,
+            ModelLimits(int(config.vocab_size), int(config.context_len)),
+        )
+        tokenizer_manager.generate_request = paced(
+            guarded(tokenizer_manager.generate_request), pacer
+        )
+        app.add_middleware(RefuseBodies)
         self._reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
             cost_model_of(tokenizer_manager.model_config, server_args.tp_size, settings),
@@ -169,6 +179,7 @@ class BlendExecutor:
         """Warm the planner up, and begin to listen to the scheduler. Call on the event loop."""
         # Reads files, so it is done before anybody asks.
         logger.info("BlendServe: this engine is %s", self.fingerprint)
+        refuse_in_handlers(self._app.state)
         self._threads.planning.submit(self._planner.start)
         self._tasks.append(asyncio.create_task(self._receiver.run()))
         if self._server_args.enable_metrics:
