@@ -83,7 +83,11 @@ def build_app(executor: FakeExecutor) -> FastAPI:
         return {"flushed": "yes"}
 
     app.include_router(
-        build_engine_router(executor, lambda: {"schedulers": [counters], "jobs": []})
+        build_engine_router(
+            executor,
+            lambda: {"schedulers": [counters], "jobs": []},
+            Path(os.environ["BLENDSERVE_BATCH_DIR"]),
+        )
     )
     return app
 

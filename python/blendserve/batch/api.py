@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -88,8 +89,12 @@ def build_router(service: BatchService) -> APIRouter:
 
     @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
     async def upload_file(request: Request, tenant: Tenant) -> FileObject:
-        with service.store.directory.draft() as draft:
-            upload = await receive_upload(request, draft, service.limits)
+        with ExitStack() as drafts:
+            upload, draft = await receive_upload(
+                request,
+                lambda: drafts.enter_context(service.store.directory.draft()),
+                service.limits,
+            )
             return await run_in_threadpool(service.add_upload, upload, draft, tenant)
 
     @router.get("/v1/files")

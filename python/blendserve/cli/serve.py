@@ -40,6 +40,7 @@ _CPU_FLAGS = (
 _SETTING_FLAGS = (
     *("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes"),
     *("max_running_batches", "api_keys_file", "engine_hang_seconds", "allow_remote_urls"),
+    "allowed_hosts",
 )
 
 

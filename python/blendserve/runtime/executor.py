@@ -14,6 +14,7 @@ from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSour
 from blendserve.config import Settings
 from blendserve.planner import PlannerConfig
 from blendserve.runtime.attention import BACKEND_NAME
+from blendserve.runtime.cache_salt import cache_salt, salted
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
@@ -72,7 +73,8 @@ class BlendExecutor:
         pacer = Pacer(self._serves_online)
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
         # On the one object that serves all requests: SGLang's own method stays as it is.
-        tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, pacer)
+        generate = salted(tokenizer_manager.generate_request)
+        tokenizer_manager.generate_request = paced(generate, pacer)
         self._reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
             cost_model_of(tokenizer_manager.model_config, server_args.tp_size, settings),
@@ -144,6 +146,7 @@ class BlendExecutor:
                 self._tokenizer_manager.abort_request,
                 self._tokens_so_far,
                 self._server_args.api_key,
+                cache_salt.get(),
             ),
             planner=self._planner,
             threads=self._threads,
