@@ -11,6 +11,7 @@ import orjson
 
 from blendserve.batch.ids import request_line_id
 from blendserve.batch.journal import Record
+from blendserve.batch.line_parser import read_entry
 from blendserve.batch.lines import iter_lines
 from blendserve.batch.rests import with_rests
 from blendserve.batch.tables import BatchRow
@@ -85,7 +86,7 @@ def _identities(
         for index, line in enumerate(with_rests(iter_lines(file, max_line_bytes))):
             if line.data is None:
                 continue
-            entry = orjson.loads(line.data)
+            entry = read_entry(line.data).fields
             canonical = orjson.dumps(
                 [entry["custom_id"], entry["body"]], option=orjson.OPT_SORT_KEYS
             )

@@ -15,17 +15,18 @@ import orjson
 
 from blendserve.batch.executor import Executor, LineError
 from blendserve.batch.job import BatchRun, JournalUnwritable, Offload
-from blendserve.batch.journal import Journal, Record, Tally, tally_journal
+from blendserve.batch.journal import Journal, Record, Tally, read_records, tally_journal
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.objects import BatchFault
 from blendserve.batch.progress import Progress
 from blendserve.batch.publication import JournalIncomplete, Results, write_results
+from blendserve.batch.refusals import RefusalJournal
 from blendserve.batch.reuse import reused_records
 from blendserve.batch.store import BatchStore
 from blendserve.batch.tables import BatchRow
 from blendserve.batch.turns import Turns
-from blendserve.batch.validation import ValidationStopped, validate_file
+from blendserve.batch.validation import ValidationStopped, Verdict, validate_file
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,7 @@ class Validation:
             await self._fail(row, [_not_served(row, around.executor)])
             return
         try:
-            verdict = await around.offload(
-                validate_file,
-                await around.offload(around.store.content_of, row.input_file_id),
-                row.endpoint,
-                around.executor,
-                around.limits,
-                lambda: around.is_stopped(row.id),
-            )
+            verdict = await around.offload(self._check, row)
         except ValidationStopped:
             return
         except FileNotFoundError:
@@ -94,7 +88,7 @@ class Validation:
             return
         if row.reuse_results:
             await around.offload(self._reuse, row, fingerprint)
-        around.live[row.id] = Progress(total=verdict.total)
+        around.live[row.id] = Progress(total=verdict.total, failed=verdict.refused)
         await around.offload(
             lambda: around.store.advance(
                 row.id,
@@ -106,6 +100,34 @@ class Validation:
                 fingerprint=fingerprint,
             )
         )
+        if around.on_saved is not None and verdict.refused:
+            await around.offload(self._show_refused, row, verdict.total)
+
+    def _check(self, row: BatchRow) -> Verdict:
+        """Reads the file; what it refuses is in the journal, unless the file fails as a whole."""
+        around = self._around
+        path = around.store.content_of(row.input_file_id)
+        refusals = RefusalJournal(row.id, around.store.directory.journal(row.id))
+        try:
+            verdict = validate_file(
+                path,
+                row.endpoint,
+                around.executor,
+                around.limits,
+                lambda: around.is_stopped(row.id),
+                refusals.add,
+            )
+        finally:
+            refusals.close()
+        if verdict.faults:
+            refusals.discard()
+        return verdict
+
+    def _show_refused(self, row: BatchRow, total: int) -> None:
+        assert self._around.on_saved is not None
+        journal = self._around.store.directory.journal(row.id)
+        for record in read_records(journal, total):
+            self._around.on_saved(row.id, [record])
 
     def _reuse(self, row: BatchRow, fingerprint: str) -> None:
         around = self._around

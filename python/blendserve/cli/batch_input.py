@@ -53,7 +53,7 @@ def check(path: Path, name: str, limits: BatchLimits) -> str:
         InputError: lists the bad lines.
     """
     endpoint = _first_url(path, name)
-    verdict = validate_file(path, endpoint, _AnyEngine(), limits, lambda: False)
+    verdict = validate_file(path, endpoint, _AnyEngine(), limits, lambda: False, lambda _: None)
     if verdict.faults:
         raise InputError("\n".join([f"{name} cannot be run:", *fault_lines(verdict.faults)]))
     return endpoint

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import orjson
-
 from blendserve.batch.journal import Record, read_records
+from blendserve.batch.publication import result_line
 
 
 class LiveResults:
@@ -61,7 +60,7 @@ class LiveResults:
         file = self._files.get(record.kind)
         if file is None:
             file = self._files[record.kind] = self._paths[record.kind].open("wb")
-        file.write(orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE))
+        file.write(result_line(record))
 
     def _flush(self) -> None:
         for file in self._files.values():

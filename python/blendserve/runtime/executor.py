@@ -146,6 +146,7 @@ class BlendExecutor:
                 self._tokenizer_manager.abort_request,
                 self._tokens_so_far,
                 self._server_args.api_key,
+                self._tokenizer_manager.served_model_name,
                 cache_salt.get(),
             ),
             planner=self._planner,

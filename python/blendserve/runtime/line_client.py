@@ -27,6 +27,7 @@ class LineClient:
         abort: SGLang's way to end a request by its id; ids it does not know are ignored.
         tokens_so_far: output tokens that have arrived of a request by its id, 0 if it is not known.
         api_key: key that the application asks for, if any.
+        model: served name, for lines that name none.
         salt: of the lines' tenant; see `cache_salt`.
     """
 
@@ -36,6 +37,7 @@ class LineClient:
         abort: Callable[[str], None],
         tokens_so_far: Callable[[str], int],
         api_key: str | None,
+        model: str,
         salt: str = "",
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -47,6 +49,7 @@ class LineClient:
             base_url="http://engine",
             headers=headers,
         )
+        self._model = model
         self._abort = abort
         self._tokens_so_far = tokens_so_far
         self._in_flight: dict[str, asyncio.Task[LineResult]] = {}
@@ -57,7 +60,7 @@ class LineClient:
         """Send a line, to a data-parallel replica if one is named; the task ends with its answer,
         whatever the HTTP status."""
         rid = uuid.uuid4().hex
-        body = dict(line.body)
+        body = {"model": self._model, **line.body}
         if sequences == 1:
             # SGLang makes ids of its own for several sequences, and could not be told to abort.
             body["rid"] = rid
