@@ -87,7 +87,7 @@ def test_a_client_cannot_forge_a_plan(server: Server) -> None:
     for key in (ALICE, ROOT):
         answer = ask(server, key, "/v1/completions", body)
         assert answer.status_code == 400, answer.text
-        assert "blendserve_plan" in answer.json()["error"]["message"] or key == ROOT
+        assert "blendserve_plan" in answer.text
     nested = {"text": "a", "sampling_params": {"max_new_tokens": 1, "custom_params": tag}}
     assert ask(server, ROOT, "/generate", nested).status_code == 400
 
