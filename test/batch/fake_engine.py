@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 from batch_fakes import FakeExecutor, prompt_of
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from blendserve.batch import CACHE_SALT_HEADER
@@ -74,6 +75,15 @@ def build_app(executor: FakeExecutor, salts: Path | None) -> FastAPI:
             with salts.open("a") as log:
                 log.write(f"{request.url.path} {request.headers.get(CACHE_SALT_HEADER)}\n")
         return await call_next(request)
+
+    # As SGLang has it.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=["*"],
+        allow_credentials=True,
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
 
     @app.get("/health")
     async def health() -> dict[str, str]:

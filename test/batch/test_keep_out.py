@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -211,15 +212,14 @@ def send_form(server: FrontServer, blocks: list[bytes]) -> bytes:
             b"Content-Type: multipart/form-data; boundary=B\r\n"
             b"Content-Length: %d\r\n\r\n" % size
         )
-        try:
+        answer = b""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for block in blocks:
                 client.sendall(block)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        try:
-            return client.recv(4_000)
-        except ConnectionResetError:
-            return b""
+        with contextlib.suppress(ConnectionResetError):
+            while block := client.recv(4_000):
+                answer += block
+        return answer
 
 
 FILE_PART = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n{}\r\n'
