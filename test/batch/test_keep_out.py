@@ -12,7 +12,7 @@ from batch_fakes import job, until
 from front_server import FrontServer
 
 from blendserve.batch import KnownHosts
-from blendserve.cli import connections
+from blendserve.cli import connections, proxy
 from blendserve.cli.connections import PatientProtocol
 
 EVIL = {"Origin": "http://evil.example"}
@@ -188,6 +188,19 @@ def test_a_slow_answer_is_not_taken_for_silence(
 ) -> None:
     monkeypatch.setattr(PatientProtocol, "head_seconds", 0.2)
     assert server.http.get("/slow").json() == {"slept": 0.6}
+
+
+def test_a_request_to_the_engine_that_falls_silent_is_given_up(
+    server: FrontServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "_IDLE_SECONDS", 0.2)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{"
+    with connect(server) as silent:
+        silent.sendall(head)
+        assert b" 408 " in silent.recv(4_000)
+    with connect(server) as gone:
+        gone.sendall(head)
+    assert server.http.post("/v1/chat/completions", json={"a": 1}).is_success
 
 
 def test_an_upload_takes_a_file_on_disk_only_once_its_file_begins(server: FrontServer) -> None:

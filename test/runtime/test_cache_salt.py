@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from array import array
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
 import pytest
+from bare_scheduler import the_scheduler
 from cache_engine import CacheEngine
 from fastapi import FastAPI
-from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    EmbeddingReqInput,
+    GenerateReqInput,
+    TokenizedEmbeddingReqInput,
+)
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from blendserve.batch import CACHE_SALT_HEADER
 from blendserve.planner import Side
-from blendserve.runtime.cache_salt import SaltReader, add_salt, cache_salt, salted, take_salt
+from blendserve.runtime.cache_salt import (
+    SALT_PARAM,
+    SaltReader,
+    add_salt,
+    cache_salt,
+    salted,
+    take_salt,
+)
 from blendserve.runtime.pacing import is_batch_line
 from blendserve.runtime.plan_tag import KEY
 from blendserve.runtime.side_queues import SideQueues
@@ -161,3 +176,24 @@ def test_an_eviction_is_told_with_its_namespace() -> None:
     queues.evicted(TOKENS[:16].tolist(), "bob")
     assert started.shared(Prompt(TOKENS, "bob")).cached_tokens == 0
     assert started.shared(Prompt(TOKENS, "alice")).cached_tokens == len(TOKENS) - 1
+
+
+def test_an_embedding_request_is_queued_in_its_namespace() -> None:
+    with mock.patch.dict(os.environ, {"BLENDSERVE_ENABLED": "1"}):
+        live = the_scheduler().live
+        params = SamplingParams(max_new_tokens=0, custom_params={SALT_PARAM: "S"})
+        params.normalize(None)
+        live.handle_embedding_request(
+            TokenizedEmbeddingReqInput(
+                rid="e",
+                input_text="a",
+                input_ids=array("q", range(30)),
+                mm_inputs=None,
+                token_type_ids=None,
+                sampling_params=params,
+            )
+        )
+        queued = live.waiting_queue[-1]
+        assert (queued.rid, queued.extra_key) == ("e", "/S")
+        live.abort_request(AbortReq(rid="e", abort_all=False))
+        assert live.waiting_queue == []
