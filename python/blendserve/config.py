@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     max_running_batches: int = Field(
         default=8, ge=1, description="Batches that run at once; further ones wait their turn."
     )
+    max_open_batches: int = Field(
+        default=50_000, ge=1, description="Batches of one tenant that have not ended."
+    )
     online_share: float = Field(
         default=0.2,
         ge=0.0,

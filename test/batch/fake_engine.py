@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 from batch_fakes import FakeExecutor, prompt_of
 from fastapi import FastAPI, Request
@@ -61,7 +64,16 @@ class DeadlyExecutor(FakeExecutor):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build_app(executor: FakeExecutor, salts: Path | None) -> FastAPI:
+def warm_up(port: int, warm: threading.Event) -> None:
+    """As SGLang does: a request to itself, which the environment's proxy is asked for."""
+    while not warm.is_set():
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+            warm.set()
+        time.sleep(0.05)
+
+
+def build_app(executor: FakeExecutor, warm: threading.Event, salts: Path | None) -> FastAPI:
     token = os.environ["BLENDSERVE_ENGINE_TOKEN"]
     app = FastAPI()
     counters = {"prefill_tokens": 0, "decode_tokens": 0, "prompt_tokens": 0, "cached_tokens": 0}
@@ -86,8 +98,8 @@ def build_app(executor: FakeExecutor, salts: Path | None) -> FastAPI:
     )
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {}
+    async def health() -> JSONResponse:
+        return JSONResponse({}, 200 if warm.is_set() else 503)
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, str]:
@@ -137,15 +149,25 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     parser.add_argument("--salts", type=Path)
     parser.add_argument("--fingerprint", default="fake-model/float32")
+    parser.add_argument("--served-model-name", help="it has names of its own")
+    parser.add_argument("--warm-up", action="store_true")
+    parser.add_argument("--print", help="what its log is to hold")
     options = parser.parse_args()
     follow_parent()
+    if options.print:
+        print(options.print, flush=True)
+    warm = threading.Event()
+    if options.warm_up:
+        threading.Thread(target=warm_up, args=(options.port, warm), daemon=True).start()
+    else:
+        warm.set()
     executor = DeadlyExecutor(
         fingerprint=options.fingerprint,
         delay_seconds=options.delay,
         parallel=options.parallel,
         log=options.log,
     )
-    app = build_app(executor, options.salts)
+    app = build_app(executor, warm, options.salts)
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 

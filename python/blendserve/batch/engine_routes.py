@@ -6,7 +6,7 @@ die at any instant. A job is one streaming response of JSON lines (`remote.py` r
     {"start": [3, 4]}      these lines are with the engine now
     {"result": {...}}      an answer
     {}                     nothing new; the connection lives
-    {"failed": "TypeError"} | {"end": true}     the last line
+    {"failed": "TypeError: ..."} | {"end": true}    the last line
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastapi import APIRouter, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
-from blendserve.batch.errors import reason_of
+from blendserve.batch.errors import cause_of, reason_of
 from blendserve.batch.executor import Executor, LineError, LineResult
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.rests import with_rests
@@ -170,7 +170,7 @@ def _ending(task: asyncio.Task[None]) -> bytes:
     if failure is None:
         return _line({"end": True})
     logger.error("a job failed in the executor: %s", reason_of(failure))
-    return _line({"failed": type(failure).__name__})
+    return _line({"failed": cause_of(failure)})
 
 
 def _encoded(result: LineResult) -> bytes:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 
+_MAX_CAUSE_CHARACTERS = 500
+
 
 class ApiError(Exception):
     """A request that cannot be served, with the HTTP status and the fields of its answer."""
@@ -20,6 +22,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         kind: str = "invalid_request_error",
+        retry_after_seconds: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status_code = status_code
@@ -27,6 +30,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.kind = kind
+        self.retry_after_seconds = retry_after_seconds
 
 
 def bad_request(message: str, *, code: str | None = None, param: str | None = None) -> ApiError:
@@ -40,6 +44,13 @@ def not_found(what: str, identifier: str, *, param: str = "id") -> ApiError:
 
 def conflict(message: str, *, code: str, param: str | None = None) -> ApiError:
     return ApiError(409, message, code=code, param=param)
+
+
+def cause_of(error: BaseException) -> str:
+    """An error's type and the beginning of its text, as UTF-8 can have it. For the error line of
+    the request that caused it, never for a log: it may quote a prompt."""
+    text = f"{type(error).__name__}: {error}"[:_MAX_CAUSE_CHARACTERS]
+    return text.encode(errors="backslashreplace").decode()
 
 
 def reason_of(error: BaseException) -> str:

@@ -94,3 +94,29 @@ class FileLineSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class IdsOfInput:
+    """The custom_ids of an input file by index; it is read at the first question. Close it.
+
+    None for every line of a file that is gone.
+    """
+
+    def __init__(self, path: Path, max_line_bytes: int) -> None:
+        self._path = path
+        self._max_line_bytes = max_line_bytes
+        self._source: FileLineSource | None = None
+
+    def __call__(self, index: int) -> str | None:
+        if self._source is None:
+            if not self._path.exists():
+                return None
+            self._source = FileLineSource(self._path, self._max_line_bytes)
+        return self._source.custom_id(index)
+
+    def __enter__(self) -> IdsOfInput:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._source is not None:
+            self._source.close()

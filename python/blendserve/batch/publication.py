@@ -19,6 +19,7 @@ from blendserve.batch.executor import LineError
 from blendserve.batch.ids import derived_file_id, request_line_id
 from blendserve.batch.job import unanswered
 from blendserve.batch.journal import (
+    CustomIdOf,
     Record,
     RecordKind,
     Tally,
@@ -60,6 +61,7 @@ def write_results(
     unfinished: LineError | None,
     now: Callable[[], int],
     in_order: bool = False,
+    custom_id_of: CustomIdOf | None = None,
 ) -> Results:
     """Fills the drafts of a validated batch; lines without a result get `unfinished`.
 
@@ -76,7 +78,7 @@ def write_results(
         "error": _ResultWriter(batch, "error", errors),
     }
     read = read_records_in_order if in_order else read_records
-    for record in read(journal, total):
+    for record in read(journal, total, custom_id_of):
         if tally.add(record):
             writers[record.kind].write(record)
     if unfinished is None and tally.remaining:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from blendserve.config import ConfigError, Settings, load_settings, to_environme
 
 ENGINE_COMMAND = (sys.executable, "-m", "blendserve.cli.serve")
 # SGLang's defaults.
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST, _PORT = "127.0.0.1", 30_000
 _GRACE_SECONDS = 10
 
@@ -180,6 +182,7 @@ def limits_of(settings: Settings) -> BatchLimits:
         max_lines=settings.max_batch_lines,
         max_file_bytes=settings.max_file_bytes,
         max_running=settings.max_running_batches,
+        max_open_batches=settings.max_open_batches,
         allow_remote_urls=settings.allow_remote_urls,
     )
 
@@ -187,7 +190,15 @@ def limits_of(settings: Settings) -> BatchLimits:
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Variables that make a server the engine of this process."""
     engine = settings.model_copy(update={"enabled": True, "behind_front": True})
-    return to_environment(engine)
+    return {**to_environment(engine), **around_proxies(os.environ)}
+
+
+def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which no request to this machine itself goes through a proxy: SGLang warms its
+    own server up over HTTP. Downloads still take the proxy."""
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    hosts = [*filter(None, given.split(",")), *_LOOPBACK]
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(dict.fromkeys(hosts)))
 
 
 def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -75,6 +75,7 @@ def mount(
             max_lines=settings.max_batch_lines,
             max_file_bytes=settings.max_file_bytes,
             max_running=settings.max_running_batches,
+            max_open_batches=settings.max_open_batches,
             allow_remote_urls=settings.allow_remote_urls,
         )
         store = BatchStore(settings.batch_dir)

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from blendserve.batch import CACHE_SALT_HEADER
+from blendserve.batch.errors import cause_of
 from blendserve.batch.executor import BatchLine, LineResult
 from blendserve.runtime.pacing import is_batch_line
 from blendserve.runtime.plan_tag import PlanTag
@@ -90,10 +91,17 @@ class LineClient:
 
     async def _call(self, line: BatchLine, rid: str, body: dict[str, Any]) -> LineResult:
         is_batch_line.set(True)
-        response = await self._http.post(line.url, json=body, timeout=None)
+        try:
+            request = self._http.build_request("POST", line.url, json=body, timeout=None)
+        except (ValueError, TypeError, RecursionError) as error:
+            # Nested too deeply, or a number or a text that JSON does not have.
+            return LineResult(line.index, rid, 400, _unwritable(error))
+        response = await self._http.send(request)
         try:
             content = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
             content = {"error": {"message": response.text, "type": "server_error"}}
         return LineResult(
             index=line.index,
@@ -101,3 +109,15 @@ class LineClient:
             status_code=response.status_code,
             body=content,
         )
+
+
+def _unwritable(error: Exception) -> dict[str, Any]:
+    """An answer in OpenAI's shape to a body that cannot be sent."""
+    return {
+        "error": {
+            "message": f"The body cannot be written as JSON. {cause_of(error)}",
+            "type": "invalid_request_error",
+            "param": "body",
+            "code": "invalid_json",
+        }
+    }
