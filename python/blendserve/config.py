@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         default="",
         description="File of API keys, lines `tenant key [admin]`; each tenant sees its own only.",
     )
+    allowed_hosts: str = Field(
+        default="",
+        description="Further host names, with commas between, under which a server without keys "
+        "may be asked; `*` for any. Loopback names and IP addresses always are.",
+    )
     engine_hang_seconds: float = Field(
         default=120.0,
         ge=0.0,

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -92,8 +93,12 @@ def build_router(service: BatchService) -> APIRouter:
 
     @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
     async def upload_file(request: Request, tenant: Tenant) -> FileObject:
-        with service.store.directory.draft() as draft:
-            upload = await receive_upload(request, draft, service.limits)
+        with ExitStack() as drafts:
+            upload, draft = await receive_upload(
+                request,
+                lambda: drafts.enter_context(service.store.directory.draft()),
+                service.limits,
+            )
             return await change(service.add_upload, upload, draft, tenant)
 
     @router.get("/v1/files")

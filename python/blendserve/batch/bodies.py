@@ -78,6 +78,8 @@ _MEDIA_FIELDS = frozenset(
         *("image_url", "video_url", "audio_url", "file_url"),
         *("image", "video", "audio"),
         *("image_data", "video_data", "audio_data"),
+        # Anthropic's messages: an object; as a string it only says where a text is from.
+        "source",
     }
 )
 _NESTED = frozenset({dict, list})
@@ -155,7 +157,7 @@ def _media_fault(value: dict[str, Any], place: _Place, allow_remote_urls: bool) 
     good = ("data:", "http://", "https://") if allow_remote_urls else ("data:",)
     for name in sorted(_MEDIA_FIELDS.intersection(value)):
         param = _text((place, name))[:_SHOWN]
-        found = [value[name]]
+        found = [value[name]] if name != "source" or type(value[name]) is dict else []
         while found:
             one = found.pop()
             if isinstance(one, list):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
@@ -57,11 +57,14 @@ class RunJob(BaseModel):
     deadline: float | None = None
 
 
-def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) -> APIRouter:
-    """Routes for the front process. They read files by path: never serve them to clients.
+def build_engine_router(
+    executor: Executor, view: Callable[[], dict[str, Any]], batch_dir: Path
+) -> APIRouter:
+    """Routes for the front process. They read files by path, of `batch_dir` only.
 
     `view` gives the counters for GET /blendserve/status.
     """
+    files = (batch_dir / "files").resolve()
     router = APIRouter(prefix="/blendserve")
     running: dict[str, asyncio.Task[None]] = {}
 
@@ -79,6 +82,9 @@ def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) 
 
     @router.post("/jobs")
     async def run_job(job: RunJob) -> StreamingResponse:
+        # Links are followed first: who has this engine's key gets no other file of its user's.
+        if job.path.resolve().parent != files:
+            raise HTTPException(403, "Jobs are read from the batch directory only.")
         # The front has one stream per job: whoever asks again has lost the one before.
         if (before := running.get(job.job_id)) is not None:
             before.cancel()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 
+from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 
 _MAX_CAUSE_CHARACTERS = 500
@@ -59,3 +61,17 @@ def reason_of(error: BaseException) -> str:
         return f"{type(error).__name__}: {error.strerror}"
     frames = "".join(traceback.format_tb(error.__traceback__))
     return f"{type(error).__name__}\n{frames}"
+
+
+def error_response(
+    status: int,
+    message: str,
+    code: str,
+    *,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An error in OpenAI's shape, as an answer."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, headers=headers)

@@ -92,7 +92,9 @@ class OfflineJob:
             self._engine_up,
             self._executor.engine_down,
             log=log,
-            environment=engine_environment(settings),
+            environment=engine_environment(
+                settings.model_copy(update={"batch_dir": self._store.directory.root})
+            ),
             watch=WatchSettings(
                 hang_seconds=settings.engine_hang_seconds, max_failed_starts=_MAX_FAILED_STARTS
             ),

@@ -45,6 +45,7 @@ _SETTING_FLAGS = (
         "api_keys_file",
         "engine_hang_seconds",
         "allow_remote_urls",
+        "allowed_hosts",
     ),
 )
 

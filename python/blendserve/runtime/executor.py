@@ -13,6 +13,7 @@ from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSour
 from blendserve.config import Settings
 from blendserve.planner import PlannerConfig
 from blendserve.runtime.attention import BACKEND_NAME
+from blendserve.runtime.cache_salt import cache_salt, salted
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
@@ -82,9 +83,8 @@ class BlendExecutor:
             tokenizer_manager._create_tokenized_object,
             ModelLimits(int(config.vocab_size), int(config.context_len)),
         )
-        tokenizer_manager.generate_request = paced(
-            guarded(tokenizer_manager.generate_request), pacer
-        )
+        generate = guarded(salted(tokenizer_manager.generate_request))
+        tokenizer_manager.generate_request = paced(generate, pacer)
         app.add_middleware(RefuseBodies)
         self._reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
@@ -160,6 +160,7 @@ class BlendExecutor:
                 self._tokens_so_far,
                 self._server_args.api_key,
                 self._tokenizer_manager.served_model_name,
+                cache_salt.get(),
             ),
             planner=self._planner,
             threads=self._threads,

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from blendserve.batch import CACHE_SALT_HEADER
 from blendserve.batch.errors import cause_of
 from blendserve.batch.executor import BatchLine, LineResult
 from blendserve.runtime.pacing import is_batch_line
@@ -28,6 +29,7 @@ class LineClient:
         tokens_so_far: output tokens that have arrived of a request by its id, 0 if it is not known.
         api_key: key that the application asks for, if any.
         model: served name, for lines that name none.
+        salt: of the lines' tenant; see `cache_salt`.
     """
 
     def __init__(
@@ -37,8 +39,11 @@ class LineClient:
         tokens_so_far: Callable[[str], int],
         api_key: str | None,
         model: str,
+        salt: str = "",
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        if salt:
+            headers[CACHE_SALT_HEADER] = salt
         self._http = httpx.AsyncClient(
             # A handler that fails answers 500, as it would online; that is the line's answer.
             transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
