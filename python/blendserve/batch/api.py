@@ -79,7 +79,7 @@ _INTERNAL_ERROR = ApiError(
 _MAX_WRITERS = 4
 _WRITER_SECONDS = 5.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorObject} for status in (400, 404, 409, 413)
+    status: {"model": ErrorObject} for status in (400, 404, 409, 413, 429, 500, 503, 507)
 }
 
 
