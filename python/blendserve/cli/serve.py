@@ -39,7 +39,14 @@ _CPU_FLAGS = (
 # Settings that have a flag; the others are set through the environment or a config file.
 _SETTING_FLAGS = (
     *("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes"),
-    *("max_running_batches", "api_keys_file", "engine_hang_seconds", "allow_remote_urls"),
+    *(
+        "max_running_batches",
+        "max_open_batches",
+        "api_keys_file",
+        "engine_hang_seconds",
+        "allow_remote_urls",
+        "allowed_hosts",
+    ),
 )
 
 

@@ -101,9 +101,9 @@ function progressOf(batch, job) {
   bar.value = counts.completed + counts.failed;
   cell.append(bar, element(
     "small", `${count(counts.completed)} done, ${count(counts.failed)} failed of ${count(counts.total)}`));
-  if (job && OPEN.has(batch.status)) {
-    const notes = [job.phase, job.progress && job.progress.note].filter(Boolean);
-    if (job.progress && job.progress.retried) notes.push(`${job.progress.retried} retried`);
+  if (OPEN.has(batch.status)) {
+    const notes = [job && job.phase, batch.note].filter(Boolean);
+    if (job && job.progress && job.progress.retried) notes.push(`${job.progress.retried} retried`);
     cell.append(element("small", notes.join(", ")));
   }
   const faults = batch.errors ? batch.errors.data : [];
