@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
 from run_process import Run, ids, ids_of_whole_lines, jsonl, lines
 
 from blendserve.cli.server_process import free_port
@@ -64,28 +63,15 @@ def test_old_results_stay_until_new_ones_are_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["computed", "in", "out.jsonl"]
 
 
-def test_overwriting_a_stopped_run_begins_anew(tmp_path: Path) -> None:
-    source, other = write(tmp_path / "in", lines(60)), write(tmp_path / "in2", lines(3))
-    run = Run(tmp_path, "-i", str(source), options=("--delay", "0.05"))
-    run.until_answers(tmp_path / "out.jsonl.partial", 4)
-    run.process.kill()
-    run.end()
-    run = Run(tmp_path, "-i", str(other), "--overwrite")
-    assert run.end() == 0, run.said
-    assert sorted(ids(tmp_path / "out.jsonl")) == ["r0", "r1", "r2"]
-    assert not (tmp_path / "out.jsonl.blendserve").exists()
-
-
 FAILING = {2: "fail", 5: "timeout", 7: "fail"}
 
 
-@pytest.mark.parametrize("flags", [[], ["--ordered"]])
-def test_what_failed_runs_again_and_joins_the_answers(tmp_path: Path, flags: list[str]) -> None:
+def test_what_failed_runs_again_and_joins_the_answers(tmp_path: Path) -> None:
     # Not readable by orjson alone, and refused: neither must stand in the way of the others.
     odd = json.dumps({**lines(1)[0], "custom_id": "odd", "body": {"n": float("nan")}}) + "\n"
     source = tmp_path / "in"
     source.write_bytes(jsonl(lines(10, FAILING)) + odd.encode())
-    run = Run(tmp_path, "-i", str(source), *flags)
+    run = Run(tmp_path, "-i", str(source))
     assert run.end() == 1
     first = answers(tmp_path / "out.jsonl")
     assert sorted(ids(tmp_path / "out.errors.jsonl")) == ["odd", "r2", "r5", "r7"]
@@ -93,7 +79,7 @@ def test_what_failed_runs_again_and_joins_the_answers(tmp_path: Path, flags: lis
     mended = jsonl(lines(10, {2: "fail", 5: "say five", 7: "say seven"}))
     source.write_bytes(mended + odd.encode())
     log = tmp_path / "computed"
-    run = Run(tmp_path, "-i", str(source), "--retry-failed", *flags, options=("--log", str(log)))
+    run = Run(tmp_path, "-i", str(source), "--retry-failed", options=("--log", str(log)))
     assert run.end() == 1, run.said
     assert "4 of 11 lines have no answer, and run again" in run.said
     assert "9 answered in" in run.said
@@ -101,15 +87,13 @@ def test_what_failed_runs_again_and_joins_the_answers(tmp_path: Path, flags: lis
     merged = answers(tmp_path / "out.jsonl")
     assert merged == {**first, "r5": "say five", "r7": "say seven"}
     assert sorted(ids(tmp_path / "out.errors.jsonl")) == ["odd", "r2"]
-    if flags:
-        order = [f"r{i}" for i in range(10) if i != 2]
-        assert ids(tmp_path / "out.jsonl") == order
     source.write_bytes(jsonl(lines(10, {2: "say two"})))
-    run = Run(tmp_path, "-i", str(source), "--retry-failed", *flags)
+    run = Run(tmp_path, "-i", str(source), "--retry-failed", "--ordered")
     assert run.end() == 0, run.said
+    assert ids(tmp_path / "out.jsonl") == [f"r{i}" for i in range(10)]
     assert answers(tmp_path / "out.jsonl") == {**merged, "r2": "say two"}
     assert not (tmp_path / "out.errors.jsonl").exists()
-    run = Run(tmp_path, "-i", str(source), "--retry-failed", *flags)
+    run = Run(tmp_path, "-i", str(source), "--retry-failed")
     assert run.end() == 0
     assert "Every line has its answer" in run.said
     assert "Starting the engine" not in run.said
