@@ -74,10 +74,8 @@ class BlendExecutor:
         pacer = Pacer(self._serves_online)
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
         # On the one object that serves all requests: SGLang's own methods stay as they are.
-        config = tokenizer_manager.model_config
         tokenizer_manager._create_tokenized_object = checked(
-            tokenizer_manager._create_tokenized_object,
-            ModelLimits(int(config.vocab_size), int(config.context_len)),
+            tokenizer_manager._create_tokenized_object, ModelLimits.of(tokenizer_manager)
         )
         tokenizer_manager.generate_request = paced(
             guarded(tokenizer_manager.generate_request), pacer
