@@ -107,7 +107,7 @@ json_values = st.recursive(
     deadline=None,
     database=None,
     derandomize=True,
-    max_examples=20,
+    max_examples=5,
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())

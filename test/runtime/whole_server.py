@@ -11,6 +11,7 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from sglang.srt import runtime_context
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
@@ -48,11 +49,14 @@ class AnsweringScheduler:
         self._answers: set[asyncio.Future[None]] = set()
 
     def dispatch(self, sent: Any) -> None:
-        received = io_struct.msgpack_decode(io_struct.msgpack_encode(sent))
-        for request in getattr(received, "batch", [received]):
-            if hasattr(request, "sampling_params"):
-                self._look(request)
-                asyncio.get_running_loop().call_soon(self._answer, request)
+        for request in getattr(sent, "batch", [sent]):
+            if not hasattr(request, "sampling_params"):
+                continue
+            # Time stamps are an object of SGLang's own, and not read here.
+            light = msgspec.structs.replace(request, time_stats=None)
+            received = io_struct.msgpack_decode(io_struct.msgpack_encode(light))
+            self._look(received)
+            asyncio.get_running_loop().call_soon(self._answer, received)
 
     def _look(self, request: Any) -> None:
         params = request.sampling_params
@@ -73,8 +77,8 @@ class AnsweringScheduler:
 
     def _answer(self, request: Any) -> None:
         kind = io_struct.BatchStrOutput
-        required = len(kind.__struct_fields__) - len(kind.__struct_defaults__)
-        values: dict[str, Any] = {name: [[]] for name in kind.__struct_fields__[:required]}
+        fields = msgspec.structs.fields(kind)
+        values: dict[str, Any] = {field.name: [[]] for field in fields if field.required}
         values |= {
             "rids": [request.rid],
             "finished_reasons": [{"type": "length", "length": 1}],
