@@ -28,7 +28,7 @@ from blendserve.runtime.request_checks import (
     checked,
 )
 
-LIMITS = ModelLimits(vocab_size=1000, context_length=4096)
+LIMITS = ModelLimits(vocab_size=1000, context_length=4096, prompt_tokens=40)
 NAN = float("nan")
 
 
@@ -100,6 +100,7 @@ def test_sampling_parameters_that_end_a_scheduler_are_refused(params, name):
     ("fields", "name"),
     [
         ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [1] * 40}, "40 tokens; this server takes fewer than 40"),
         ({"return_logprob": True, "top_logprobs_num": 1001}, "top_logprobs"),
         ({"top_logprobs_num": -1}, "top_logprobs"),
         ({"logprob_start_len": -2}, "logprob_start_len"),

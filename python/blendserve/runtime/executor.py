@@ -78,10 +78,8 @@ class BlendExecutor:
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
         self._fingerprint: tuple[str, str] | None = None
         # On the one object that serves all requests: SGLang's own methods stay as they are.
-        config = tokenizer_manager.model_config
         tokenizer_manager._create_tokenized_object = checked(
-            tokenizer_manager._create_tokenized_object,
-            ModelLimits(int(config.vocab_size), int(config.context_len)),
+            tokenizer_manager._create_tokenized_object, ModelLimits.of(tokenizer_manager)
         )
         generate = guarded(salted(tokenizer_manager.generate_request))
         tokenizer_manager.generate_request = paced(generate, pacer)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 
+from blendserve.runtime.request_checks import MAX_SEQUENCES
+
 
 class UnreadablePrompt(ValueError):
     """The server would refuse this body, or its prompt is not plain text."""
@@ -70,12 +72,16 @@ class PromptReader:
         adapted, _ = handler._convert_to_internal_request(request, None)
         token_ids, prompts = self._token_ids(adapted)
         sampling = adapted.sampling_params or {}
-        n = int(sampling.get("n") or 1)
+        n = 1 if sampling.get("n") is None else sampling["n"]
+        if not 1 <= n <= MAX_SEQUENCES:
+            raise UnreadablePrompt(f"n is {n}")
         room = max(self._context_length - len(token_ids) - 1, 0)
         limit = sampling.get("max_new_tokens")
+        if limit is not None and limit < 0:
+            raise UnreadablePrompt(f"max_new_tokens is {limit}")
         return Prompt(
             token_ids=token_ids,
-            max_output_tokens=room if limit is None else min(int(limit), room),
+            max_output_tokens=room if limit is None else min(limit, room),
             ignore_eos=bool(sampling.get("ignore_eos")),
             sequences=prompts * (1 if n == 1 else n + 1),
         )

@@ -20,7 +20,7 @@ _FLOAT32 = 3.4028235e38
 _SMALLEST_FLOAT32 = 1.1754944e-38
 _VOCABULARY = "the vocabulary"
 
-_MAX_SEQUENCES = 128
+MAX_SEQUENCES = 128
 _MAX_ID_CHARACTERS = 512
 # OpenAI's limit. As many may be had of each token of the longest answer.
 _MANY_LOGPROBS = 20
@@ -50,8 +50,8 @@ SAMPLING_NUMBERS: Mapping[str, Bounds] = {
     "repetition_penalty": Bounds(1e-3, 2),
     "min_new_tokens": Bounds(0, _INT32, "min_tokens"),
     "max_new_tokens": Bounds(0, 2**53, "max_tokens"),
-    "n": Bounds(1, _MAX_SEQUENCES),
-    "beam_width": Bounds(1, _MAX_SEQUENCES),
+    "n": Bounds(1, MAX_SEQUENCES),
+    "beam_width": Bounds(1, MAX_SEQUENCES),
     "stream_interval": Bounds(1, _INT32),
 }
 # Fields of the request itself.
@@ -78,10 +78,20 @@ class ModelLimits:
     Attributes:
         vocab_size: token ids are below it.
         context_length: tokens of a prompt and its answer.
+        prompt_tokens: a prompt must have fewer; None where SGLang cuts longer ones off.
     """
 
     vocab_size: int
     context_length: int
+    prompt_tokens: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer_manager: Any) -> ModelLimits:
+        """Those of a server whose scheduler has answered."""
+        config = tokenizer_manager.model_config
+        cuts = tokenizer_manager.server_args.allow_auto_truncate
+        most = None if cuts else int(tokenizer_manager.max_req_input_len)
+        return cls(int(config.vocab_size), int(config.context_len), most)
 
 
 def check_before(request: Any) -> None:
@@ -102,8 +112,8 @@ def check_before(request: Any) -> None:
         if one.get("is_normalized"):
             raise ValueError("is_normalized is not for clients to set.")
         n = one.get("n")
-        if n is not None and (type(n) is not int or not 1 <= n <= _MAX_SEQUENCES):
-            raise ValueError(f"n must be a whole number from 1 to {_MAX_SEQUENCES}, got {n!r:.80}.")
+        if n is not None and (type(n) is not int or not 1 <= n <= MAX_SEQUENCES):
+            raise ValueError(f"n must be a whole number from 1 to {MAX_SEQUENCES}, got {n!r:.80}.")
     rids = request.rid if isinstance(request.rid, list) else [request.rid]
     for rid in rids:
         # An abort of "" would end every request of the server.
@@ -149,7 +159,7 @@ def check_tokenized(request: Any, limits: ModelLimits) -> None:
     for names, owner in ((SAMPLING_TOKENS, params), (REQUEST_TOKENS, request)):
         for name in names:
             _check_tokens(name, getattr(owner, name, None) or (), limits)
-    _check_prompt(request)
+    _check_prompt(request, limits)
     _check_logit_bias(params.logit_bias or {}, limits)
     for pattern in params.stop_regex_strs or ():
         _check_stop_regex(pattern)
@@ -179,12 +189,17 @@ def _check_tokens(
             )
 
 
-def _check_prompt(request: Any) -> None:
+def _check_prompt(request: Any, limits: ModelLimits) -> None:
     session = getattr(request, "session_params", None)
     has_more = (request.mm_inputs, getattr(request, "input_embeds", None), session)
     length = len(request.input_ids) if request.input_ids is not None else 0
     if not length and all(more is None for more in has_more):
         raise ValueError("The prompt is empty: it has no token.")
+    if limits.prompt_tokens is not None and length >= limits.prompt_tokens:
+        # SGLang keeps such an embedding request in its queue for ever, and all behind it.
+        raise ValueError(
+            f"The prompt has {length} tokens; this server takes fewer than {limits.prompt_tokens}."
+        )
     for name in REQUEST_PLACES:
         for place in getattr(request, name, None) or ():
             if not isinstance(place, int) or not 0 <= place < length:
