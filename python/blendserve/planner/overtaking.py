@@ -77,13 +77,13 @@ class Overtaking:
         kv: KVView,
         now: int,
         by_policy: Policy,
-        closed: Side | None = None,
+        holds_right: Callable[[], bool] = lambda: False,
     ) -> Candidate | None:
         """The request that should start now, None when none can.
 
         Args:
             by_policy: the choice between a head of the left and one of the right.
-            closed: a side of which nothing may start but by the policy.
+            holds_right: whether of the right nothing may start but by the policy.
         """
         heads = {side: next(queues.look(side), None) for side in Side}
         # One whose prefix is being computed waits for that, not for memory.
@@ -103,8 +103,9 @@ class Overtaking:
         if now - self._stuck_since < PATIENCE_STEPS:
             return None
         for head in waiting:
-            if head.side is not closed:
+            if head.side is Side.LEFT or not holds_right():
                 for candidate in itertools.islice(queues.look(head.side), 1 + LOOK_BEHIND):
                     if not candidate.blocked and kv.fits(candidate):
                         return candidate
+        self._stuck_since = now  # Not to look at them all in every step.
         return None
