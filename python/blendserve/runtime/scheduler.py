@@ -62,7 +62,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         # takes a tenth of a second, and hardly any of it is garbage.
         gc.set_threshold(*_GC_THRESHOLDS)
         settings = load_settings()
-        self.blend = SideQueues(self.max_total_num_tokens)
+        self.blend = SideQueues(self.max_total_num_tokens, self._prefill_steps)
         self.blend_admission, self.blend_paced = Admission(), PacedAdmission()
         # (compute, memory) seconds of what the front process has not sent yet, as of the latest
         # request; this replica's part.
@@ -234,7 +234,11 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             if offered:
                 # It fits for as long as it may run; what comes after is not its doing.
                 growth = min(growth, max(self.blend.account.free_tokens, 0.0))
-            BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size)
+            if self.is_mixed_chunk:
+                # SGLang counts this step's decode tokens beside it.
+                growth -= min(len(running_batch.reqs), len(self.blend.account))
+            # SGLang wants more than a token and a page beyond each prompt to be free.
+            BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size) - 1
         plan = super().get_new_batch_prefill(running_batch)
         if first is not None and self.waiting_queue and self.waiting_queue[0].rid == first:
             self.blend_held_in_vain = first
@@ -277,25 +281,28 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             return Side.RIGHT
         return self.blend_paced.choose(left, right, account, target, hold)
 
+    def _holds_right(self) -> bool:
+        return self.blend_pacer is not None and self.blend_pacer.hold_right
+
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         account = self.blend.account
-        account.free_tokens = self._free_tokens()
+        account.free_tokens, account.others_tokens = self._free_tokens()
         slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
         budget = self._prefill_budget(running_batch)
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
-            left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
-            for head in (left, right):
-                if head is not None:
-                    head.prefill_steps = self._prefill_steps(head.uncached_tokens)
-            side = self._choose(left, right)
-            if side is None:
+            candidate = self.blend.overtaking.choose(
+                self.blend,
+                account,
+                account.now,
+                self._choose,
+                self._holds_right,
+            )
+            if candidate is None:
                 # Nothing more, until something changes.
                 self.blend_changed = False
                 break
-            candidate = left if side is Side.LEFT else right
-            assert candidate is not None
             request = self.blend.start(candidate)
             super()._add_request_to_queue(request.req)
             offered.append(request)
@@ -321,13 +328,18 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         if returned:
             self.waiting_queue = [req for req in self.waiting_queue if id(req) not in returned]
 
-    def _free_tokens(self) -> float:
-        """Free and evictable KV tokens, less what online requests and the rest of a prompt that is
-        being computed in chunks will take."""
+    def _free_tokens(self) -> tuple[float, float]:
+        """KV tokens that batch work may take, and those that others hold if none of it runs.
+
+        The former are free or evictable, less what online requests and the rest of a prompt that
+        is being computed in chunks will take.
+        """
         free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        return float(free - self._chunks_to_come()) - self.blend_online.reserved_tokens(
+        free -= self._chunks_to_come()
+        kept = self.blend_online.reserved_tokens(
             self.max_total_num_tokens, self.new_token_ratio_tracker.current
         )
+        return float(free) - kept, float(self.max_total_num_tokens - free)
 
     def _prefill_budget(self, running_batch: Any) -> float:
         """Prompt tokens of planned requests that one step can take besides what is already due."""
