@@ -41,7 +41,7 @@ VALUES: list[Any] = [
     *({"5": 1e300}, {"5": None}, {"role": "user"}, [{"role": "user"}], [{"type": "function"}]),
     *(nested(150), nested(150, "k")),
 ]
-# A file's lines are never so deep, so what SGLang would send back of them, and cannot, is no matter.
+# Lines of a file are never so deep; what SGLang cannot send back of them is no matter here.
 DEEP = [nested(300), nested(990), nested(300, "k")]
 USER = {"role": "user", "content": "Say it."}
 REQUESTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
