@@ -175,7 +175,9 @@ async def echo(request: Request) -> Response:
 def ask(body: dict[str, Any]) -> LineResult:
     async def scenario() -> LineResult:
         app = Starlette(routes=[Route("/v1/completions", echo, methods=["POST"])])
-        client = LineClient(app, abort=lambda rid: None, tokens_so_far=lambda rid: 0, api_key=None)
+        client = LineClient(
+            app, abort=lambda rid: None, tokens_so_far=lambda rid: 0, api_key=None, model="m"
+        )
         return await client.start(BatchLine(3, "a", "/v1/completions", body), None, 1)
 
     return asyncio.run(scenario())
