@@ -90,6 +90,42 @@ def test_short_requests_do_not_wait_for_a_head_without_limit(
     }
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_batch_work_passes_online_requests_that_find_no_memory_within_a_bound(
+    engine: BareScheduler, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lines without a plan and without max_tokens do beside those that are planned."""
+    monkeypatch.setattr(engine.live, "is_mixed_chunk", mixed)
+    engine.submit("long", range(FIRST_TOKEN, FIRST_TOKEN + 100), 400, 10**6)
+    engine.step()
+    for k in range(3):
+        engine.submit(f"no limit-{k}", [FIRST_TOKEN + k] * 20, 30, KV_TOKENS)
+    sent = steps = 0
+    while "long" not in engine.finished:
+        while len(engine.live.blend) < 3:
+            submit(engine, f"short-{sent}", RIGHT, 14, 6, 6, (6,))
+            sent += 1
+        assert engine.step() is not None
+        steps += 1
+        assert steps < 10 * KV_TOKENS
+    assert len(engine.finished) > 20, "those that fitted went ahead all the time"
+    assert not any(rid.startswith("no limit") for rid in engine.finished)
+    # What it waited for has ended, so nothing goes before it any more.
+    before = set(engine.live.blend.running)
+    while True:
+        batch = engine.step()  # None where the last one has ended: SGLang makes an empty round.
+        if batch and any(req.rid == "no limit-0" for req in batch.reqs):
+            break
+        assert set(engine.live.blend.running) <= before
+        steps += 1
+        assert steps < 10 * KV_TOKENS
+    ended = {f"no limit-{k}" for k in range(3)} | {f"short-{sent - 1}"}
+    while ended - engine.finished.keys():
+        engine.step()
+        steps += 1
+        assert steps < 10 * KV_TOKENS
+
+
 def test_a_prompt_larger_than_the_pool_is_answered_at_once(engine: BareScheduler) -> None:
     submit(engine, "running", RIGHT, 100, 300)
     engine.step()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from blendserve.planner.overtaking import PATIENCE_STEPS
 from blendserve.runtime.prefill_adder import is_planned
+from blendserve.runtime.side_queues import SideQueues
 
 # SGLang counts no more than this of a request's limit when it keeps memory for it.
 _MAX_COUNTED_TOKENS = 4096
@@ -61,14 +63,18 @@ class OnlineTraffic:
         """Part of a step's prefill tokens that batch work may take."""
         return 1.0 - self._share if self._present else 1.0
 
-    def reserved_tokens(self, total_tokens: int, new_token_ratio: float) -> float:
+    def reserved_tokens(
+        self, total_tokens: int, new_token_ratio: float, passed: Collection[str] = ()
+    ) -> float:
         """Free KV tokens that batch work must not take.
 
         What the online requests may still produce, by SGLang's own guess; and their share of the
-        pool, as far as they do not hold it already.
+        pool, as far as they do not hold it already. Nothing is kept for those that are `passed`.
         """
         growth = held = 0.0
-        for req in self._present.values():
+        for rid, req in self._present.items():
+            if rid in passed:
+                continue
             done = len(req.output_ids)
             left = min(req.sampling_params.max_new_tokens - done, _MAX_COUNTED_TOKENS)
             growth += left * new_token_ratio
@@ -77,16 +83,53 @@ class OnlineTraffic:
         return growth + max(share - held - growth, 0.0)
 
 
+class OnlineWait:
+    """How long the first online request has waited for memory, and whether others may pass it.
+
+    One that finds no memory would otherwise hold up all batch work, for as long as what it waits
+    for runs. So after some steps planned requests may start; but once all that ran when its wait
+    began have ended, nothing starts before it any more.
+
+    Attributes:
+        passed: ids of the online requests that are passed in this step.
+    """
+
+    def __init__(self) -> None:
+        self.passed: frozenset[str] = frozenset()
+        self._head: str | None = None
+        self._steps = 0
+        self._ran: frozenset[str] = frozenset()
+
+    def may_pass(self, waiting: Sequence[Any], running: Iterable[Any]) -> bool:
+        """Ask once a step, with what waits and what runs then."""
+        self.passed = frozenset()
+        head = waiting[0].rid if waiting else None
+        if head != self._head:
+            self._head, self._steps = head, 0
+            self._ran = frozenset(req.rid for req in running)
+            return False
+        self._steps += 1
+        if head is None or self._steps <= PATIENCE_STEPS:
+            return False
+        if self._ran.isdisjoint(req.rid for req in running if not req.finished()):
+            return False
+        self.passed = frozenset(req.rid for req in waiting)
+        return True
+
+
 class BlendOnline:
     """Mixed into SGLang's scheduler class: what of a step online requests get, before batch work.
 
     Attributes:
         blend_held_in_vain: the online request that did not fit when a planned prompt was held back
             for it.
+        blend_waits: whether batch work may pass online requests that find no memory.
     """
 
+    blend: SideQueues
     blend_online: OnlineTraffic
     blend_held_in_vain: str | None
+    blend_waits: OnlineWait
     chunked_prefill_size: Any
     chunked_req: Any
     enable_pdmux: bool
@@ -107,6 +150,12 @@ class BlendOnline:
         mode = self.last_batch.forward_mode
         prefilled = mode.is_extend() and not mode.is_target_verify()
         return prefilled and not all(map(is_planned, running_batch.reqs))
+
+    def _online_to_pass(self, running_batch: Any) -> list[Any]:
+        """The online requests that planned ones may pass in this step: all that wait, or none."""
+        if not self.blend_waits.may_pass(self.waiting_queue, running_batch.reqs):
+            return []
+        return self.waiting_queue if self.chunked_req is None and len(self.blend) else []
 
     def _online_steps(self) -> float:
         """Decode steps that the online requests which wait may take, by SGLang's own guess."""

@@ -28,7 +28,7 @@ from blendserve.runtime.cache_salt import take_salt
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.multiplex import BlendMultiplex
-from blendserve.runtime.online import BlendOnline, OnlineTraffic
+from blendserve.runtime.online import BlendOnline, OnlineTraffic, OnlineWait
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, without_tag
 from blendserve.runtime.prefill_adder import (
     BlendPrefillAdder,
@@ -69,6 +69,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         self.blend_rest = (0.0, 0.0)
         self.blend_online = OnlineTraffic(settings.online_share)
         self.blend_held_in_vain = None
+        self.blend_waits = OnlineWait()
         # Whether anything has changed since no more could start.
         self.blend_changed = False
         ranks = _parallel_ranks(self)
@@ -215,6 +216,19 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             # SGLang up to 0.5.21 does not check decode memory in a mixed step and dies when it
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        passed = self._online_to_pass(running_batch)
+        if not passed:
+            return self._new_prefill(running_batch)
+        # SGLang stops at the first that does not fit, so they stand aside for this step.
+        self.waiting_queue = []
+        running_batch.batch_is_full = False
+        self.blend_changed = True
+        try:
+            return self._new_prefill(running_batch)
+        finally:
+            self.waiting_queue = passed + self.waiting_queue
+
+    def _new_prefill(self, running_batch: Any) -> NextBatchPlan:
         online_waits = bool(self.waiting_queue)
         if not online_waits and self._decode_is_due(running_batch):
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
@@ -337,7 +351,9 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
         free -= self._chunks_to_come()
         kept = self.blend_online.reserved_tokens(
-            self.max_total_num_tokens, self.new_token_ratio_tracker.current
+            self.max_total_num_tokens,
+            self.new_token_ratio_tracker.current,
+            self.blend_waits.passed,
         )
         return float(free) - kept, float(self.max_total_num_tokens - free)
 
