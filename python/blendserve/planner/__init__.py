@@ -5,6 +5,7 @@ Pure: numpy and the standard library, deterministic for a seed. Knows neither to
 
 from .admission import Admission, KVView, PacedAdmission
 from .cost_model import CostModel
+from .cost_sources import DATASHEET, fitted_costs, linear_costs, step_costs
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
 from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
@@ -27,9 +28,11 @@ from .prediction import (
     predict,
 )
 from .prefix_tree import PrefixTree
+from .step_costs import Rates, StepCosts
 from .transform import Transformed, transform
 
 __all__ = [
+    "DATASHEET",
     "DEFAULT_OUTPUT_TOKENS",
     "HARDWARE",
     "INTERFERENCE",
@@ -57,7 +60,9 @@ __all__ = [
     "PlannerConfig",
     "Prediction",
     "PrefixTree",
+    "Rates",
     "Side",
+    "StepCosts",
     "StepPace",
     "Timetable",
     "Transformed",
@@ -68,8 +73,10 @@ __all__ = [
     "dual_scan_sequence",
     "estimate",
     "first_part",
+    "fitted_costs",
     "hardware",
     "kv_capacity_tokens",
+    "linear_costs",
     "make_plan",
     "make_timetable",
     "model_spec",
@@ -80,5 +87,6 @@ __all__ = [
     "rest_density",
     "sample_size",
     "separate_parts",
+    "step_costs",
     "transform",
 ]

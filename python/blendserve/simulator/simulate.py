@@ -15,6 +15,7 @@ from blendserve.planner import (
     Job,
     PlannerConfig,
     PrefixTree,
+    StepCosts,
     estimate,
     kv_capacity_tokens,
     make_plan,
@@ -29,7 +30,7 @@ from .foresight import Foresight
 from .kv_cache import KVCache
 from .lengths import LengthBook
 from .orders import CHUNK_TOKENS, OrderScheduler
-from .step_time import Overlap, OverlapModel, StepCosts
+from .step_time import Overlap, OverlapModel
 from .workloads import Workload
 
 Ints = NDArray[np.int64]
@@ -102,7 +103,7 @@ class Setting:
 
     @property
     def step_costs(self) -> StepCosts:
-        return StepCosts.of(self.cost_model) if self.costs is None else self.costs
+        return self.cost_model.step_costs if self.costs is None else self.costs
 
     def overlap_model(self, overlap: Overlap) -> OverlapModel:
         return (
@@ -151,7 +152,13 @@ class Simulation:
         costs = setting.step_costs
         model = setting.overlap_model(overlap)
         return lower_bound(
-            self.tree, self.output, costs, model, setting.replicas, setting.shared_decode
+            self.tree,
+            self.output,
+            costs,
+            model,
+            setting.replicas,
+            setting.shared_decode,
+            setting.chunk_tokens,
         )
 
     def run(self, setting: Setting) -> list[Result]:
