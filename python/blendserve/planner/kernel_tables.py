@@ -8,7 +8,6 @@ Times are stored as whole numbers, 256 to a factor of two: off by 0.14 % at most
 from __future__ import annotations
 
 import bisect
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,10 +32,10 @@ ExpertKey = tuple[int, int, int, int, int]  # hidden size, width, active, expert
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Seconds over (requests, tokens each), linear between the points.
+    """Seconds over (requests, tokens each), linear between the points: in the requests, and in the
+    work of each, its tokens to the `power`. Beyond the last points they grow in proportion.
 
-    requests: (r,) ascending. tokens: (c,) ascending. seconds: (r, c). power: beyond the last column
-    seconds grow with this power of the tokens; beyond the last row, with the requests.
+    requests: (r,) ascending. tokens: (c,) ascending. seconds: (r, c).
     """
 
     requests: Ints
@@ -53,7 +52,8 @@ class Grid:
         for row in seconds:
             measured = np.flatnonzero(~np.isnan(row))
             last = measured[-1]
-            row[:last] = np.interp(tokens[:last], tokens[measured], row[measured])
+            work = tokens.astype(np.float64) ** power
+            row[:last] = np.interp(work[:last], work[measured], row[measured])
             row[last:] = row[last] * (tokens[last:] / tokens[last]) ** power
         return Grid(requests, tokens, seconds, power)
 
@@ -65,31 +65,28 @@ class Grid:
         row = self._rows.get(requests)
         if row is None:
             row = self._rows[requests] = self.row(requests).tolist()
-        tokens: list[int] = self._token_list
-        each = work / requests if self.power == 1 else math.sqrt(work / requests)
-        last = tokens[-1]
-        if each >= last:
-            return float(row[-1] * (each / last) ** self.power)
-        at = bisect.bisect_right(tokens, each)
+        points, each = self._points, work / requests
+        if each >= points[-1]:
+            return row[-1] * (each / points[-1])
+        at = bisect.bisect_right(points, each)
         if at == 0:
-            return float(row[0])
-        low = tokens[at - 1]
-        return float(row[at - 1] + (row[at] - row[at - 1]) * (each - low) / (tokens[at] - low))
+            return row[0]
+        low = points[at - 1]
+        return row[at - 1] + (row[at] - row[at - 1]) * (each - low) / (points[at] - low)
 
     def at_each(self, requests: int, work: Floats) -> Floats:
         """The same for an array of work above 0."""
-        row = self.row(requests)
-        each = (work / requests) ** (1 / self.power)
-        beyond = np.maximum(each / self.tokens[-1], 1.0) ** self.power
-        return np.asarray(np.interp(each, self.tokens, row) * beyond)
+        row, points, each = self.row(requests), self._points, work / requests
+        return np.asarray(np.interp(each, points, row) * np.maximum(each / points[-1], 1.0))
 
     @cached_property
     def _rows(self) -> dict[int, list[float]]:
         return {}
 
     @cached_property
-    def _token_list(self) -> list[int]:
-        found: list[int] = self.tokens.tolist()
+    def _points(self) -> list[float]:
+        """(c,) work of one request."""
+        found: list[float] = (self.tokens.astype(np.float64) ** self.power).tolist()
         return found
 
     def scaled(self, factor: float) -> Grid:

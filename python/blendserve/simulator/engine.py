@@ -61,9 +61,9 @@ class Totals:
     compute_seconds, memory_seconds: of the operators alone, not overlapped. floor_seconds: the
     part of compute_seconds that GEMMs would not have taken in large steps. cached_tokens: of
     prompts, at their first start. prefill_tokens: computed at first starts; recomputed_tokens:
-    computed again after retraction; evicted_shared_tokens: dropped from the cache for want of memory, tails of
-    finished requests apart. decode_tokens: produced by decode steps; one more comes with every
-    start.
+    computed again after retraction; evicted_shared_tokens: dropped from the cache for want of
+    memory, tails of finished requests apart. decode_tokens: produced by decode steps; one more
+    comes with every start.
     """
 
     steps: int = 0
