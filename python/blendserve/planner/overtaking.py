@@ -1,0 +1,95 @@
+"""Who starts when neither head may: one behind them that fits, within a bound."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Protocol
+
+from .admission import KVView, may_start_alone
+from .dual_scanner import Side
+from .kv_account import Candidate
+
+# Requests behind each head that are looked at.
+LOOK_BEHIND = 16
+
+
+class Queues(Protocol):
+    """What waits on each side."""
+
+    def look(self, side: Side) -> Iterator[Candidate]:
+        """The requests of a side in the order in which they are to start, the head first."""
+        ...
+
+
+class Overtaking:
+    """Chooses the next request to start: a head by the policy, or one behind the heads.
+
+    A head that finds no memory must not hold up those that do, and must not be passed for ever.
+    So it may be passed until all that ran when it became the head have ended; from then on nothing
+    starts before it. What runs then has started in that time, so a head waits for no more than two
+    generations of requests, whatever else arrives: twice as long as the longest may run.
+
+    Mutable, no clock. Whoever owns the queues calls `start`, `end` and `forget`.
+    """
+
+    def __init__(self) -> None:
+        self._starts = 0
+        # In the order of their start, by number of the start.
+        self._running: dict[Hashable, int] = {}
+        # Of what is or was a head: number of the latest start that it waits for.
+        self._waits_for: dict[Hashable, int] = {}
+
+    def start(self, request: Hashable) -> None:
+        self._starts += 1
+        self._running[request] = self._starts
+        self._waits_for.pop(request, None)
+
+    def end(self, request: Hashable) -> None:
+        """A request has ended, or lost its memory."""
+        self._running.pop(request, None)
+
+    def forget(self, request: Hashable) -> None:
+        """A request waits no longer, and has not started."""
+        self._waits_for.pop(request, None)
+
+    def is_due(self, request: Hashable) -> bool:
+        """Whether nothing may start before this head any more."""
+        if request not in self._waits_for:
+            # Where nothing runs, it waits for whatever starts next.
+            self._waits_for[request] = self._starts + (not self._running)
+        oldest = next(iter(self._running.values()), self._starts + 1)
+        return oldest > self._waits_for[request]
+
+    def choose(
+        self,
+        queues: Queues,
+        kv: KVView,
+        by_policy: Callable[[Candidate | None, Candidate | None], Side | None],
+        closed: Side | None = None,
+    ) -> Candidate | None:
+        """The request that should start now, None when none can.
+
+        Args:
+            by_policy: the choice among the heads of left and right.
+            closed: a side of which only the head may start.
+        """
+        heads = {side: next(queues.look(side), None) for side in Side}
+        # One whose prefix is being computed waits for that, not for memory.
+        open_heads = [head for head in heads.values() if head is not None and not head.blocked]
+        due = [head for head in open_heads if self.is_due(head.request)]
+        for head in due:
+            if kv.fits(head) or may_start_alone(head, kv):
+                return head
+        if due and not kv.idle:
+            return None
+        side = by_policy(heads[Side.LEFT], heads[Side.RIGHT])
+        if side is not None:
+            return heads[side]
+        for head in open_heads:
+            if head.side is closed:
+                continue
+            for candidate in itertools.islice(queues.look(head.side), 1, 1 + LOOK_BEHIND):
+                if not candidate.blocked and kv.fits(candidate):
+                    return candidate
+        return None
