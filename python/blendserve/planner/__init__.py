@@ -8,7 +8,15 @@ from .cost_model import CostModel
 from .cost_sources import DATASHEET, fitted_costs, linear_costs, step_costs
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
-from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
+from .hardware import (
+    HARDWARE,
+    Hardware,
+    HardwareError,
+    UnknownHardwareError,
+    hardware,
+    known_device,
+    nearest_device,
+)
 from .interference import INTERFERENCE, best_split, separate_parts
 from .kv_account import Candidate, KVAccount
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
@@ -78,11 +86,13 @@ __all__ = [
     "first_part",
     "fitted_costs",
     "hardware",
+    "known_device",
     "kv_capacity_tokens",
     "linear_costs",
     "make_plan",
     "make_timetable",
     "model_spec",
+    "nearest_device",
     "next_uses",
     "partition",
     "partition_memory",

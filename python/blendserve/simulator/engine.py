@@ -212,7 +212,7 @@ class Engine:
                 "KV memory; take a device with more memory"
             )
         found, cached = self.cache.start(node, own)
-        first = min(cached, total - 1)
+        first = max(min(cached, total - 1), 0)
         totals.starts += 1
         if request in self.generated:
             totals.recomputed_tokens += total - first

@@ -138,13 +138,14 @@ class Result:
 
 
 class Simulation:
-    """A workload prepared once, to be run under several settings."""
+    """A workload prepared once, to be run under several settings. page_tokens: of the KV cache;
+    only whole pages are shared."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, page_tokens: int = 1) -> None:
         self.workload = workload
         self.output: Ints = workload.output_tokens
         self.job: Job = workload.job()
-        self.tree: PrefixTree = self.job.build_tree()
+        self.tree: PrefixTree = self.job.build_tree().paged(page_tokens)
         self._books: dict[tuple[float, int], LengthBook] = {}
 
     def bound(self, setting: Setting, overlap: Overlap) -> Bound:
