@@ -6,106 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from public_configs import (
+    DEEPSEEK_V3,
+    GEMMA_3_27B,
+    GPT_OSS_20B,
+    LLAMA_4_SCOUT,
+    QWEN3_NEXT_80B,
+)
 
 from blendserve.planner import CostModel, ModelSpec, hardware, kv_capacity_tokens, step_costs
 from blendserve.planner.cost_model import window_reads
-
-# Public config.json values.
-GPT_OSS_20B: dict[str, Any] = {
-    "model_type": "gpt_oss",
-    "hidden_size": 2_880,
-    "intermediate_size": 2_880,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-    "vocab_size": 201_088,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 128,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "tie_word_embeddings": False,
-    "quantization_config": {"quant_method": "mxfp4"},
-}
-GEMMA_3_27B: dict[str, Any] = {
-    "model_type": "gemma3",
-    "text_config": {
-        "model_type": "gemma3_text",
-        "hidden_size": 5_376,
-        "intermediate_size": 21_504,
-        "num_hidden_layers": 62,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "vocab_size": 262_208,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 1_024,
-    },
-}
-QWEN3_NEXT_80B: dict[str, Any] = {
-    "model_type": "qwen3_next",
-    "hidden_size": 2_048,
-    "intermediate_size": 5_120,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "full_attention_interval": 4,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 262_144,
-    "tie_word_embeddings": False,
-}
-LLAMA_4_SCOUT: dict[str, Any] = {
-    "model_type": "llama4",
-    "text_config": {
-        "model_type": "llama4_text",
-        "hidden_size": 5_120,
-        "intermediate_size": 8_192,
-        "intermediate_size_mlp": 16_384,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_local_experts": 16,
-        "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 1,
-        "attention_chunk_size": 8_192,
-        "vocab_size": 202_048,
-        "max_position_embeddings": 10_485_760,
-        "tie_word_embeddings": False,
-    },
-}
-DEEPSEEK_V3: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 7_168,
-    "intermediate_size": 18_432,
-    "moe_intermediate_size": 2_048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1_536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "vocab_size": 129_280,
-    "max_position_embeddings": 163_840,
-    "tie_word_embeddings": False,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def cost_model_of(model_config: Any, tp_size: int | None, settings: Settings) -> CostModel:
-    """The cost model of a server, from SGLang's model configuration. What of the model or the device
-    is not known is said in the log."""
+    """The cost model of a server, from SGLang's model configuration. The log says what of the model
+    or the device is not known."""
     spec = ModelSpec.from_config(model_config.hf_config.to_dict())
     for caveat in spec.caveats:
         _warn(caveat)
