@@ -123,6 +123,11 @@ class KVAccount:
     def idle(self) -> bool:
         return not self._bookings
 
+    @property
+    def now(self) -> int:
+        """Decode steps so far."""
+        return self._now
+
     def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
         """Whether the pool, less a reserve, is expected to last for as long as this one may run, if
         it starts too."""

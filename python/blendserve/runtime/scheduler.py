@@ -284,7 +284,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         while len(offered) < slots and budget > 0:
             held = self.blend_pacer is not None and self.blend_pacer.hold_right
             candidate = self.blend.overtaking.choose(
-                self.blend, account, self._choose, Side.RIGHT if held else None
+                self.blend, account, account.now, self._choose, Side.RIGHT if held else None
             )
             if candidate is None:
                 # Nothing more, until something changes.

@@ -184,7 +184,7 @@ class BlendScheduler:
             return self._admission.choose(left, right, kv, self._target)
 
         chosen = self._overtaking.choose(
-            _Waiting(self, engine), kv, by_policy, Side.RIGHT if hold else None
+            _Waiting(self, engine), kv, engine.now, by_policy, Side.RIGHT if hold else None
         )
         if chosen is None:
             return None
