@@ -333,12 +333,16 @@ class _Costs:
                 found: Grid = latent[near]
                 return found.scaled(max(heads / near, 1.0) if phase == "prefill" else 1.0)
         else:
-            grids = getattr(tables, phase).get(model.kv_dtype, {})
+            measured = getattr(tables, phase)
+            halved = model.kv_dtype == "fp8" and "fp8" not in measured
+            grids = measured.get("bfloat16" if halved else model.kv_dtype, {})
             nearest = _nearest(grids, (*self._key, window))
             if nearest is not None:
                 key, grid = nearest
-                at = 1 if phase == "decode" else 0  # KV heads are read, query heads computed with.
-                return grid.scaled(self._key[at] / key[at])
+                if phase == "prefill":
+                    return grid.scaled(self._key[0] / key[0])
+                # KV heads are what is read; of eight bits each, half of sixteen.
+                return grid.scaled(self._key[1] / key[1] * (0.5 if halved else 1.0))
         self.fitted.add(f"{phase} attention")
         return None
 
