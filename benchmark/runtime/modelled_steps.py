@@ -120,8 +120,8 @@ def pace(engine: Any, paced: bool, cost_model: Any) -> None:
     from blendserve.planner import StepPace
     from blendserve.runtime.step_pacer import StepPacer
 
-    pace = StepPace.of(cost_model, CHUNK)
-    engine.live.blend_pacer = StepPacer(pace, multiple=1) if paced else None
+    pace = StepPace.of(cost_model.step_costs, CHUNK)
+    engine.live.blend_pacer = StepPacer(pace) if paced else None
 
 
 def run_stock(engine: Any, policy: str, prompts: list[Any], output: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from blendserve.planner import (
     DATASHEET,
     MODEL_SPECS,
     CostModel,
+    StepPace,
     fitted_costs,
     hardware,
     linear_costs,
@@ -200,13 +201,29 @@ def test_nothing_is_cheaper_than_the_least_rates(
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_sizes_of_a_step_are_where_tokens_get_cheaper(chip: str) -> None:
+def test_steps_are_as_small_as_their_tokens_are_cheap(chip: str) -> None:
     costs = COSTS[chip]
     sizes = costs.step_sizes(2_048).tolist()
-    each = [costs.token_seconds(size) / size for size in sizes]
-    assert sizes[0] == 128
-    assert not [size for size in sizes if size % 128]
-    assert each == sorted(each, reverse=True)
+    assert sizes == [sizes[0] * k for k in range(1, 2_048 // sizes[0] + 1)]
+    each = [(costs.token_seconds(size) + 1e-3) / size for size in range(128, 2_049, 128)]
+    cheap = [128 * (k + 1) for k, seconds in enumerate(each) if seconds <= 4 / 3 * min(each)]
+    assert sizes[0] == cheap[0]
+    assert 256 <= sizes[0] <= 768
+
+
+def test_a_step_gets_the_size_that_is_nearest_to_what_its_decodes_balance() -> None:
+    pace = StepPace(COSTS["a100"], 2_048, (256, 512, 768))
+    wanted = 500 * pace.token_seconds / pace.context_seconds
+    assert pace.prefill_tokens(1.0, int(wanted), 100) == 412
+    assert pace.prefill_tokens(0.0, 10, 100) == 156
+    # More decodes than fit the size: the next one, so that prefill goes on.
+    assert pace.prefill_tokens(0.0, 10, 300) == 212
+    assert pace.prefill_tokens(0.0, 10, 800) == 1
+    assert pace.floor_seconds == 256 * pace.token_seconds
+
+
+def test_steps_without_tiles_may_have_any_size() -> None:
+    assert not len(linear_costs(2.0, 0.5, 0.25, 100.0).step_sizes(2_048))
 
 
 def test_ranks_divide_the_work_and_pay_for_their_sums() -> None:

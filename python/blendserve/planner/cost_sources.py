@@ -108,6 +108,7 @@ def measured_costs(model: ModelSpec, chip: Hardware, ranks: int, tables: KernelT
         found.window_context,
         found.state,
         found.step,
+        found.tile,
     )
 
 
@@ -185,6 +186,7 @@ class _Costs:
             window_context=model.window_kv_bytes_per_token * self._copies / self._ranks / bandwidth,
             state=state,
             step=STEP_SECONDS if self._attained.overheads else 0.0,
+            tile=self._attained.tile if self._attained.overheads else 0,
         )
 
     # -- GEMMs ------------------------------------------------------------------------------------

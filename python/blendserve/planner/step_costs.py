@@ -20,8 +20,9 @@ from .kernel_tables import Floats, Grid, Ints
 RATE_STEP_TOKENS = 2_048
 RATE_PROMPT_TOKENS = 2_048
 RATE_DECODES, RATE_CONTEXT = 128, 1_024
-# Sizes of a step that pacing may choose.
-STEP_MULTIPLE = 128
+# So many times the best price of a token is too much for a smaller step: with tiles of 128 and 1 ms
+# a step, an A100 runs steps of 256, an H100 of 384.
+DEAREST = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class StepCosts:
     so many tokens; in proportion beyond t. sampled: the same for the logits. attention: by kind of
     layer. weights: (t + 1,) reading the weights that so many tokens need, at the memory's full
     bandwidth. context, window_context: the same for the KV of one token. state: per decode, what
-    linear attention reads and writes. step: of every step, whatever is in it.
+    linear attention reads and writes. step: of every step, whatever is in it. tile: tokens at whose
+    multiples a step gets dearer, 0 where there are no such steps.
     """
 
     source: str
@@ -71,6 +73,7 @@ class StepCosts:
     window_context: float = 0.0
     state: float = 0.0
     step: float = 0.0
+    tile: int = 0
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -165,12 +168,16 @@ class StepCosts:
         )
 
     def step_sizes(self, most: int) -> Ints:
-        """Sizes of a step, up to `most` tokens, at which its tokens are cheaper, each, than in any
-        smaller step: there is no reason to run another while there is prefill to choose from."""
-        counts = np.arange(STEP_MULTIPLE, max(most, STEP_MULTIPLE) + 1, STEP_MULTIPLE)
-        each = np.array([self.token_seconds(int(count)) for count in counts]) / counts
-        before = np.minimum.accumulate(np.concatenate(([np.inf], each[:-1])))
-        return np.asarray(counts[each < before], dtype=np.int64)
+        """Sizes that steps of up to `most` tokens should have: multiples of the smallest number of
+        tiles whose tokens, each, cost no more than DEAREST times what they do at best, the fixed
+        time of a step included. Empty where tokens have no tiles."""
+        if not self.tile:
+            return np.zeros(0, dtype=np.int64)
+        counts = np.arange(self.tile, max(most, self.tile) + 1, self.tile)
+        seconds = np.array([self.token_seconds(count) for count in counts.tolist()]) + self.step
+        each = seconds / counts
+        smallest = int(counts[np.flatnonzero(each <= DEAREST * each.min())[0]])
+        return np.arange(smallest, counts[-1] + 1, smallest)
 
     def without(self, terms: Sequence[str]) -> StepCosts:
         """With terms switched off, for comparison: "traffic" (one memory for weights and KV),

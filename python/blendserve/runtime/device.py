@@ -27,7 +27,10 @@ def cost_model_of(model_config: Any, tp_size: int | None, settings: Settings) ->
     spec = ModelSpec.from_config(model_config.hf_config.to_dict())
     for caveat in spec.caveats:
         _warn(caveat)
-    return CostModel.tensor_parallel(spec, choose_hardware(settings.hardware), int(tp_size or 1))
+    chip, ranks = choose_hardware(settings.hardware), int(tp_size or 1)
+    # The CPU's row is a stand-in: nothing that it attains is known any better.
+    of = CostModel.tensor_parallel if chip.name == "cpu" else CostModel.attained
+    return of(spec, chip, ranks)
 
 
 def choose_hardware(name: str) -> Hardware:

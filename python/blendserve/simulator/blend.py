@@ -127,8 +127,7 @@ class BlendScheduler:
         self._memory = MemoryTest(central.book)
         self._admission, self._paced = Admission(), PacedAdmission()
         self._overtaking = Overtaking()
-        rates = costs.rates
-        self._pace = StepPace(rates.token, rates.context, costs.token_seconds(1), chunk_tokens)
+        self._pace = StepPace.of(costs, chunk_tokens)
         self._retracted = {side: _Retracted([]) for side in Side}
         # Side and booked tokens of running requests; sums per side; when the left ones outlive
         # their estimates.
@@ -179,8 +178,7 @@ class BlendScheduler:
 
         def by_policy(left: Candidate | None, right: Candidate | None) -> Side | None:
             if paced:
-                wait = hold or self._filled(kv, left, right)
-                return self._paced.choose(left, right, kv, self._target, wait)
+                return self._paced.choose(left, right, kv, self._target, hold)
             return self._admission.choose(left, right, kv, self._target)
 
         chosen = self._overtaking.choose(
@@ -274,14 +272,6 @@ class BlendScheduler:
             self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
         )
 
-    def _filled(self, kv: _Pool, left: Candidate | None, right: Candidate | None) -> bool:
-        """Whether the memory side fills memory as far as it helps, while there is another side."""
-        if left is None or right is None or right.density >= self._target:
-            return False
-        assert isinstance(right.request, int)
-        held = self._memory.mean_tokens(kv.engine, right.request, right.private_tokens)
-        return held > self._pace.filling_tokens(self._pace_density)
-
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
         costs, central = self._pace, self._central
@@ -315,7 +305,7 @@ class BlendScheduler:
                 waiting_memory,
                 tokens * read * costs.context_seconds,
                 alive * BIN_STEPS,
-                costs.weight_seconds,
+                costs.floor_seconds,
                 FULL_PART * engine.capacity * costs.context_seconds,
             )
             if self._longest > LONG_TOKENS:

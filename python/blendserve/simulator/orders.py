@@ -37,13 +37,6 @@ class MemoryTest:
         limit = cache.capacity - cache.locked_shared - reserve_tokens
         return forecast.fits(engine.now, private_tokens, self._rest(engine, request), limit)
 
-    def mean_tokens(self, engine: Engine, request: int, private_tokens: int) -> float:
-        """What would be held on average while this request runs, if it started too."""
-        self.forecast.advance(engine.now)
-        return self.forecast.mean_tokens_with(
-            engine.now, private_tokens, self._rest(engine, request)
-        )
-
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
         self.forecast.add(request, engine.now, own_tokens, self._rest(engine, request))
 
