@@ -219,16 +219,6 @@ def test_whoever_was_asked_about_the_forecast_is_of_those_that_run(events, bin_s
 
 
 @quick
-@given(running_strategy, st.integers(0, 500), st.integers(1, 400))
-def test_the_mean_is_that_of_the_demand_over_the_life_of_one_more(running, own, length):
-    requests = [(0, tokens, lengths) for tokens, lengths in running]
-    steps = range(1, length + 1)
-    before = sum(brute_force(requests, step) for step in steps) / length
-    mean = forecast_of(running).mean_tokens_with(0, own, [length])
-    assert mean == pytest.approx(before + own + length / 2)
-
-
-@quick
 @given(running_strategy, st.integers(0, 400))
 def test_the_peak_of_the_next_steps_is_that_of_a_step_by_step_count(running, steps):
     requests = [(0, own, lengths) for own, lengths in running]

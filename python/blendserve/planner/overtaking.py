@@ -1,9 +1,9 @@
-"""Who starts when neither head may: one behind them that does, within a bound."""
+"""Who starts where no head can: one behind them that fits, within a bound."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
 from .admission import KVView, may_start_alone
@@ -12,8 +12,8 @@ from .kv_account import Candidate
 
 # Requests behind each head that are looked at.
 LOOK_BEHIND = 16
-# Decode steps in which nothing could start, after which memory that the policy keeps for one side
-# is lent to the other. Mostly what it is kept for starts in a moment.
+# Decode steps in which no head could start, after which others may. Mostly memory for the next one
+# comes free in a moment.
 PATIENCE_STEPS = 16
 
 
@@ -32,9 +32,10 @@ class Overtaking:
     """Chooses the next request to start: a head by the policy, or one behind the heads.
 
     A head that finds no memory must not hold up those that do, and must not be passed for ever.
-    So it may be passed until all that ran when it became the head have ended; from then on nothing
-    starts before it. What runs then has started in that time, so a head waits for no more than two
-    generations of requests, whatever else arrives: twice as long as the longest may run.
+    So where no head has started for some steps, those behind may, if their memory lasts; but once
+    all that ran when a head became one have ended, nothing starts before it. What runs then has
+    started in that time, so a head waits for no more than two generations of requests, whatever
+    else arrives: twice as long as the longest may run.
 
     Mutable, without a clock: `now` is a number of decode steps. Whoever owns the queues calls
     `start`, `end` and `forget`.
@@ -46,7 +47,7 @@ class Overtaking:
         self._running: dict[Hashable, int] = {}
         # Of what is or was a head: number of the latest start that it waits for.
         self._waits_for: dict[Hashable, int] = {}
-        # Since when nothing may start by the policy.
+        # Since when no head can start.
         self._stuck_since: int | None = None
 
     def start(self, request: Hashable) -> None:
@@ -76,13 +77,13 @@ class Overtaking:
         kv: KVView,
         now: int,
         by_policy: Policy,
-        closed: Side | None = None,
+        holds_right: Callable[[], bool] = lambda: False,
     ) -> Candidate | None:
         """The request that should start now, None when none can.
 
         Args:
             by_policy: the choice between a head of the left and one of the right.
-            closed: a side of which nothing may start but by the policy.
+            holds_right: whether of the right nothing may start but by the policy.
         """
         heads = {side: next(queues.look(side), None) for side in Side}
         # One whose prefix is being computed waits for that, not for memory.
@@ -93,35 +94,18 @@ class Overtaking:
                 return head
         if due and not kv.idle:
             return None
-        chosen = _first_by_policy(queues, heads, waiting, by_policy)
-        if chosen is not None:
+        side = by_policy(heads[Side.LEFT], heads[Side.RIGHT])
+        if side is not None:
             self._stuck_since = None
-            return chosen
+            return heads[side]
         if self._stuck_since is None:
             self._stuck_since = now
         if now - self._stuck_since < PATIENCE_STEPS:
             return None
         for head in waiting:
-            if head.side is not closed:
+            if head.side is Side.LEFT or not holds_right():
                 for candidate in itertools.islice(queues.look(head.side), 1 + LOOK_BEHIND):
                     if not candidate.blocked and kv.fits(candidate):
                         return candidate
+        self._stuck_since = now  # Not to look at them all in every step.
         return None
-
-
-def _first_by_policy(
-    queues: Queues,
-    heads: Mapping[Side, Candidate | None],
-    waiting: Sequence[Candidate],
-    by_policy: Policy,
-) -> Candidate | None:
-    """A head, or else the first behind one that would start if it were the head."""
-    side = by_policy(heads[Side.LEFT], heads[Side.RIGHT])
-    if side is not None:
-        return heads[side]
-    for head in waiting:
-        for candidate in itertools.islice(queues.look(head.side), 1, 1 + LOOK_BEHIND):
-            pair = {**heads, head.side: candidate}
-            if by_policy(pair[Side.LEFT], pair[Side.RIGHT]) is head.side:
-                return candidate
-    return None

@@ -25,10 +25,12 @@ UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
-# From this density on, memory work costs the same beside however much compute: it is that of the
-# last measured point of `interference.INTERFERENCE`. So nothing is gained by giving each step its
-# share, and short steps only cost more of what every step costs.
-HIDDEN_DENSITY = 3.6
+# From this density on a step gets the full chunk. Above 3.6, the last measured point of
+# `interference.INTERFERENCE`, memory work costs the same beside however much compute, so nothing is
+# gained by giving each step its share, and short steps only cost more of what every step costs.
+# But a job whose lengths are not known yet looks like up to 6 (`DEFAULT_OUTPUT_TOKENS` each), and
+# may turn out to need all of its compute beside long decodes.
+HIDDEN_DENSITY = 8.0
 # Steps after which the density of what is left is looked at again.
 PACE_STEPS = 64
 # Part of the memory that decodes are taken to fill while there are more to come.

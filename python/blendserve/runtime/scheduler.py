@@ -228,6 +228,9 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             if offered:
                 # It fits for as long as it may run; what comes after is not its doing.
                 growth = min(growth, max(self.blend.account.free_tokens, 0.0))
+            if self.is_mixed_chunk:
+                # SGLang counts this step's decode tokens beside it.
+                growth -= min(len(running_batch.reqs), len(self.blend.account))
             BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size)
         plan = super().get_new_batch_prefill(running_batch)
         if first is not None and self.waiting_queue and self.waiting_queue[0].rid == first:
@@ -271,6 +274,9 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             return Side.RIGHT
         return self.blend_paced.choose(left, right, account, target, hold)
 
+    def _holds_right(self) -> bool:
+        return self.blend_pacer is not None and self.blend_pacer.hold_right
+
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         account = self.blend.account
@@ -279,9 +285,12 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         budget = self._prefill_budget(running_batch)
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
-            held = self.blend_pacer is not None and self.blend_pacer.hold_right
             candidate = self.blend.overtaking.choose(
-                self.blend, account, account.now, self._choose, Side.RIGHT if held else None
+                self.blend,
+                account,
+                account.now,
+                self._choose,
+                self._holds_right,
             )
             if candidate is None:
                 # Nothing more, until something changes.

@@ -173,8 +173,7 @@ class BlendScheduler:
             # The accounts are sums that came and went; they need not end at nothing.
             idle=not self._running,
         )
-        paced = self._options.paced
-        hold = paced and self._hold_right(engine)
+        hold = self._options.paced and self._hold_right(engine)
 
         def by_policy(left: Candidate | None, right: Candidate | None) -> Side | None:
             if paced:
@@ -182,7 +181,7 @@ class BlendScheduler:
             return self._admission.choose(left, right, kv, self._target)
 
         chosen = self._overtaking.choose(
-            _Waiting(self, engine), kv, engine.now, by_policy, Side.RIGHT if hold else None
+            _Waiting(self, engine), kv, engine.now, by_policy, lambda: hold
         )
         if chosen is None:
             return None
