@@ -176,7 +176,7 @@ class BlendScheduler:
         hold = self._options.paced and self._hold_right(engine)
 
         def by_policy(left: Candidate | None, right: Candidate | None) -> Side | None:
-            if paced:
+            if self._options.paced:
                 return self._paced.choose(left, right, kv, self._target, hold)
             return self._admission.choose(left, right, kv, self._target)
 
