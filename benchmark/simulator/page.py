@@ -20,6 +20,8 @@ PLOTS = ROOT / "docs" / "paper"
 TRACES = ("trace1", "trace2", "trace3", "trace4")
 NAMES = {
     "dfs": "NanoFlow-DFS",
+    "dfs-best": "best of three DFS",
+    "dfs-paced": "DFS with our pacing",
     "random": "NanoFlow-Balance",
     "blend-paper": "blend as in the paper",
     "blend": "blend (ours)",

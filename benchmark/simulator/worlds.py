@@ -1,4 +1,4 @@
-"""The same jobs in several worlds: chips, ways to overlap, seeds, and the terms of a step one by one.
+"""The same jobs in several worlds: chips, overlaps, seeds, and the terms of a step one by one.
 
     python benchmark/simulator/worlds.py [--until SECONDS]
 

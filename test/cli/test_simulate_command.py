@@ -41,7 +41,7 @@ def test_json_has_one_object_per_policy(job: Path, capsys: pytest.CaptureFixture
     assert main([*BASE, "--workload", str(job), "--policy", "all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [run["policy"] for run in found][:3] == ["fcfs", "random", "dfs"]
-    assert len(found) == 8
+    assert len(found) == 10
     for run in found:
         assert list(run) == KEYS
         assert run["requests"] == 30

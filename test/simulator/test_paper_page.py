@@ -20,7 +20,7 @@ def paper(monkeypatch):
     for module in (sections_main, sections_more):
         monkeypatch.setattr(module, "save", lambda _, name: f"![{name}](paper/{name}.png)\n")
     yield paper
-    for name in ("paper", "page", "sections_main", "sections_more"):
+    for name in ("paper", "page", "sections_main", "sections_more", "sections_worlds"):
         sys.modules.pop(name, None)
 
 
