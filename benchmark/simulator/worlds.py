@@ -23,23 +23,43 @@ from blendserve.simulator.workloads import build
 
 MODEL = "llama-3.1-8b"
 REQUESTS, SEEDS = 40_000, range(5)
-COMPARED = (Policy.DFS, Policy.BLEND_PAPER, Policy.BLEND, Policy.DFS_PACED, Policy.DFS_BEST)
+RIVALS = (Policy.BLEND_PAPER, Policy.DFS_PACED, Policy.DFS_BEST)
 PATH = RESULTS / "worlds.json"
 NOTHING = "nothing"
+TERMS = (
+    *("one memory", "fixed time", "GEMMs", "decode attention", "prefill attention"),
+    "all of these",
+)
 
 
 def jobs() -> Iterator[dict[str, Any]]:
-    """The most important first. terms: what is taken from the datasheet, or left out."""
-    for seed in SEEDS:
-        for workload in ("trace2", "trace1"):
-            yield {"chip": "a100", "workload": workload, "seed": seed, "terms": NOTHING}
-    for chip in ("h100", "h200", "b200", "l40s"):
-        yield {"chip": chip, "workload": "trace2", "seed": 0, "terms": NOTHING}
-    for terms in ("one memory", "fixed time", "GEMMs", "decode attention", "prefill attention"):
-        yield {"chip": "a100", "workload": "trace2", "seed": 0, "terms": terms}
-    yield {"chip": "a100", "workload": "trace2", "seed": 0, "terms": "all of these"}
-    for chip in ("h100", "h200", "b200", "l40s"):
-        yield {"chip": chip, "workload": "trace1", "seed": 0, "terms": NOTHING}
+    """One run each, the most important first. terms: what is taken from the datasheet, or left
+    out."""
+    for workload in ("trace2", "trace1"):
+        for seed in SEEDS:
+            for policy in (Policy.DFS, Policy.BLEND):
+                yield job("a100", workload, seed, policy)
+        for seed in SEEDS:
+            for policy in RIVALS:
+                yield job("a100", workload, seed, policy)
+        for chip in ("h100", "h200", "b200", "l40s"):
+            for policy in (Policy.DFS, Policy.BLEND, *RIVALS):
+                yield job(chip, workload, 0, policy)
+    for terms in TERMS:
+        for policy in (Policy.DFS, Policy.BLEND, Policy.DFS_PACED):
+            yield job("a100", "trace2", 0, policy, terms)
+
+
+def job(
+    chip: str, workload: str, seed: int, policy: Policy, terms: str = NOTHING
+) -> dict[str, Any]:
+    return {
+        "chip": chip,
+        "workload": workload,
+        "seed": seed,
+        "terms": terms,
+        "policy": policy.value,
+    }
 
 
 def costs_without(costs: StepCosts, datasheet: StepCosts, terms: str) -> StepCosts:
@@ -60,27 +80,24 @@ def run(job: dict[str, Any], simulation: Simulation) -> list[dict[str, Any]]:
     spec, chip = model_spec(MODEL), hardware(job["chip"])
     cost_model = CostModel.attained(spec, chip)
     costs = costs_without(cost_model.step_costs, CostModel(spec, chip).step_costs, job["terms"])
-    found = []
-    for policy in COMPARED:
-        if job["terms"] != NOTHING and policy is Policy.DFS_BEST:
-            continue
-        setting = Setting(cost_model, policy, tuple(Overlap), costs=costs, seed=job["seed"])
-        began = time.process_time()
-        for result in simulation.run(setting):
-            found.append(
-                job
-                | {
-                    "policy": result.policy,
-                    "overlap": result.overlap,
-                    "seconds": round(result.seconds, 2),
-                    "share_of_bound": round(result.share_of_bound, 5),
-                    "steps": result.steps,
-                    "retractions": result.retractions,
-                    "sharing_kept": round(result.sharing / result.sharing_best, 5),
-                    "cpu_seconds": round(time.process_time() - began, 1),
-                }
-            )
-    return found
+    policy = Policy(job["policy"])
+    setting = Setting(cost_model, policy, tuple(Overlap), costs=costs, seed=job["seed"])
+    began = time.process_time()
+    results = simulation.run(setting)
+    used = round(time.process_time() - began, 1)
+    return [
+        job
+        | {
+            "overlap": result.overlap,
+            "seconds": round(result.seconds, 2),
+            "share_of_bound": round(result.share_of_bound, 5),
+            "steps": result.steps,
+            "retractions": result.retractions,
+            "sharing_kept": round(result.sharing / result.sharing_best, 5),
+            "cpu_seconds": used,
+        }
+        for result in results
+    ]
 
 
 def main() -> None:
@@ -89,24 +106,24 @@ def main() -> None:
     until = time.monotonic() + parser.parse_args().until
     runs = json.loads(PATH.read_text())["runs"] if PATH.is_file() else []
     simulations: dict[tuple[str, int], Simulation] = {}
-    for job in jobs():
-        if any(all(run[name] == value for name, value in job.items()) for run in runs):
+    for one in jobs():
+        if any(all(run[name] == value for name, value in one.items()) for run in runs):
             continue
         if time.monotonic() > until:
             break
-        key = job["workload"], job["seed"]
+        key = one["workload"], one["seed"]
         if key not in simulations:
-            simulations = {key: Simulation(build(job["workload"], REQUESTS, job["seed"]))}
-        runs += run(job, simulations[key])
+            simulations = {key: Simulation(build(one["workload"], REQUESTS, one["seed"]))}
+        runs += run(one, simulations[key])
         head = {
             "command": "python benchmark/simulator/worlds.py",
             "model": MODEL,
             "requests": REQUESTS,
             "commit": commit(),
         }
-        lines = ",\n".join(json.dumps(one) for one in runs)
+        lines = ",\n".join(json.dumps(found) for found in runs)
         PATH.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]}}\n')
-        print(job, flush=True)
+        print(one, flush=True)
 
 
 if __name__ == "__main__":
