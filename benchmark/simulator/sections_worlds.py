@@ -81,9 +81,12 @@ def _terms(runs: Sequence[Run]) -> str:
                 for run in here
                 if run["terms"] == terms and run["overlap"] == world
             }
+            if not {"dfs", "dfs-paced", "blend"} <= set(found):
+                continue
             row.append(f"{found['dfs']:,.0f} s")
             row += [f"{found['dfs'] / found[name]:.3f}" for name in ("dfs-paced", "blend")]
-        rows.append(row)
+        if len(row) == 1 + 3 * len(WORLDS):
+            rows.append(row)
     head = ["off"]
     for world in WORLDS:
         head += [f"{world}: DFS", "paced DFS", "ours"]
@@ -100,7 +103,7 @@ def _cells(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    seeds = sorted({run["seed"] for run in runs})
+    seeds = sorted({run["seed"] for run in runs if run["policy"] == "blend"})
     return [{run["policy"]: run for run in runs if run["seed"] == seed} for seed in seeds]
 
 

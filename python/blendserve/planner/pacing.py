@@ -113,7 +113,8 @@ def rest_density(
 
         memory / full * max(weight, rho full) + sum of steps * max(weight, rho tail) = compute
 
-    0 when the compute does not even fill the weight reads; inf when there is no memory work.
+    0 when the compute does not even fill the weight reads; inf when there is no memory work. Where
+    all of it hides anyway, what the tail takes at least is nothing to save for.
     """
     steps = np.append(tail_steps, memory_seconds / full_seconds if full_seconds > 0 else 0.0)
     each = np.append(tail_seconds, full_seconds)
@@ -121,6 +122,8 @@ def rest_density(
     if total <= 0:
         return math.inf
     low, high = 0.0, compute_seconds / total  # At this one without any weight read.
+    if high >= HIDDEN_DENSITY:
+        return high
     for _ in range(_BISECTIONS):
         rho = (low + high) / 2
         if float((steps * np.maximum(weight_seconds, rho * each)).sum()) > compute_seconds:
