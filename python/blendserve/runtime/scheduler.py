@@ -231,7 +231,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             if self.is_mixed_chunk:
                 # SGLang counts this step's decode tokens beside it.
                 growth -= min(len(running_batch.reqs), len(self.blend.account))
-            BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size)
+            # SGLang wants more than a token and a page beyond each prompt to be free.
+            BlendPrefillAdder.growth_tokens = growth - len(offered) * (1 + self.page_size) - 1
         plan = super().get_new_batch_prefill(running_batch)
         if first is not None and self.waiting_queue and self.waiting_queue[0].rid == first:
             self.blend_held_in_vain = first
