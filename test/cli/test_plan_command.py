@@ -71,6 +71,8 @@ def test_json_is_one_object_with_the_promised_keys(capsys, token_file):
         "sharing",
         "density",
         "predicted_seconds",
+        "predicted_world",
+        "costs",
         "plan_seconds",
     ]
     assert list(found["sharing"]) == ["best", "random", "planned"]

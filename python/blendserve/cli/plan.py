@@ -36,6 +36,10 @@ from blendserve.planner.prediction import dual_scan_sequence
 _QUARTILES = ((25, "p25"), (50, "p50"), (75, "p75"))
 
 
+# What `predict` assumes; `simulate` has other worlds.
+PREDICTED_WORLD = "perfect overlap, large steps, no tail of lone decodes"
+
+
 class PlanError(RuntimeError):
     """Nothing can be planned; the message says what to do."""
 
@@ -220,6 +224,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "blend": prediction.blend_seconds,
             "bound": prediction.bound_seconds,
         },
+        "predicted_world": PREDICTED_WORLD,
+        "costs": report.cost_model.step_costs.source,
         "plan_seconds": report.plan_seconds,
     }
 
