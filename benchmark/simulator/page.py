@@ -68,7 +68,7 @@ def code_of_results() -> str:
     parts: dict[str, list[str]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
-        if "runs" in record:
+        if "runs" in record and "commit" in record:
             parts.setdefault(record.get("commit", ""), []).append(f"`{path.stem}`")
     said = [
         f"{', '.join(names)}: commit {commit}"

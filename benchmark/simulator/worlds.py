@@ -39,12 +39,14 @@ def jobs() -> Iterator[dict[str, Any]]:
         for seed in SEEDS:
             for policy in (Policy.DFS, Policy.BLEND):
                 yield job("a100", workload, seed, policy)
-        for seed in SEEDS:
-            for policy in RIVALS:
-                yield job("a100", workload, seed, policy)
+        for policy in RIVALS:
+            yield job("a100", workload, 0, policy)
         for chip in ("h100", "h200", "b200", "l40s"):
             for policy in (Policy.DFS, Policy.BLEND, *RIVALS):
                 yield job(chip, workload, 0, policy)
+        for seed in SEEDS:
+            for policy in RIVALS:
+                yield job("a100", workload, seed, policy)
     for terms in TERMS:
         for policy in (Policy.DFS, Policy.BLEND, Policy.DFS_PACED):
             yield job("a100", "trace2", 0, policy, terms)
@@ -95,6 +97,7 @@ def run(job: dict[str, Any], simulation: Simulation) -> list[dict[str, Any]]:
             "retractions": result.retractions,
             "sharing_kept": round(result.sharing / result.sharing_best, 5),
             "cpu_seconds": used,
+            "commit": commit(),
         }
         for result in results
     ]
@@ -119,7 +122,6 @@ def main() -> None:
             "command": "python benchmark/simulator/worlds.py",
             "model": MODEL,
             "requests": REQUESTS,
-            "commit": commit(),
         }
         lines = ",\n".join(json.dumps(found) for found in runs)
         PATH.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]}}\n')

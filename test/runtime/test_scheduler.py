@@ -162,7 +162,7 @@ def test_mixed_steps_carry_the_prefill_that_their_decodes_balance(
             type(live).process_batch_result(live, batch, result)
             tokens = report.prefill_tokens + report.decode_tokens - before
             assert tokens <= CHUNK
-            compute = max(tokens * PACE.token_seconds, PACE.weight_seconds)
+            compute = PACE.costs.token_seconds(tokens)
             taken += max(compute, contexts * PACE.context_seconds)
 
         monkeypatch.setattr(live, "process_batch_result", process)
