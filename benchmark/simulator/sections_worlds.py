@@ -25,8 +25,8 @@ def section_worlds() -> str:
         f"Llama-3.1-8B, {record['requests']:,} requests (the end of a run, a few lone decodes, "
         "weighs more than in 400,000), lengths from a 1 % sample. How many times as fast ours is "
         "with the same overlap: mean over seeds (least to most; their number), which change the "
-        f"traces' lengths, the sample, the system prompts and the token ids. `{record['command']}`, commits "
-        f"{', '.join(sorted({run['commit'] for run in runs}))}.\n",
+        f"traces' lengths, the sample, the system prompts and the token ids. "
+        f"`{record['command']}`, commits {', '.join(sorted({run['commit'] for run in runs}))}.\n",
         (Path(__file__).parent / "measured.md").read_text(),
     ]
     for world in WORLDS:
