@@ -27,8 +27,8 @@ RIVALS = (Policy.BLEND_PAPER, Policy.DFS_PACED, Policy.DFS_BEST)
 PATH = RESULTS / "worlds.json"
 NOTHING = "nothing"
 TERMS = (
-    *("one memory", "fixed time", "GEMMs", "decode attention", "prefill attention"),
-    "all of these",
+    *("all of these", "GEMMs", "decode attention", "fixed time", "one memory"),
+    "prefill attention",
 )
 
 
@@ -44,12 +44,12 @@ def jobs() -> Iterator[dict[str, Any]]:
         for chip in ("h100", "h200", "b200", "l40s"):
             for policy in (Policy.DFS, Policy.BLEND, *RIVALS):
                 yield job(chip, workload, 0, policy)
+        for terms in TERMS if workload == "trace2" else ():
+            for policy in (Policy.DFS, Policy.BLEND):
+                yield job("a100", workload, 0, policy, terms)
         for seed in SEEDS:
             for policy in RIVALS:
                 yield job("a100", workload, seed, policy)
-    for terms in TERMS:
-        for policy in (Policy.DFS, Policy.BLEND, Policy.DFS_PACED):
-            yield job("a100", "trace2", 0, policy, terms)
 
 
 def job(
