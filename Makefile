@@ -54,6 +54,7 @@ bench: setup
 
 # The paper's evaluation on the modelled engine: what is in the results already is not run again.
 paper: setup
+	$(BIN)/python benchmark/simulator/worlds.py
 	$(BIN)/python benchmark/simulator/run.py
 	$(BIN)/python benchmark/simulator/paper.py
 

@@ -45,8 +45,6 @@ from blendserve.runtime.trace import StepTrace
 _GC_THRESHOLDS = (50_000, 20, 100)
 # Steps after which a report is sent even if nothing was taken from the queues.
 _REPORT_STEPS = 16
-# On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
-_GPU_TOKEN_MULTIPLE = 128
 
 
 class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[misc]
@@ -90,12 +88,11 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
         cost_model = cost_model_of(self.model_config, self.server_args.tp_size, load_settings())
-        self.blend_pace = StepPace.of(cost_model, self.chunked_prefill_size or 0)
+        self.blend_pace = StepPace.of(cost_model.step_costs, self.chunked_prefill_size or 0)
         # Where steps are not mixed, prefill has no decodes to overlap with.
         self.blend_pacer: StepPacer | None = None
         if self.is_mixed_chunk:
-            multiple = _GPU_TOKEN_MULTIPLE if self.device == "cuda" else 1
-            self.blend_pacer = StepPacer(self.blend_pace, multiple)
+            self.blend_pacer = StepPacer(self.blend_pace)
 
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the front process refuses to serve without.
