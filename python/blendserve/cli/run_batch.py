@@ -24,6 +24,7 @@ from blendserve.cli.engine_process import EngineFailed
 from blendserve.cli.follow import BatchDisplay, JsonStatus
 from blendserve.cli.front import settings_of, split_flags
 from blendserve.cli.offline_job import JobRefused, OfflineJob
+from blendserve.cli.stock_flags import ConfigFileError, config_flags, front_in_full
 from blendserve.config import ConfigError
 
 # Limits protect a shared server; this one is the user's own.
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             _clear(options)
             return _run(options, server_flags, source, endpoint, console)
     except (
-        *(RunBatchError, InputError, JobRefused),
+        *(RunBatchError, InputError, JobRefused, ConfigFileError),
         *(EngineFailed, BatchDirectoryError, ConfigError),
     ) as error:
         _say(console, f"blendserve run-batch: {error}")
@@ -188,7 +189,9 @@ def _dry_run(source: Path, server_flags: Sequence[str], as_json: bool) -> int:
     parser.add_argument("--dp-size", "--data-parallel-size", "--dp", default="1")
     parser.add_argument("--max-total-tokens")
     parser.add_argument("--sample-fraction")
-    known, _ = parser.parse_known_args(list(server_flags))
+    names = frozenset(parser._option_string_actions)
+    flags = front_in_full(server_flags, names)
+    known, _ = parser.parse_known_args([*config_flags(flags, names.__contains__), *flags])
     try:
         model = resolve_model_path(known.model_path)
     except ModelPathError as error:

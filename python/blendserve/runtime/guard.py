@@ -96,6 +96,7 @@ HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "scheduler_infos",
         "...",
     ),
+    "sglang.srt.server_args.ServerArgs.check_server_args": ("self",),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._convert_to_internal_request": (
         "self",
         "request",
