@@ -92,9 +92,7 @@ def cascade_groups(step: Step) -> list[Segment]:
         for member in segment.members.tolist():
             by_member_and_begin.setdefault((member, segment.begin), []).append(number)
     below = [
-        sorted(
-            {n for m in s.members.tolist() for n in by_member_and_begin.get((m, s.end), ())}
-        )
+        sorted({n for m in s.members.tolist() for n in by_member_and_begin.get((m, s.end), ())})
         for s in shared
     ]
     saved = [0] * len(shared)

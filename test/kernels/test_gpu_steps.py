@@ -179,9 +179,7 @@ class FakeSGLangBackend:
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self.plans.append(forward_batch)
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: Any, in_capture: bool = False
-    ) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         self.plans.append(forward_batch)
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, **_: Any) -> str:

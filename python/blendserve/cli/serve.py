@@ -158,16 +158,12 @@ def main(argv: Sequence[str]) -> int:
 
 def run_engine(argv: Sequence[str]) -> int:
     """SGLang's server, in this process; `serve` and `run-batch` start it as a child."""
-    from blendserve.runtime.default_model import ModelPathError
-    from blendserve.runtime.device import DeviceError
-    from blendserve.runtime.guard import UnsupportedSGLang
-
     token = os.environ.pop(TOKEN_VARIABLE, None)
     if token is not None:
         follow_parent()
     try:
         flags, parser = engine_flags(argv, behind_front=token is not None)
-    except (ConfigError, ConfigFileError, ModelPathError, DeviceError, UnsupportedSGLang) as error:
+    except expected_errors() as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
 
@@ -188,6 +184,15 @@ def run_engine(argv: Sequence[str]) -> int:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What `engine_flags` raises; the message is for the user as it stands."""
+    from blendserve.runtime.default_model import ModelPathError
+    from blendserve.runtime.device import DeviceError
+    from blendserve.runtime.guard import UnsupportedSGLang
+
+    return (ConfigError, ConfigFileError, ModelPathError, DeviceError, UnsupportedSGLang)
 
 
 def engine_flags(

@@ -2,8 +2,8 @@
 
 SGLang's parser takes any unambiguous beginning of a flag (`--tp 8`), and reads a YAML file of
 flags. Here the one is written out and the other read, so that whoever looks for a flag afterwards
-finds it under its own name. Run as a program, this prints SGLang's flags: the front process asks so,
-because it does not import SGLang.
+finds it under its own name. Run as a program, this prints SGLang's flags: so the front process,
+which does not import SGLang, asks for them.
 """
 
 from __future__ import annotations
