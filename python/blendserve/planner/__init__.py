@@ -16,6 +16,7 @@ from .length_sample import choose_sample, choose_second_sample, first_part, samp
 from .memory_forecast import MemoryForecast
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
+from .overtaking import LOOK_BEHIND, Overtaking
 from .pacing import StepPace, rest_density
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
@@ -33,6 +34,7 @@ __all__ = [
     "DEFAULT_OUTPUT_TOKENS",
     "HARDWARE",
     "INTERFERENCE",
+    "LOOK_BEHIND",
     "MODEL_SPECS",
     "Admission",
     "Candidate",
@@ -51,6 +53,7 @@ __all__ = [
     "NextUse",
     "NextUses",
     "OrderPrediction",
+    "Overtaking",
     "PacedAdmission",
     "Partition",
     "Plan",

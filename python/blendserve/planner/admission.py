@@ -21,11 +21,15 @@ LEFT_RESERVE = (0.2, 0.5)
 class KVView(Protocol):
     """The KV pool as a decision sees it: `KVAccount`, or the simulator's own.
 
-    total_tokens: size. left_tokens, right_tokens: memory booked per side. idle: nothing runs.
+    total_tokens: size. others_tokens: what others than the job hold of it.
+    left_tokens, right_tokens: memory booked per side. idle: nothing of a job runs.
     """
 
     @property
     def total_tokens(self) -> int: ...
+
+    @property
+    def others_tokens(self) -> float: ...
 
     @property
     def left_tokens(self) -> float: ...
@@ -80,12 +84,12 @@ class Admission:
         for head in heads:
             if not head.blocked and kv.fits(head):
                 return head.side
-        startable = [head for head in (left, right) if head is not None and not head.blocked]
-        if kv.idle and startable:
-            return min(
-                startable, key=lambda head: head.private_tokens + head.estimated_output_tokens
-            ).side
-        return None
+        alone = _startable_alone(left, right, kv)
+        return (
+            min(alone, key=lambda head: head.private_tokens + head.estimated_output_tokens).side
+            if alone
+            else None
+        )
 
 
 class PacedAdmission:
@@ -128,8 +132,22 @@ class PacedAdmission:
                 return Side.RIGHT
         if left is not None and not left.blocked and kv.fits(left):
             return Side.LEFT
-        startable = [head for head in (left, right) if head is not None and not head.blocked]
-        return startable[0].side if kv.idle and startable else None
+        alone = _startable_alone(left, right, kv)
+        return alone[0].side if alone else None
+
+
+def may_start_alone(head: Candidate, kv: KVView) -> bool:
+    """Whether a head may start even if its estimate exceeds the memory: nothing of a job runs, so
+    waiting could not make room, if not others than the job hold what it lacks."""
+    room = kv.total_tokens - kv.others_tokens
+    return kv.idle and (not kv.others_tokens or head.private_tokens < room)
+
+
+def _startable_alone(
+    left: Candidate | None, right: Candidate | None, kv: KVView
+) -> list[Candidate]:
+    heads = [head for head in (left, right) if head is not None and not head.blocked]
+    return [head for head in heads if may_start_alone(head, kv)]
 
 
 def unused_fraction(share: float, used: float) -> float:

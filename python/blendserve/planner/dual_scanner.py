@@ -4,6 +4,7 @@ and how they divide the KV memory between them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from enum import StrEnum
 
 import numpy as np
@@ -77,6 +78,15 @@ class DualScanner:
         if self.exhausted:
             return None
         return int(self._order[self._cursor(side)])
+
+    def upcoming(self, side: Side) -> Iterator[int]:
+        """What `take(side)` would return, again and again. Nothing may be taken while one looks."""
+        step = 1 if side is Side.LEFT else -1
+        at = self._cursor(side)
+        while self._low <= at <= self._high:
+            if not self._gone[at]:
+                yield int(self._order[at])
+            at += step
 
     def take(self, side: Side) -> int:
         """Removes and returns the head of a side. Raises IndexError when nothing is left."""

@@ -23,10 +23,10 @@ _POOL_BINS = 8_192
 # Made for every head at every decision: not frozen, which would double the time to make one.
 @dataclass(slots=True)
 class Candidate:
-    """The request at the head of one side; token counts.
+    """A request that waits, at the head of its side or behind it; token counts.
 
     Attributes:
-        side: the side that it is the head of.
+        side: the side that it waits on.
         prompt_tokens: what must be in the KV pool before it decodes (for a request that lost its
             memory: its output so far included).
         uncached_tokens: those that must be computed.
@@ -42,6 +42,7 @@ class Candidate:
             as the others; empty where the estimate is exact.
         max_output_tokens: the most that it may still produce.
         prefill_steps: decode steps that the others make while its prompt is being computed.
+        request: which one it is, to whoever owns the queues.
     """
 
     side: Side
@@ -55,6 +56,7 @@ class Candidate:
     likely_output_tokens: Sequence[float] = ()
     max_output_tokens: float = math.inf
     prefill_steps: int = 0
+    request: Hashable = None
 
     @property
     def uncached_fraction(self) -> float:
@@ -89,6 +91,7 @@ class KVAccount:
     Attributes:
         free_tokens: free and evictable tokens now, less what is kept for others; the owner of the
             pool sets it before it asks.
+        others_tokens: what others than the job hold; need be right only while this is idle.
         left_tokens, right_tokens: memory booked per side: of each running request its private
             prompt tokens and half of its expected output, its mean over its life.
         running: requests on each side's account.
@@ -98,6 +101,7 @@ class KVAccount:
     def __init__(self, total_tokens: int) -> None:
         self.total_tokens = total_tokens
         self.free_tokens = float(total_tokens)
+        self.others_tokens = 0.0
         self.left_tokens = 0.0
         self.right_tokens = 0.0
         self.running: dict[Side, int] = dict.fromkeys(Side, 0)
@@ -118,6 +122,11 @@ class KVAccount:
     @property
     def idle(self) -> bool:
         return not self._bookings
+
+    @property
+    def now(self) -> int:
+        """Decode steps so far."""
+        return self._now
 
     def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
         """Whether the pool, less a reserve, is expected to last for as long as this one may run, if

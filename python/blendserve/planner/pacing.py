@@ -30,6 +30,10 @@ UNCERTAIN_SHARE = 0.4
 FILLING_WEIGHTS = 1.5
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
+# From this density on, memory work costs the same beside however much compute: it is that of the
+# last measured point of `interference.INTERFERENCE`. So nothing is gained by giving each step its
+# share, and short steps only cost more of what every step costs.
+HIDDEN_DENSITY = 3.6
 # Steps after which the density of what is left is looked at again.
 PACE_STEPS = 64
 # Part of the memory that decodes are taken to fill while there are more to come.
@@ -66,9 +70,9 @@ class StepPace:
 
     def prefill_tokens(self, density: float, context_tokens: int, decodes: int) -> int:
         """Prompt tokens that give a step of so many decodes, which attend to context_tokens in
-        all, this density (inf: a full chunk); as many as the weight read hides at least, and at
-        least one."""
-        if math.isinf(density):
+        all, this density (a full chunk where they all hide behind compute); as many as the weight
+        read hides at least, and at least one."""
+        if density >= HIDDEN_DENSITY:
             return max(self.chunk_tokens - decodes, 1)
         memory_seconds = context_tokens * self.context_seconds
         compute_seconds = max(density * memory_seconds, self.weight_seconds)

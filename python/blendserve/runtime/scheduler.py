@@ -61,7 +61,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         # takes a tenth of a second, and hardly any of it is garbage.
         gc.set_threshold(*_GC_THRESHOLDS)
         settings = load_settings()
-        self.blend = SideQueues(self.max_total_num_tokens)
+        self.blend = SideQueues(self.max_total_num_tokens, self._prefill_steps)
         self.blend_admission, self.blend_paced = Admission(), PacedAdmission()
         # (compute, memory) seconds of what the front process has not sent yet, as of the latest
         # request; this replica's part.
@@ -277,22 +277,19 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         account = self.blend.account
-        account.free_tokens = self._free_tokens()
+        account.free_tokens, account.others_tokens = self._free_tokens()
         slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
         budget = self._prefill_budget(running_batch)
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
-            left, right = self.blend.candidate(Side.LEFT), self.blend.candidate(Side.RIGHT)
-            for head in (left, right):
-                if head is not None:
-                    head.prefill_steps = self._prefill_steps(head.uncached_tokens)
-            side = self._choose(left, right)
-            if side is None:
+            held = self.blend_pacer is not None and self.blend_pacer.hold_right
+            candidate = self.blend.overtaking.choose(
+                self.blend, account, account.now, self._choose, Side.RIGHT if held else None
+            )
+            if candidate is None:
                 # Nothing more, until something changes.
                 self.blend_changed = False
                 break
-            candidate = left if side is Side.LEFT else right
-            assert candidate is not None
             request = self.blend.start(candidate)
             super()._add_request_to_queue(request.req)
             offered.append(request)
@@ -318,13 +315,18 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         if returned:
             self.waiting_queue = [req for req in self.waiting_queue if id(req) not in returned]
 
-    def _free_tokens(self) -> float:
-        """Free and evictable KV tokens, less what online requests and the rest of a prompt that is
-        being computed in chunks will take."""
+    def _free_tokens(self) -> tuple[float, float]:
+        """KV tokens that batch work may take, and those that others hold if none of it runs.
+
+        The former are free or evictable, less what online requests and the rest of a prompt that
+        is being computed in chunks will take.
+        """
         free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        return float(free - self._chunks_to_come()) - self.blend_online.reserved_tokens(
+        free -= self._chunks_to_come()
+        kept = self.blend_online.reserved_tokens(
             self.max_total_num_tokens, self.new_token_ratio_tracker.current
         )
+        return float(free) - kept, float(self.max_total_num_tokens - free)
 
     def _prefill_budget(self, running_batch: Any) -> float:
         """Prompt tokens of planned requests that one step can take besides what is already due."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from blendserve.planner import Candidate, KVAccount, Side
+from blendserve.planner import Candidate, KVAccount, Overtaking, Side
 from blendserve.planner.memory_forecast import OVERDUE_PART
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
 from blendserve.runtime.started_prompts import (
@@ -27,6 +27,8 @@ class PlannedRequest:
     req: Any
     tag: PlanTag
     prompt: Prompt = field(init=False)
+    # Of one that has started: how many stood before it.
+    place: int = 0
 
     def __post_init__(self) -> None:
         # No copy where SGLang keeps the tokens in an array.
@@ -53,7 +55,16 @@ class PlannedRequest:
             locked_prefix_tokens=shared.locked_tokens,
             likely_output_tokens=likely,
             max_output_tokens=self.req.sampling_params.max_new_tokens - done,
+            request=self.req.rid,
         )
+
+
+class _Looked(NamedTuple):
+    """A waiting request as it was last seen."""
+
+    request: PlannedRequest
+    shared: SharedPrefix
+    candidate: Candidate
 
 
 class SideQueues:
@@ -61,18 +72,24 @@ class SideQueues:
 
     Args:
         total_tokens: size of the KV pool.
+        prefill_steps: decode steps that the others make while so many prompt tokens are computed.
 
     Attributes:
         account: memory that the running requests hold and will take.
+        overtaking: who may start before the heads, and for how long.
         waiting_seconds: (compute, memory) of what waits, by the cost model.
         taken: requests of each side that have left its queue for good, so far.
         retractions: times that a running request lost its memory.
     """
 
-    def __init__(self, total_tokens: int) -> None:
+    def __init__(
+        self, total_tokens: int, prefill_steps: Callable[[int], int] = lambda tokens: 0
+    ) -> None:
+        self._prefill_steps = prefill_steps
         self.waiting: dict[Side, deque[PlannedRequest]] = {side: deque() for side in Side}
         self.running: dict[str, PlannedRequest] = {}
         self.account = KVAccount(total_tokens)
+        self.overtaking = Overtaking()
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
         self.retractions = 0
         self.waiting_seconds = (0.0, 0.0)
@@ -81,8 +98,9 @@ class SideQueues:
         self._contexts: dict[str, int] = {}
         self._contexts_sum = self._decode_steps = 0
         self._prompts = StartedPrompts()
-        # The heads as they were last seen, while nothing has happened that would change them.
-        self._heads: dict[Side, tuple[PlannedRequest, SharedPrefix, Candidate]] = {}
+        # The first of each queue as they were last seen, while nothing has happened that would
+        # change them.
+        self._looked: dict[Side, list[_Looked]] = {side: [] for side in Side}
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -95,20 +113,31 @@ class SideQueues:
 
     def candidate(self, side: Side) -> Candidate | None:
         """The head of a side as the admission code sees it; None if nothing waits there."""
-        queue = self.waiting[side]
-        if not queue:
-            return None
-        request = queue[0]
-        head = self._heads.get(side)
-        if head is None or head[0] is not request:
-            shared = self._prompts.shared(request.prompt)
-            candidate = request.candidate(shared)
-            if shared.holder is not None:
-                candidate.newly_shared_tokens = self.account.held_alone(
-                    shared.holder, self._beyond_shared(shared)
-                )
-            head = self._heads[side] = (request, shared, candidate)
-        return head[2]
+        return next(self.look(side), None)
+
+    def look(self, side: Side) -> Iterator[Candidate]:
+        """The requests of a side as the admission code sees them, the head first. Nothing may
+        start or come while one looks."""
+        looked, queue = self._looked[side], self.waiting[side]
+        for at in range(len(queue)):
+            if at == len(looked):
+                looked.append(self._look_at(queue[at]))
+            candidate = looked[at].candidate
+            candidate.prefill_steps = self._prefill_steps(candidate.uncached_tokens)
+            yield candidate
+
+    def _look_at(self, request: PlannedRequest) -> _Looked:
+        shared = self._prompts.shared(request.prompt)
+        candidate = request.candidate(shared)
+        if shared.holder is not None:
+            candidate.newly_shared_tokens = self.account.held_alone(
+                shared.holder, self._beyond_shared(shared)
+            )
+        return _Looked(request, shared, candidate)
+
+    def _look_anew(self) -> None:
+        for looked in self._looked.values():
+            looked.clear()
 
     def learn(self, updates: Sequence[LengthUpdate]) -> None:
         """A new plan expects other lengths of requests that were sent before it."""
@@ -125,19 +154,27 @@ class SideQueues:
             setattr(request.req, PLAN_ATTRIBUTE, request.tag)  # For a retraction.
             done = len(request.req.output_ids)
             self.account.revise(update.rid, done, update.output_tokens, update.likely_output_tokens)
-        self._heads.clear()
+        self._look_anew()
 
     def start(self, candidate: Candidate) -> PlannedRequest:
-        """Take the head of a side into the running set and book its memory."""
+        """Take one that was looked at into the running set and book its memory."""
         side = candidate.side
-        request, shared, _ = self._heads.pop(side)
-        self.waiting[side].popleft()
+        looked, queue = self._looked[side], self.waiting[side]
+        place = next(at for at, seen in enumerate(looked) if seen.candidate is candidate)
+        request, shared, _ = looked.pop(place)
+        del queue[place]
+        request.place = place
         self._count_waiting(request, -1)
         rid = request.req.rid
-        for other, head in tuple(self._heads.items()):
-            if head[0].prompt.beginning == request.prompt.beginning:
-                del self._heads[other]
+        for seen in self._looked.values():
+            alike = (
+                at
+                for at, other in enumerate(seen)
+                if other.request.prompt.beginning == request.prompt.beginning
+            )
+            del seen[next(alike, len(seen)) :]
         self.account.start(rid, candidate)
+        self.overtaking.start(rid)
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
             self.account.share(shared.holder, self._beyond_shared(shared))
@@ -154,7 +191,7 @@ class SideQueues:
     def put_back(self, request: PlannedRequest) -> None:
         """Undo ``start`` for a request that SGLang did not admit after all."""
         self.finish(request.req.rid)
-        self._requeue(request)
+        self._requeue(request, request.place)
 
     def retract(self, request: PlannedRequest) -> None:
         """A running request lost its memory: it waits again, at the front of its side."""
@@ -163,17 +200,18 @@ class SideQueues:
         self.retractions += 1
         self._requeue(request)
 
-    def _requeue(self, request: PlannedRequest) -> None:
+    def _requeue(self, request: PlannedRequest, place: int = 0) -> None:
         # It counted as taken; the front process must not send another one in its place.
         self.taken[request.tag.side] -= 1
         self._count_waiting(request, +1)
-        self.waiting[request.tag.side].appendleft(request)
+        self.waiting[request.tag.side].insert(place, request)
+        self._looked[request.tag.side].clear()
 
     def prefilled(self, rid: str) -> bool:
         """The prompt of a request is in the KV pool now. True if that is news."""
         news = self._prompts.prefilled(rid)
         if news:
-            self._heads.clear()
+            self._look_anew()
             req = self.running[rid].req
             context = len(req.origin_input_ids) + len(req.output_ids) - self._decode_steps
             self._contexts[rid] = context
@@ -194,9 +232,10 @@ class SideQueues:
         """A request has ended or lost its memory. False if it was not a running planned one."""
         if self.running.pop(rid, None) is None:
             return False
-        self._heads.clear()
+        self._look_anew()
         self._contexts_sum -= self._contexts.pop(rid, 0)
         self.account.end(rid)
+        self.overtaking.end(rid)
         self._prompts.end(rid)
         return True
 
@@ -208,14 +247,14 @@ class SideQueues:
     def flushed(self) -> None:
         """The prefix cache is empty."""
         self._prompts.forget_ended()
-        self._heads.clear()
+        self._look_anew()
 
     def evicted(self, beginning: Sequence[int]) -> None:
         """A prefix that waiting requests were to find is gone. Of its tokens, the first few do."""
         key = beginning_of(np.asarray(beginning, dtype=np.int64))
         if key:
             self._prompts.forget_ended(key)
-            self._heads.clear()
+            self._look_anew()
 
     def remove_waiting(self, matches: Callable[[str], bool]) -> Iterator[PlannedRequest]:
         """Take the waiting requests whose id matches out of their queues."""
@@ -226,8 +265,10 @@ class SideQueues:
                     request for request in queue if not matches(request.req.rid)
                 )
                 self.taken[side] += len(removed)
+                self._looked[side].clear()
                 for request in removed:
                     self._count_waiting(request, -1)
+                    self.overtaking.forget(request.req.rid)
                 yield from removed
 
     def _count_waiting(self, request: PlannedRequest, sign: int) -> None:

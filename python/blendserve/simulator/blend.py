@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from blendserve.planner import (
     Admission,
     Candidate,
+    Overtaking,
     PacedAdmission,
     Side,
     StepPace,
@@ -63,8 +65,15 @@ class _Retracted:
 
     heap: list[tuple[int, int]]
 
-    def head(self) -> int | None:
-        return self.heap[0][1] if self.heap else None
+    def __contains__(self, request: int) -> bool:
+        return any(request == other for _, other in self.heap)
+
+    def __iter__(self) -> Iterator[int]:
+        return (request for _, request in sorted(self.heap))
+
+    def remove(self, request: int) -> None:
+        self.heap = [item for item in self.heap if item[1] != request]
+        heapq.heapify(self.heap)
 
 
 @dataclass
@@ -73,18 +82,30 @@ class _Pool:
 
     engine: Engine
     test: MemoryTest
-    heads: dict[Side, int]
     left_tokens: float
     right_tokens: float
     idle: bool
+    others_tokens: float = 0.0
 
     @property
     def total_tokens(self) -> int:
         return self.engine.capacity
 
     def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
-        request = self.heads[candidate.side]
+        request = candidate.request
+        assert isinstance(request, int)
         return self.test.fits(self.engine, request, candidate.private_tokens, reserve_tokens)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What waits for one replica, as it is at this moment."""
+
+    scheduler: BlendScheduler
+    engine: Engine
+
+    def look(self, side: Side) -> Iterator[Candidate]:
+        return self.scheduler.look(self.engine, side)
 
 
 class BlendScheduler:
@@ -106,6 +127,7 @@ class BlendScheduler:
         self._chunk = chunk_tokens
         self._memory = MemoryTest(central.book)
         self._admission, self._paced = Admission(), PacedAdmission()
+        self._overtaking = Overtaking()
         self._pace = StepPace(
             costs.token_seconds, costs.context_seconds, costs.weight_seconds, chunk_tokens
         )
@@ -146,39 +168,35 @@ class BlendScheduler:
         central = self._central
         if not (central.informed or central.sample or engine.idle):
             return None  # The sample's first answers are a few steps away.
-        heads: dict[Side, int] = {}
-        left = self._candidate(engine, Side.LEFT, heads)
-        right = self._candidate(engine, Side.RIGHT, heads)
-        if not heads:
-            return None
         kv = _Pool(
             engine,
             self._memory,
-            heads,
             self._account[Side.LEFT],
             self._account[Side.RIGHT],
             # The accounts are sums that came and went; they need not end at nothing.
             idle=not self._running,
         )
-        if self._options.paced:
-            side = self._paced.choose(
-                left,
-                right,
-                kv,
-                self._target,
-                self._hold_right(engine) or self._filled(kv, left, right),
-            )
-        else:
-            side = self._admission.choose(left, right, kv, self._target)
-        if side is None:
+        paced = self._options.paced
+        hold = paced and self._hold_right(engine)
+
+        def by_policy(left: Candidate | None, right: Candidate | None) -> Side | None:
+            if paced:
+                wait = hold or self._filled(kv, left, right)
+                return self._paced.choose(left, right, kv, self._target, wait)
+            return self._admission.choose(left, right, kv, self._target)
+
+        chosen = self._overtaking.choose(
+            _Waiting(self, engine), kv, engine.now, by_policy, Side.RIGHT if hold else None
+        )
+        if chosen is None:
             return None
-        chosen = left if side is Side.LEFT else right
-        assert chosen is not None
-        request = heads[side]
-        if self._retracted[side].head() == request:
-            heapq.heappop(self._retracted[side].heap)
+        request, side = chosen.request, chosen.side
+        assert isinstance(request, int)
+        if request in self._retracted[side]:
+            self._retracted[side].remove(request)
         else:
             self._central.take(request, side, self._replica)
+        self._overtaking.start(request)
         self._book(engine, request, chosen)
         return request
 
@@ -209,17 +227,19 @@ class BlendScheduler:
 
     # -- heads ----------------------------------------------------------------------------------
 
-    def _candidate(self, engine: Engine, side: Side, heads: dict[Side, int]) -> Candidate | None:
-        again = self._retracted[side].head()
-        if again is None and side is Side.RIGHT and self._loaded and not engine.idle:
-            return None  # Others take it.
-        request = self._central.head(side, self._replica) if again is None else again
-        if request is None:
-            return None
-        heads[side] = request
+    def look(self, engine: Engine, side: Side) -> Iterator[Candidate]:
+        """The requests of a side in the order in which they are to start."""
+        for request in self._retracted[side]:
+            yield self._candidate(engine, side, request, again=True)
+        if side is Side.RIGHT and self._loaded and not engine.idle:
+            return  # Others take them.
+        for request in self._central.upcoming(side, self._replica):
+            yield self._candidate(engine, side, request, again=False)
+
+    def _candidate(self, engine: Engine, side: Side, request: int, again: bool) -> Candidate:
         prefill, _, private, filling = engine.demand(request)
         total = engine.prompt[request]
-        if again is None:
+        if not again:
             density = self._central.density(request)
             output = self._central.book.mean(request)
         else:
@@ -235,6 +255,7 @@ class BlendScheduler:
             density=density,
             blocked=filling >= MIN_SHARED_TOKENS,
             locked_prefix_tokens=total - private,
+            request=request,
         )
 
     def _rest_of(self, engine: Engine, request: int) -> tuple[float, float, float]:
@@ -259,8 +280,8 @@ class BlendScheduler:
         """Whether the memory side fills memory as far as it helps, while there is another side."""
         if left is None or right is None or right.density >= self._target:
             return False
-        request = kv.heads[Side.RIGHT]
-        held = self._memory.mean_tokens(kv.engine, request, right.private_tokens)
+        assert isinstance(right.request, int)
+        held = self._memory.mean_tokens(kv.engine, right.request, right.private_tokens)
         return held > self._pace.filling_tokens(self._pace_density)
 
     def _look_ahead(self, engine: Engine) -> None:
@@ -330,6 +351,7 @@ class BlendScheduler:
             heapq.heappush(self._outlived, (int(engine.now + output) + 1, request))
 
     def _unbook(self, request: int) -> Side:
+        self._overtaking.end(request)
         side, booked = self._running.pop(request)
         self._unknown = max(self._unknown - self._central.unknown(request), 0)
         self._account[side] -= booked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,20 +114,24 @@ class CentralPlan:
         self._returned.extend(lease)
         lease.clear()
 
-    def head(self, side: Side, replica: int) -> int | None:
-        """The next request of a side for a replica; the sample comes before all else."""
+    def upcoming(self, side: Side, replica: int) -> Iterator[int]:
+        """The requests that come next on a side for a replica; the sample comes before all else."""
         while self.sample and self.sample[0] in self._started:
             self.sample.popleft()
         if self.sample:
-            return self.sample[0] if side is Side.LEFT else None
+            return iter((self.sample[0],) if side is Side.LEFT else ())
         if self._lease == 1:
-            return self.scanner.head(side)
+            return self.scanner.upcoming(side)
         lease = self._leases[replica][side]
         if not lease and side is Side.RIGHT and self._returned:
             lease.append(self._returned.popleft())
         elif not lease:
             self._extend(lease, side)
-        return lease[0] if lease else None
+        return iter(lease)
+
+    def head(self, side: Side, replica: int) -> int | None:
+        """The next of them."""
+        return next(self.upcoming(side, replica), None)
 
     def _extend(self, lease: deque[int], side: Side) -> None:
         before = sum(self.scanner.remaining_seconds)
@@ -141,13 +145,13 @@ class CentralPlan:
         return float(self.plan.request_density[request])
 
     def take(self, request: int, side: Side, replica: int) -> None:
-        """A replica starts this request, its head."""
+        """A replica starts this request, one of its next."""
         self._started.add(request)
         self._spread_left -= self._spread[request]
         if self._foresight is not None:
             self._foresight.started(request)
         if not self.scanner.remove(request):
-            self._leases[replica][side].popleft()
+            self._leases[replica][side].remove(request)
 
     def finished(self, request: int) -> None:
         length = self.book.true_length(request)
