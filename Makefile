@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.cpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions lint bench paper docs clean
+.PHONY: setup setup-gpu demo test test-versions test-overlap test-candidates lint bench paper docs clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,14 @@ test-sglang-%: setup
 		"import importlib.metadata as m; assert m.version('sglang') == '$*', m.version('sglang')"
 	PYTHONPATH=$(CURDIR)/$(VENV)/sglang-$* $(BIN)/python -m pytest \
 		test/runtime/test_guard.py test/runtime/test_scheduler.py test/runtime/test_side_queues.py
+
+# What a GPU's defaults change: overlapped steps, mixed chunks, pages, two ranks; on the CPU engine.
+test-overlap: setup
+	$(BIN)/python test/end_to_end/overlap_engines.py --log test/logs/overlap-engines.log
+
+# Every setting that the Triton kernels try, compiled for three architectures.
+test-candidates: setup
+	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
 
 lint: setup
 	$(BIN)/ruff check .
