@@ -3,8 +3,8 @@
     python test/end_to_end/overlap_engines.py [--log FILE]       # or: make test-overlap
 
 The GPU's defaults on the CPU engine: one engine after the other answers the same requests, planned
-ones of both sides and online ones, some of which are aborted on the way, with so little KV memory
-that requests are retracted. Greedy tokens must be those of stock SGLang without any of it; what was
+ones of both sides and online ones. Some are aborted on the way, and some sides have so little KV
+memory that requests are retracted. Greedy tokens must be those of stock SGLang without any of it; what was
 aborted must have said the same until then. Each engine takes about half a minute, so this is no part
 of `make test`.
 """

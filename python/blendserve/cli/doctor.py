@@ -94,8 +94,9 @@ def device() -> Iterator[Finding]:
     """Driver and GPU, and the figures that jobs are planned with."""
     import torch
 
+    from blendserve.planner import HardwareError
     from blendserve.runtime.cpu_platform import needs_cpu_engine
-    from blendserve.runtime.device import DeviceError, choose_hardware, first_gpu
+    from blendserve.runtime.device import choose_hardware, first_gpu
 
     built = torch.version.cuda
     driver, supports = driver_versions()
@@ -119,7 +120,7 @@ def device() -> Iterator[Finding]:
         yield Finding("device", f"CPU, {os.cpu_count()} cores: the CPU engine serves")
     try:
         row = choose_hardware(os.environ.get("BLENDSERVE_HARDWARE", "auto"))
-    except (DeviceError, ValueError) as error:
+    except HardwareError as error:
         yield Finding("figures", str(error), fails=True)
     else:
         yield Finding(

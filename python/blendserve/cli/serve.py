@@ -103,7 +103,7 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
 
     Raises:
         ConfigError, ModelPathError: a setting or a model folder that cannot be used.
-        DeviceError: a device that nothing is known of, before its memory is filled with weights.
+        HardwareError: a device or file of figures that cannot be used, before weights are loaded.
     """
     ours = _Parser(prog="blendserve serve", add_help=False, allow_abbrev=False)
     add_own_flags(ours)
@@ -188,11 +188,11 @@ def run_engine(argv: Sequence[str]) -> int:
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """What `engine_flags` raises; the message is for the user as it stands."""
+    from blendserve.planner import HardwareError
     from blendserve.runtime.default_model import ModelPathError
-    from blendserve.runtime.device import DeviceError
     from blendserve.runtime.guard import UnsupportedSGLang
 
-    return (ConfigError, ConfigFileError, ModelPathError, DeviceError, UnsupportedSGLang)
+    return (ConfigError, ConfigFileError, ModelPathError, HardwareError, UnsupportedSGLang)
 
 
 def engine_flags(

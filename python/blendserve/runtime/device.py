@@ -11,18 +11,17 @@ from typing import Any
 import torch
 
 from blendserve.config import Settings
-from blendserve.planner import CostModel, Hardware, ModelSpec, hardware
+from blendserve.planner import (
+    CostModel,
+    Hardware,
+    ModelSpec,
+    hardware,
+    known_device,
+    nearest_device,
+)
 
 logger = logging.getLogger(__name__)
 
-# Names that NVIDIA's driver gives the chips of the planner's hardware table. Others of the same
-# family (PCIe cards, the smaller memories, export models, parts of a chip) have other figures.
-_ROWS = {
-    "NVIDIA A100-SXM4-80GB": "a100-80g-sxm",
-    "NVIDIA H100 80GB HBM3": "h100-80g-sxm",
-    "NVIDIA H200": "h200-141g-sxm",
-    "NVIDIA L40S": "l40s",
-}
 # Dense bfloat16 (before 8.0: float16) operations per clock and multiprocessor, and CUDA cores per
 # multiprocessor, by compute capability: NVIDIA's architecture white papers.
 _CHIPS = {
@@ -32,10 +31,6 @@ _CHIPS = {
     (10, 0): (8192, 128), (10, 3): (8192, 128),
     (12, 0): (1024, 128), (12, 1): (1024, 128),
 }  # fmt: skip
-
-
-class DeviceError(ValueError):
-    """No figures for this device; the message says what to give."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +47,17 @@ class Gpu:
 
 
 def cost_model_of(model_config: Any, tp_size: int | None, settings: Settings) -> CostModel:
-    """The cost model of a server, from SGLang's model configuration.
-
-    Raises:
-        ValueError: no row of the hardware table fits the device.
-    """
-    return CostModel.tensor_parallel(
-        ModelSpec.from_config(model_config.hf_config.to_dict()),
-        choose_hardware(settings.hardware),
-        int(tp_size or 1),
-    )
+    """The cost model of a server, from SGLang's model configuration. The log says what of the model
+    or the device is not known."""
+    spec = ModelSpec.from_config(model_config.hf_config.to_dict())
+    for caveat in spec.caveats:
+        _warn(caveat)
+    return CostModel.tensor_parallel(spec, choose_hardware(settings.hardware), int(tp_size or 1))
 
 
 def choose_hardware(name: str) -> Hardware:
     """The device to plan for: a row of the hardware table or a .json file by name; "auto" is the
-    first GPU that this process may use, or the CPU.
-
-    Raises:
-        DeviceError: "auto", and neither a row nor the driver's own figures describe the device.
-        ValueError: another name that is unknown.
-    """
+    first GPU that this process may use, or the CPU. Raises HardwareError for another name."""
     if name != "auto":
         return hardware(name)
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
@@ -80,39 +66,40 @@ def choose_hardware(name: str) -> Hardware:
     return hardware("cpu") if gpu is None else hardware_of(gpu)
 
 
-@functools.cache
 def hardware_of(gpu: Gpu) -> Hardware:
-    """The row of this chip, or figures from what the driver says of it.
-
-    Raises:
-        DeviceError: neither is there.
-    """
-    if gpu.name in _ROWS:
-        return hardware(_ROWS[gpu.name])
+    """The row of this chip; else, with a warning, what the driver says of it; else the row of the
+    nearest memory."""
+    # A part of a chip has the whole one's name, and not its figures.
+    row = None if " MIG " in gpu.name else known_device(gpu.name)
+    if row is not None:
+        return row
     figures = (gpu.multiprocessors, gpu.clock_hz, gpu.memory_clock_hz, gpu.memory_bus_bits)
     operations, _ = _CHIPS.get(gpu.capability, (0, 0))
-    if not (operations and all(figures) and gpu.memory_bytes):
-        raise DeviceError(
-            f"there are no figures for {gpu.name!r} (compute capability "
-            f"{'.'.join(map(str, gpu.capability))}). Give a row of the hardware table "
-            f"(--hardware {' | '.join(sorted(_ROWS.values()))}) whose ratio of compute to memory "
-            "bandwidth is near, or measured figures: --hardware FILE.json with compute_flops, "
-            "bandwidth_bytes and memory_bytes"
+    if operations and all(figures):
+        row = Hardware(
+            name=gpu.name,
+            compute_flops=gpu.multiprocessors * gpu.clock_hz * operations,
+            # Two transfers a clock.
+            bandwidth_bytes=2 * gpu.memory_clock_hz * gpu.memory_bus_bits / 8,
+            memory_bytes=float(gpu.memory_bytes),
+            source="multiprocessors, clocks and bus width as the driver reports them",
         )
-    found = Hardware(
-        name=gpu.name,
-        compute_flops=gpu.multiprocessors * gpu.clock_hz * operations,
-        # Two transfers a clock.
-        bandwidth_bytes=2 * gpu.memory_clock_hz * gpu.memory_bus_bits / 8,
-        memory_bytes=float(gpu.memory_bytes),
-        source="multiprocessors, clocks and bus width as the driver reports them",
+        taken = "the driver's figures"
+    else:
+        row = nearest_device(gpu.memory_bytes)
+        taken = f"those of {row.name}, whose memory is nearest"
+    _warn(
+        f"{gpu.name!r} is not in the hardware table; plans are made for {taken}: "
+        f"{row.compute_flops / 1e12:.0f} TFLOP/s, {row.bandwidth_bytes / 1e9:.0f} GB/s. Measure it "
+        "(benchmark/gpu) and give the file of its figures: --hardware FILE.json"
     )
-    logger.warning(
-        "%s is not in the hardware table: planned with %.0f TFLOP/s and %.0f GB/s, from the "
-        "driver's figures; --hardware FILE.json gives measured ones",
-        *(gpu.name, found.compute_flops / 1e12, found.bandwidth_bytes / 1e9),
-    )
-    return found
+    return row
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process."""
+    logger.warning(message)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from blendserve.planner import (
     Overtaking,
     PacedAdmission,
     Side,
+    StepCosts,
     StepPace,
     partition_memory,
     rest_density,
@@ -30,7 +31,6 @@ from blendserve.planner.pacing import (
 from .central_plan import CentralPlan
 from .engine import Engine
 from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
-from .step_time import StepCosts
 
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
@@ -121,16 +121,14 @@ class BlendScheduler:
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self._central = central
-        self._costs = costs
         self._options = options
         self._replica = replica
         self._chunk = chunk_tokens
         self._memory = MemoryTest(central.book)
         self._admission, self._paced = Admission(), PacedAdmission()
         self._overtaking = Overtaking()
-        self._pace = StepPace(
-            costs.token_seconds, costs.context_seconds, costs.weight_seconds, chunk_tokens
-        )
+        rates = costs.rates
+        self._pace = StepPace(rates.token, rates.context, costs.token_seconds(1), chunk_tokens)
         self._retracted = {side: _Retracted([]) for side in Side}
         # Side and booked tokens of running requests; sums per side; when the left ones outlive
         # their estimates.
@@ -265,9 +263,9 @@ class BlendScheduler:
         rest = sum(lengths) / len(lengths)
         context = engine.prompt[request] + done
         return (
-            rest * self._costs.token_seconds,
+            rest * self._pace.token_seconds,
             max(sum((context + more / 2) * more for more in lengths) / len(lengths), 1.0)
-            * self._costs.context_seconds,
+            * self._pace.context_seconds,
             rest,
         )
 
@@ -286,7 +284,7 @@ class BlendScheduler:
 
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
-        costs, central = self._costs, self._central
+        costs, central = self._pace, self._central
         # Of a context, the part that is read: what others read as well counts once.
         read = engine.reads / engine.context if engine.context else 1.0
         compute, memory = engine.prefill_backlog * costs.token_seconds, 0.0

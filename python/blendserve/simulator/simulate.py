@@ -15,6 +15,7 @@ from blendserve.planner import (
     Job,
     PlannerConfig,
     PrefixTree,
+    StepCosts,
     estimate,
     kv_capacity_tokens,
     make_plan,
@@ -29,7 +30,7 @@ from .foresight import Foresight
 from .kv_cache import KVCache
 from .lengths import LengthBook
 from .orders import CHUNK_TOKENS, OrderScheduler
-from .step_time import Overlap, OverlapModel, StepCosts
+from .step_time import Overlap, OverlapModel
 from .workloads import Workload
 
 Ints = NDArray[np.int64]
@@ -102,7 +103,7 @@ class Setting:
 
     @property
     def step_costs(self) -> StepCosts:
-        return StepCosts.of(self.cost_model) if self.costs is None else self.costs
+        return self.cost_model.step_costs if self.costs is None else self.costs
 
     def overlap_model(self, overlap: Overlap) -> OverlapModel:
         return (
@@ -137,13 +138,14 @@ class Result:
 
 
 class Simulation:
-    """A workload prepared once, to be run under several settings."""
+    """A workload prepared once, to be run under several settings. page_tokens: of the KV cache;
+    only whole pages are shared."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, page_tokens: int = 1) -> None:
         self.workload = workload
         self.output: Ints = workload.output_tokens
         self.job: Job = workload.job()
-        self.tree: PrefixTree = self.job.build_tree()
+        self.tree: PrefixTree = self.job.build_tree().paged(page_tokens)
         self._books: dict[tuple[float, int], LengthBook] = {}
 
     def bound(self, setting: Setting, overlap: Overlap) -> Bound:
@@ -151,7 +153,13 @@ class Simulation:
         costs = setting.step_costs
         model = setting.overlap_model(overlap)
         return lower_bound(
-            self.tree, self.output, costs, model, setting.replicas, setting.shared_decode
+            self.tree,
+            self.output,
+            costs,
+            model,
+            setting.replicas,
+            setting.shared_decode,
+            setting.chunk_tokens,
         )
 
     def run(self, setting: Setting) -> list[Result]:
