@@ -4,9 +4,9 @@
 
 The GPU's defaults on the CPU engine: one engine after the other answers the same requests, planned
 ones of both sides and online ones. Some are aborted on the way, and some sides have so little KV
-memory that requests are retracted. Greedy tokens must be those of stock SGLang without any of it; what was
-aborted must have said the same until then. Each engine takes about half a minute, so this is no part
-of `make test`.
+memory that requests are retracted. Greedy tokens must be those of stock SGLang without any of it;
+what was aborted must have said the same until then. Each engine takes about half a minute, so this
+is no part of `make test`.
 """
 
 from __future__ import annotations

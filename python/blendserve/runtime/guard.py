@@ -177,7 +177,7 @@ def _broken(module: str, error: Exception) -> UnsupportedSGLang:
         f"SGLang is installed but its module {module} cannot be imported here: "
         f"{type(error).__name__}: {error}. SGLang's CUDA build needs NVIDIA's driver "
         "(libcuda.so.1) and the packages that it names; `nvidia-smi` must list the GPU, and "
-        "`blendserve doctor` says what is missing. Without one, use the environment of `make setup`."
+        "`blendserve doctor` says what is missing. Without one, use `make setup`."
     )
 
 
