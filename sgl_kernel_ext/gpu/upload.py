@@ -26,7 +26,7 @@ def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[
     packed = np.zeros(sum(padded), dtype=np.int32)
     for array, size, begin in zip(arrays, sizes, np.cumsum([0, *padded]).tolist(), strict=False):
         packed[begin : begin + size] = array.reshape(-1)
-    parts = host_tensor(packed, device).to(device, non_blocking=True).split(padded)
+    parts = torch.split(host_tensor(packed, device).to(device, non_blocking=True), padded)
     return [
         part[:size].view(array.shape)
         for part, size, array in zip(parts, sizes, arrays, strict=True)
