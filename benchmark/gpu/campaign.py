@@ -4,8 +4,8 @@
     python benchmark/gpu/campaign.py --out FOLDER --dry-run        # on a CPU, under two minutes
 
 Each step is a process of its own with its own time limit; it writes its rows as they come, so a
-step that hangs or crashes costs only itself and keeps what it had. `campaign.json` says of each step
-how it ended; `hardware.json` holds the measured ceilings, for `--hardware`. Nothing is downloaded:
+step that hangs or crashes costs only itself and keeps what it had. `campaign.json` says how each
+step ended; `hardware.json` holds the measured ceilings, for `--hardware`. Nothing is downloaded:
 `--packed` installs the wheels that `pack.py` has put into a folder.
 """
 

@@ -21,13 +21,13 @@ def host_tensor(array: NDArray[np.generic], device: torch.device) -> torch.Tenso
 
 def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[torch.Tensor]:
     """The arrays as int32 tensors of their shapes on the device, each at an aligned address."""
-    sizes = [array.size for array in arrays]
-    padded = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-    packed = np.zeros(sum(padded), dtype=np.int32)
-    for array, size, begin in zip(arrays, sizes, np.cumsum([0, *padded]).tolist(), strict=False):
-        packed[begin : begin + size] = array.reshape(-1)
-    parts = torch.split(host_tensor(packed, device).to(device, non_blocking=True), padded)
+    padded = [-(-array.size // _ALIGNED) * _ALIGNED for array in arrays]
+    begins = np.cumsum([0, *padded]).tolist()
+    packed = np.zeros(begins[-1], dtype=np.int32)
+    for array, begin in zip(arrays, begins, strict=False):
+        packed[begin : begin + array.size] = array.reshape(-1)
+    there = host_tensor(packed, device).to(device, non_blocking=True)
     return [
-        part[:size].view(array.shape)
-        for part, size, array in zip(parts, sizes, arrays, strict=True)
+        there[begin : begin + array.size].view(array.shape)
+        for array, begin in zip(arrays, begins, strict=False)
     ]
