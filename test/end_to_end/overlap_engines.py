@@ -201,6 +201,8 @@ def main() -> int:
                 "BLENDSERVE_ENABLED": str(int(side.blended)),
                 "BLENDSERVE_BATCH_DIR": folder,
                 "OMP_NUM_THREADS": "1",
+                # SGLang allocates pages of several tokens with Triton kernels.
+                **({"TRITON_INTERPRET": "1"} if side.page > 1 else {}),
                 **({"BLENDSERVE_TRACE_FILE": str(trace)} if side.blended else {}),
             }
             command = [sys.executable, __file__, "--serve", side.name, str(model), str(output)]

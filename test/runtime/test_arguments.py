@@ -29,7 +29,7 @@ def settings(prefill: str = "breakable", **given: Any) -> SimpleNamespace:
         settings("disabled"),
         settings("tc_piecewise", enable_mixed_chunk=False),
         settings("tc_piecewise", device="cpu"),
-        settings(attention_backend="blend"),
+        settings(attention_backend="blend", page_size=64),
         settings(speculative_algorithm="EAGLE", enable_mixed_chunk=False),
         settings(
             speculative_algorithm="EAGLE", attention_backend="blend",
@@ -47,6 +47,7 @@ def test_what_can_be_served_is_not_refused(good: SimpleNamespace) -> None:
         (settings("tc_piecewise"), "--enable-mixed-chunk", "--disable-mixed-chunk"),
         (settings("full"), "--enable-mixed-chunk", "--disable-mixed-chunk"),
         (settings(disaggregation_mode="prefill"), "--disaggregation-mode", "--enable-pdmux"),
+        (settings(device="cpu", page_size=16), "--page-size 16", "Leave the flag away on a CPU"),
         (
             settings(speculative_algorithm="EAGLE", decode_attention_backend="blend"),
             "--attention-backend blend",

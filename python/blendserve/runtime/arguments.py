@@ -5,6 +5,7 @@ SGLang has resolved them by that time: which attention backend, which CUDA graph
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from blendserve.runtime.attention import BACKEND_NAME
@@ -59,6 +60,16 @@ def refusals(settings: Any) -> list[str]:
             f"--enable-mixed-chunk: SGLang mixes steps only under its breakable prefill graphs, "
             f"and this model or these flags take {prefill} ones. Give --disable-mixed-chunk, or "
             "--cuda-graph-backend-prefill breakable where the model allows it"
+        )
+    if (
+        str(settings.device) == "cpu"
+        and (getattr(settings, "page_size", None) or 1) > 1
+        # Its interpreter runs them, slowly: for tests.
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    ):
+        found.append(
+            f"--page-size {settings.page_size}: SGLang allocates pages with kernels that need a "
+            "GPU. Leave the flag away on a CPU"
         )
     backends = {
         getattr(settings, f"{part}attention_backend", None) for part in ("", "prefill_", "decode_")
