@@ -112,7 +112,7 @@ def cascade_groups(step: Step) -> list[Segment]:
     return groups
 
 
-def cascade_levels(step: Step) -> tuple[IntArray, Level, Level] | None:
+def cascade_levels(step: Step, groups: list[Segment]) -> tuple[IntArray, Level, Level] | None:
     """Two levels for decodes under shared prefixes, and the order of the query rows in them.
 
     The first level holds each group's shared stretch from position 0, or, for a request without a
@@ -121,7 +121,6 @@ def cascade_levels(step: Step) -> tuple[IntArray, Level, Level] | None:
     batch, decodes = step.batch, step.decodes
     if (batch.kv_lens[decodes] < 2).any():
         return None
-    groups = cascade_groups(step)
     grouped = set(np.concatenate([s.members for s in groups]).tolist()) if groups else set()
     alone = [d for d in decodes.tolist() if d not in grouped]
     first = groups + [Segment(0, int(batch.kv_lens[d]) - 1, np.array([d])) for d in alone]
@@ -175,12 +174,18 @@ class FlashInferSteps:
         self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._pods: dict[AttentionShape, Any] = {}
         self._cascades: dict[AttentionShape, Any] = {}
+        self._groups: tuple[Step | None, list[Segment]] = (None, [])
 
     def saved_tokens(self, step: Step) -> int:
         """Positions of KV that its kernels need not read: POD reads all, the cascade one level."""
         if step.is_mixed:
             return 0
-        return sum((len(s.members) - 1) * s.end for s in cascade_groups(step))
+        return sum((len(s.members) - 1) * s.end for s in self._groups_of(step))
+
+    def _groups_of(self, step: Step) -> list[Segment]:
+        if self._groups[0] is not step:
+            self._groups = (step, cascade_groups(step))
+        return self._groups[1]
 
     def plan(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         if dtype not in DTYPES or shape.head_dim not in HEAD_DIMS or shape.window >= 0:
@@ -239,7 +244,7 @@ class FlashInferSteps:
         return run_layer
 
     def _plan_cascade(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
-        levels = cascade_levels(step)
+        levels = cascade_levels(step, self._groups_of(step))
         if levels is None:
             return None
         if shape not in self._cascades:

@@ -92,8 +92,9 @@ class Planner:
         self._failed: set[tuple[str, bool]] = set()
 
     def saved_tokens(self, step: Step) -> int:
-        """What the family that would be asked first does not read."""
-        order = by_savings(self._able(step), step)
+        """What the family that would be asked first does not read. The ranks of a model must say
+        the same, so what has failed on one of them does not count."""
+        order = by_savings(self.kernels, step)
         return order[0].saved_tokens(step) if order else 0
 
     def plan(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:

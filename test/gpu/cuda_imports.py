@@ -2,9 +2,9 @@
 
     .venv-gpu/bin/python test/gpu/cuda_imports.py [--log FILE]       # or: make test-cuda-imports
 
-First as such a machine is, then with a libcuda.so.1 that fails every call, so that the CUDA libraries
-load: our modules are imported, SGLang's signatures compared, `serve --help` and tests of kernels,
-scheduler and cache run.
+First as such a machine is, then with a libcuda.so.1 that fails every call, so that the CUDA
+libraries load: our modules are imported, SGLang's signatures compared, `serve --help` and tests of
+kernels, scheduler and cache run.
 """
 
 from __future__ import annotations

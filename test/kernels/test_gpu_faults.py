@@ -252,7 +252,7 @@ def nested_step(common: int = 100, group: int = 2_000, own: int = 500) -> Step:
 @pytest.mark.parametrize(("common", "group"), [(100, 2_000), (2_000, 100), (100, 0), (0, 500)])
 def test_the_cascade_reads_what_it_says_and_takes_the_better_level(common: int, group: int) -> None:
     step = nested_step(common, group)
-    levels = cascade_levels(step)
+    levels = cascade_levels(step, cascade_groups(step))
     assert levels is not None
     members, shared, private = levels
     read = len(shared.kv_indices) + len(private.kv_indices)
@@ -377,6 +377,6 @@ def test_every_kind_of_kernel_is_run_before_the_server_is_up(
 
 
 def test_the_warm_up_steps_are_ones_that_the_kernels_take() -> None:
-    for step in attention_warm_up.steps_of(SHAPE, "cpu"):
+    for step in attention_warm_up.steps_of(SHAPE, 500, "cpu"):
         for family in (flashinfer_steps(), TritonSteps("cpu")):
             assert family.plan(step, SHAPE, torch.bfloat16) is not None

@@ -201,8 +201,9 @@ def left_to_sglang(model_runner: Any) -> str | None:
         return "the model has multi-head latent attention"
     if hasattr(pool, "swa_kv_pool"):
         return "sliding-window layers have a KV pool of their own"
-    if pool.dtype != model_runner.dtype:
-        return f"the KV cache is {pool.dtype}, and the model {model_runner.dtype}"
+    held = getattr(pool, "dtype", None)
+    if held != model_runner.dtype:
+        return f"the KV cache is {held}, and the model {model_runner.dtype}"
     if getattr(config, "is_encoder_decoder", False):
         return "the model has an encoder"
     if getattr(model_runner.server_args, "speculative_algorithm", None):
@@ -260,6 +261,7 @@ def leave_graphs() -> None:
         if importlib.util.find_spec(module) is not None:
             HookRegistry.register(f"{module}.{method}", _can_run_graph, HookType.AROUND)
             return
+    logger.warning("SGLang decides about CUDA graphs elsewhere: decode steps all stay in theirs")
 
 
 def _can_run_graph(

@@ -16,11 +16,12 @@ import torch
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
 from sgl_kernel_ext.gpu.kernels import FEW_ROWS
 from sgl_kernel_ext.gpu.steps import Planner, Step
-from sgl_kernel_ext.groups import MIN_SHARED_TOKENS, Segment
+from sgl_kernel_ext.groups import Segment
 
 logger = logging.getLogger(__name__)
 
-_CHUNK, _OWN = 64, 16
+# Sizes of the warm-up's steps. Triton times its candidates on them, so they are those of a job.
+_CHUNK, _DECODES, _SHARED, _OWN = 512, 64, 512, 512
 # SGLang makes a backend several times in a process: one per stream of PD multiplexing.
 _warm: set[tuple[AttentionShape, torch.dtype]] = set()
 
@@ -39,25 +40,29 @@ def usual_shape(model_runner: Any) -> AttentionShape:
     )
 
 
-def steps_of(shape: AttentionShape, device: torch.device | str) -> list[Step]:
-    """Small steps of each kind that has a kernel of its own."""
+def steps_of(shape: AttentionShape, slots: int, device: torch.device | str) -> list[Step]:
+    """A step of each kind that has a kernel of its own, over a pool of so many slots: mixed, groups
+    of few packed rows under a prefix, one group of many."""
 
-    def step(prefills: int, decodes: int) -> Step:
-        shared = MIN_SHARED_TOKENS if not prefills else 0
+    def step(prefills: int, group: int) -> Step:
+        """Decodes in groups of so many that share; 1: none does."""
+        shared = _SHARED if group > 1 else 0
+        decodes = _DECODES // group * group
         kv_lens = [_CHUNK] * prefills + [shared + _OWN] * decodes
-        table = torch.arange(len(kv_lens) * max(kv_lens), dtype=torch.int32)
-        table = table.view(len(kv_lens), -1).clone()
-        table[prefills:, :shared] = table[prefills, :shared].clone()
-        batch = PagedBatch.of(
-            list(range(len(kv_lens))), kv_lens, [_CHUNK] * prefills + [1] * decodes
-        )
-        members = np.arange(prefills, prefills + decodes)
-        segments = [Segment(0, shared, members)] if shared else []
-        segments += [Segment(shared, shared + _OWN, members[i : i + 1]) for i in range(decodes)]
+        # Slots lie anywhere; it does not matter here that some are several requests'.
+        random = torch.Generator().manual_seed(0)
+        table = torch.randint(slots, (len(kv_lens), max(kv_lens)), generator=random).int()
+        segments = []
+        for first in range(prefills, prefills + decodes, group):
+            members = np.arange(first, first + group)
+            if shared:
+                segments.append(Segment(0, shared, members))
+            segments += [Segment(shared, shared + _OWN, np.array([m])) for m in members]
+        query_lens = [_CHUNK] * prefills + [1] * decodes
+        batch = PagedBatch.of(list(range(len(kv_lens))), kv_lens, query_lens)
         return Step(batch, segments, table.to(device))
 
-    few = max(FEW_ROWS // shape.group, 2)
-    return [step(1, 2), step(0, few), step(0, 2 * few)]
+    return [step(1, 1), step(0, max(FEW_ROWS // shape.group, 2)), step(0, _DECODES)]
 
 
 def warm_up(planner: Planner, model_runner: Any) -> None:
@@ -67,20 +72,22 @@ def warm_up(planner: Planner, model_runner: Any) -> None:
         return
     _warm.add((shape, dtype))
     device = model_runner.device
-    for step in steps_of(shape, device):
+    # SGLang's own pool, which holds nothing yet: there is no room for another of its size.
+    layer = int(getattr(model_runner, "start_layer", 0) or 0)
+    pool = model_runner.token_to_kv_pool
+    pools = (pool.get_key_buffer(layer), pool.get_value_buffer(layer))
+    if any(p.ndim != 3 or p.shape[1:] != (shape.kv_heads, shape.head_dim) for p in pools):
+        return
+    for step in steps_of(shape, len(pools[0]), device):
         for family in planner.kernels:
             start = time.perf_counter()
             run = planner.plan_with(family, step, shape, dtype)
             if run is None:
                 continue
-            pools = torch.zeros(
-                2, step.slot_table.numel(), shape.kv_heads, shape.head_dim,
-                dtype=dtype, device=device,
-            )  # fmt: skip
             query = torch.zeros(
                 step.tokens, shape.heads, shape.head_dim, dtype=dtype, device=device
             )
-            run(query, pools[0], pools[1], torch.empty_like(query))
+            run(query, *pools, torch.empty_like(query))
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize()
             logger.info(
