@@ -9,7 +9,7 @@ GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.gpu-setup
 
 .PHONY: setup setup-gpu demo test test-versions test-overlap test-candidates \
-	test-campaign test-cuda-imports lint bench paper docs clean
+	test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean
 
 setup: $(STAMP)
 
@@ -59,6 +59,10 @@ test-overlap: setup
 test-cuda-imports: setup-gpu
 	$(GPU_VENV)/bin/pip install --quiet --no-deps --requirement requirements/dev.txt
 	$(GPU_VENV)/bin/python test/gpu/cuda_imports.py --log test/logs/cuda-imports.log
+
+# FlashInfer's own planner never asks for more workspace than we give it; needs nvcc.
+test-flashinfer-workspace: setup-gpu
+	$(GPU_VENV)/bin/python test/gpu/flashinfer_workspace.py --log test/logs/flashinfer-workspace.log
 
 # The GPU campaign on a CPU: tiny sizes, kernels in Triton's interpreter.
 test-campaign: setup

@@ -21,11 +21,18 @@ from pathlib import Path
 LIMIT_BYTES = 60 * 10**6
 PYTHON = "3.12"
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "sglang-kernel==0.4.5"
-# Parts of its wheel: FlashAttention-3, sparse attention, MLA, Blackwell.
-CUT = ("flash_ops", "infllm_ops", "flashmla_ops", "sm100/")
+# Wheels that are cut down, and what is left out of them: FlashAttention-3, sparse attention, MLA
+# and Blackwell; diffusion models and the gRPC server; examples and bindings of CUTLASS.
+CUT = {
+    "sglang-kernel==0.4.5": ("flash_ops", "infllm_ops", "flashmla_ops", "sm100/"),
+    "sglang==0.5.16": ("sglang/multimodal_gen/", "sglang/srt/grpc/_core", "sglang/test/"),
+    "flashinfer-python==0.6.14": (
+        *("cutlass/examples/", "cutlass/python/", "cutlass/tools/", "cccl/python/"),
+        *("cutlass/test/", "cutlass/docs/", "cutlass/media/"),
+    ),
+}
 WHEELS = (
-    *("sglang==0.5.16", "flashinfer-python==0.6.14", "apache-tvm-ffi==0.1.11", "openai==2.6.1"),
+    *("apache-tvm-ffi==0.1.11", "openai==2.6.1"),
     *("fastapi==0.141.0", "starlette==1.3.1", "uvicorn==0.52.0", "annotated-doc==0.0.7"),
     *("pydantic==2.13.4", "pydantic-core==2.46.4", "annotated-types", "typing-inspection"),
     *("pydantic-settings", "python-dotenv", "orjson", "pybase64", "msgspec", "pyzmq", "dill"),
@@ -34,7 +41,7 @@ WHEELS = (
     *("rpds-py", "jsonschema-specifications", "soundfile", "cffi", "pycparser", "nvidia-ml-py"),
     *("ipython", "traitlets", "decorator", "prompt_toolkit", "wcwidth", "stack_data"),
     *("asttokens", "executing", "pure_eval", "matplotlib-inline", "pexpect", "ptyprocess"),
-    *("ipython-pygments-lexers", "sqlalchemy", "greenlet"),
+    "ipython-pygments-lexers",
 )
 _GLIBC = (39, 38, 36, 35, 34, 31, 28, 27, 26, 24, 17)
 
@@ -46,9 +53,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     download(WHEELS, folder)
     with tempfile.TemporaryDirectory() as work:
-        download([KERNELS], Path(work))
-        for wheel in Path(work).glob("*.whl"):
-            cut_down(wheel, folder / wheel.name, CUT)
+        for number, (requirement, left_out) in enumerate(CUT.items()):
+            download([requirement], Path(work) / str(number))
+            for wheel in (Path(work) / str(number)).glob("*.whl"):
+                cut_down(wheel, folder / wheel.name, left_out)
     wheels = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     tree = tracked_bytes()
     print(f"{wheels / 1e6:.1f} MB of wheels in {folder}, {tree / 1e6:.1f} MB of tree")

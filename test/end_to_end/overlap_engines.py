@@ -30,7 +30,7 @@ CONFIG = {
     "max_position_embeddings": 4_096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
     "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-AMPLE_TOKENS, SCARCE_TOKENS = 16_000, 1_600
+AMPLE_TOKENS, SCARCE_TOKENS = 16_000, 1_000
 ABORT_AFTER = 5  # tokens
 LIMIT_SECONDS = 600
 

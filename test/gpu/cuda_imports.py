@@ -56,6 +56,18 @@ cascade = inspect.signature(flashinfer.MultiLevelCascadeAttentionWrapper.plan).p
 assert {"causal", "sm_scale", "logits_soft_cap", "q_data_type", "kv_data_type"} <= set(cascade)
 print("FlashInfer", flashinfer.__version__, "takes our arguments")
 """
+PRETENDED = str(ROOT / "test" / "gpu" / "pretended_gpu.py")
+REFUSED = "blendserve: --disaggregation-mode"
+# (chip, what must be said, flags)
+CHIPS = (
+    ("a100", '"attention_backend": "flashinfer"', ("a100",)),
+    ("h100", '"attention_backend": "fa3"', ("h100",)),
+    ("h200", '"enable_mixed_chunk": true', ("h200",)),
+    ("b200", '"attention_backend": "trtllm_mha"', ("b200",)),
+    ("h100", '"attention_backend": "blend"', ("h100", "--attention-b", "blend")),
+    ("h100", '"enable_mixed_chunk": false', ("h100", "--disable-mixed-chunk")),
+    ("h100", REFUSED, ("h100", "--disaggregation-mode", "prefill")),
+)
 TESTS = (
     *("test/kernels/test_gpu_steps.py", "test/kernels/test_gpu_faults.py"),
     *("test/kernels/test_triton_compiles.py", "test/kernels/test_groups.py"),
@@ -105,18 +117,29 @@ def main() -> int:
         with_driver = {**environment, "LD_LIBRARY_PATH": folder}
         run = [sys.executable, "-m", "blendserve.cli.serve", "--help"]
         for name, command, env in (
-            ("no driver: serve --help", run, environment),
-            ("no driver: our modules", [sys.executable, "-c", EVERYTHING], environment),
-            ("stub driver: serve --help", run, with_driver),
-            ("stub driver: our modules", [sys.executable, "-c", EVERYTHING], with_driver),
             ("stub driver: guard", [sys.executable, "-c", GUARD], with_driver),
             ("stub driver: FlashInfer", [sys.executable, "-c", FLASHINFER], with_driver),
+            *(
+                (f"pretended {chip}: {expected}", [sys.executable, PRETENDED, *words], with_driver)
+                for chip, expected, words in CHIPS
+            ),
+            ("stub driver: our modules", [sys.executable, "-c", EVERYTHING], with_driver),
+            ("no driver: our modules", [sys.executable, "-c", EVERYTHING], environment),
+            ("no driver: serve --help", run, environment),
+            ("stub driver: serve --help", run, with_driver),
             ("stub driver: tests", [sys.executable, "-m", "pytest", "-q", *TESTS], with_driver),
         ):
             start = time.monotonic()
             done = subprocess.run(
                 command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS
             )
+            if (
+                name.startswith("pretended ")
+                and name.split(": ")[1] not in done.stdout + done.stderr
+            ):
+                done.returncode = done.returncode or 1
+            elif name.endswith(REFUSED):
+                done.returncode = 0
             seconds = time.monotonic() - start
             lines.append(f"{name}: status {done.returncode}, {seconds:.0f} s")
             said = [line for line in done.stdout.splitlines() if line.strip()]
@@ -127,10 +150,9 @@ def main() -> int:
                 lines += [f"  {line}" for line in shown]
             print("\n".join(lines[-1 - len(shown) :]), flush=True)
             failed += bool(done.returncode)
-    lines.append(f"{failed} failed")
-    print(lines[-1])
-    if options.log:
-        options.log.write_text("\n".join(lines) + "\n")
+            if options.log:
+                options.log.write_text("\n".join(lines) + "\n")
+    print(f"{failed} failed")
     return 1 if failed else 0
 
 
