@@ -1,5 +1,5 @@
-"""FlashInfer's own planner, compiled, asked for the workspace of thousands of steps: never more than
-`plan_bytes` says.
+"""FlashInfer's own planner, compiled, asked for the workspace of thousands of steps: it is never
+more than `plan_bytes` says.
 
     python test/gpu/flashinfer_workspace.py [--data FOLDER/flashinfer/data] [--log FILE]
 
