@@ -203,6 +203,8 @@ def main() -> int:
                 "OMP_NUM_THREADS": "1",
                 # SGLang allocates pages of several tokens with Triton kernels.
                 **({"TRITON_INTERPRET": "1"} if side.page > 1 else {}),
+                # It wants a NUMA node for each rank, or to be told the cores.
+                **({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if side.ranks > 1 else {}),
                 **({"BLENDSERVE_TRACE_FILE": str(trace)} if side.blended else {}),
             }
             command = [sys.executable, __file__, "--serve", side.name, str(model), str(output)]
