@@ -37,6 +37,7 @@ def measure(folder: Path, lines: int, line_bytes: int) -> dict[str, Any]:
     began = time.monotonic()
     command = [sys.executable, "-c", _RUN.format(engine=str(FAKE_ENGINE))]
     command += ["-i", str(source), "-o", str(output), "--json", "--ordered"]
+    command += ["--served-model-name", "fake-model"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

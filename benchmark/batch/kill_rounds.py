@@ -47,7 +47,7 @@ sys.exit(main(["run-batch", *sys.argv[1:]]))
 
 _REAL_FLAGS = (
     *("--max-total-tokens", "4096", "--chunked-prefill-size", "256", "--device", "cpu"),
-    *("--dtype", "float32", "--mem-fraction-static", "0.1", "--served-model-name", "fake-model"),
+    *("--dtype", "float32", "--mem-fraction-static", "0.1"),
 )
 
 
@@ -81,10 +81,10 @@ class Job:
         self.folder = folder
         self.source, self.log = folder / "in.jsonl", folder / "computed"
         self.engine = [str(FAKE_ENGINE), "--delay", "0.05", "--log", str(self.log)]
-        self.flags: list[str] = []
+        self.flags = ["--served-model-name", "fake-model"]
         if model is not None:
             self.engine = [__file__, "engine", str(self.log)]
-            self.flags = ["--model-path", str(model), *_REAL_FLAGS]
+            self.flags += ["--model-path", str(model), *_REAL_FLAGS]
         self.log.touch()
         write_job(self.source, lines, 300)
         self.process: subprocess.Popen[bytes] | None = None

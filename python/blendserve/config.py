@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     max_running_batches: int = Field(
         default=8, ge=1, description="Batches that run at once; further ones wait their turn."
     )
+    max_open_batches: int = Field(
+        default=50_000, ge=1, description="Batches of one tenant that have not ended."
+    )
     online_share: float = Field(
         default=0.2,
         ge=0.0,
@@ -88,6 +91,11 @@ class Settings(BaseSettings):
     api_keys_file: str = Field(
         default="",
         description="File of API keys, lines `tenant key [admin]`; each tenant sees its own only.",
+    )
+    allowed_hosts: str = Field(
+        default="",
+        description="Further host names, with commas between, under which a server without keys "
+        "may be asked; `*` for any. Loopback names and IP addresses always are.",
     )
     engine_hang_seconds: float = Field(
         default=120.0,

@@ -17,6 +17,7 @@ from batch_fakes import until
 from openai import OpenAI
 
 from blendserve.batch import ApiKeys, BatchStore
+from blendserve.cli.connections import PatientProtocol
 from blendserve.cli.engine_process import WatchSettings
 from blendserve.cli.front import Front
 from blendserve.config import Settings
@@ -41,7 +42,9 @@ class FrontServer:
         settings = Settings(batch_dir=batch_dir, max_batch_lines=10**9)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self.front = Front(self.store, command, settings, keys or ApiKeys({}), watch)
-        config = uvicorn.Config(self.front.app, host="127.0.0.1", port=0, log_level="warning")
+        config = uvicorn.Config(
+            self.front.app, port=0, log_level="warning", http=PatientProtocol, ws="none"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 

@@ -14,6 +14,7 @@ from batch_fakes import CHAT, FakeExecutor, chat_line, faults_of, finish, job, j
 from batch_server import BatchServer
 
 from blendserve.batch import BatchLimits
+from blendserve.batch.refusals import RefusedLine
 from blendserve.batch.validation import ValidationStopped, Verdict, validate_file
 
 
@@ -42,7 +43,13 @@ BAD_LINES: dict[str, tuple[Any, str, str, str | None]] = {
     "an array": ([1], "invalid_json_line", "not an object", None),
     "a number": (b"17", "invalid_json_line", "not an object", None),
     "not UTF-8": (b'{"custom_id": "\xff"}', "invalid_json_line", "not UTF-8", None),
-    "NaN": (b'{"custom_id": NaN}', "invalid_json_line", "not valid JSON", None),
+    "NaN as custom_id": (
+        b'{"custom_id": NaN, "method": "POST", "url": "%s", "body": {}}' % CHAT.encode(),
+        "invalid_type",
+        "a string",
+        "custom_id",
+    ),
+    "nan": (b'{"custom_id": nan}', "invalid_json_line", "column 15", None),
     "too deep": (b"[" * 1_500, "invalid_json_line", "not valid JSON", None),
     "too long": (chat_line("b", "x" * 3_000), "line_too_long", "at most 2000", None),
     "no custom_id": (
@@ -68,14 +75,19 @@ BAD_LINES: dict[str, tuple[Any, str, str, str | None]] = {
     "no body": (without(LINE, "body"), "missing_required_parameter", "body is missing", "body"),
     "list body": ({**LINE, "body": []}, "invalid_type", "an object", "body"),
     "unknown field": ({**LINE, "boddy": {}}, "unknown_parameter", "'boddy'", "boddy"),
-    "no model": (
-        with_body(model=...),
-        "missing_required_parameter",
-        "model is missing",
-        "body.model",
-    ),
-    "number model": (with_body(model=3), "invalid_type", "a string", "body.model"),
     "second model": (with_body(model="other-model"), "model_mismatch", "one model", "body.model"),
+    "a custom_id with half a pair": (
+        b'{"custom_id": "b\\ud83d", "method": "POST", "url": "%s", "body": {}}' % CHAT.encode(),
+        "invalid_value",
+        "surrogate",
+        "custom_id",
+    ),
+}
+
+# The same for what is wrong inside a body.
+BAD_BODIES: dict[str, tuple[Any, str, str, str | None]] = {
+    "number model": (with_body(model=3), "invalid_type", "a string", "body.model"),
+    "empty model": (with_body(model=""), "invalid_type", "not empty", "body.model"),
     "no messages": (
         with_body(messages=...),
         "missing_required_parameter",
@@ -87,19 +99,21 @@ BAD_LINES: dict[str, tuple[Any, str, str, str | None]] = {
     "stream": (with_body(stream=True), "invalid_value", "cannot stream", "body.stream"),
     "n = 0": (with_body(n=0), "invalid_value", "from 1", "body.n"),
     "n = 1000": (with_body(n=1_000), "invalid_value", "exceed 128", "body.n"),
+    "half an n": (with_body(n=1.5), "invalid_value", "whole number", "body.n"),
+    "true n": (with_body(n=True), "invalid_value", "whole number", "body.n"),
     "text n": (with_body(n="2"), "invalid_value", "whole number", "body.n"),
     "max_tokens": (with_body(max_tokens=-1), "invalid_value", "from 0", "body.max_tokens"),
     "remote image": (
         with_body(messages=image("https://example.org/cat.png")),
         "remote_url_not_allowed",
         "data: URL",
-        "body.messages[0].content.image_url",
+        "body.messages[0].content[0].image_url",
     ),
     "image on the server's disk": (
         with_body(messages=image("/etc/passwd.png")),
         "remote_url_not_allowed",
         "data: URL",
-        "body.messages[0].content.image_url",
+        "body.messages[0].content[0].image_url",
     ),
     "too many tokens": (chat_line("b", "too-long"), "token_limit_exceeded", "4096", "body"),
     "a line that breaks the check": (
@@ -111,19 +125,52 @@ BAD_LINES: dict[str, tuple[Any, str, str, str | None]] = {
 }
 
 
-def verdict(tmp_path: Path, data: bytes, **limits: Any) -> Verdict:
+def verdict(tmp_path: Path, data: bytes, **limits: Any) -> tuple[Verdict, list[RefusedLine]]:
     path = tmp_path / "input.jsonl"
     path.write_bytes(data)
-    return validate_file(path, CHAT, FakeExecutor(), BatchLimits(**limits), lambda: False)
+    refused: list[RefusedLine] = []
+    found = validate_file(
+        path, CHAT, FakeExecutor(), BatchLimits(**limits), lambda: False, refused.append
+    )
+    assert found.refused == len(refused)
+    return found, refused
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_is_named_with_its_code_and_place(tmp_path: Path, name: str) -> None:
     line, code, part, param = BAD_LINES[name]
-    found = verdict(tmp_path, jsonl([GOOD, line, chat_line("c")]), max_line_bytes=2_000)
+    data = jsonl([GOOD, line, chat_line("c")])
+    found, refused = verdict(tmp_path, data, max_line_bytes=2_000)
     assert [(fault.line, fault.code, fault.param) for fault in found.faults] == [(2, code, param)]
     assert part in found.faults[0].message
     assert found.total == 3
+    assert refused == []
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_bad_body_is_its_lines_own_matter(tmp_path: Path, name: str) -> None:
+    line, code, part, param = BAD_BODIES[name]
+    found, refused = verdict(tmp_path, jsonl([GOOD, line, chat_line("c")]))
+    assert (found.total, found.faults) == (3, [])
+    assert [(one.index, one.number, one.custom_id) for one in refused] == [(1, 2, "b")]
+    assert [(fault.code, fault.param) for fault in refused[0].faults] == [(code, param)]
+    assert part in refused[0].faults[0].message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        with_body(model=...),
+        with_body(model=None),
+        with_body(max_tokens=8.0, n=1.0),
+        with_body(max_tokens="8"),
+        with_body(temperature="warm"),
+    ],
+    ids=["no model", "null model", "8.0", "text for a number", "a wrong type"],
+)
+def test_what_the_engine_takes_or_refuses_itself_is_left_to_it(tmp_path: Path, line: Any) -> None:
+    found, refused = verdict(tmp_path, jsonl([GOOD, line]))
+    assert (found.faults, refused, found.model) == ([], [], "fake-model")
 
 
 @pytest.mark.parametrize(
@@ -159,24 +206,18 @@ def test_all_bad_lines_are_listed_up_to_a_cap_that_tells_the_rest(server: BatchS
 
 
 def test_one_line_may_have_several_faults(tmp_path: Path) -> None:
-    line = {"custom_id": "x", "url": "/v1/completions", "body": {"stream": True}}
-    found = verdict(tmp_path, jsonl([line]))
+    line = {"custom_id": "x", "url": "/v1/completions", "id": 1, "body": {"stream": True}}
+    found, _ = verdict(tmp_path, jsonl([line]))
     assert {fault.code for fault in found.faults} == {
         "missing_required_parameter",
         "url_mismatch",
-        "invalid_value",
+        "unknown_parameter",
     }
-    assert {fault.param for fault in found.faults} == {
-        "method",
-        "url",
-        "body.model",
-        "body.messages",
-        "body.stream",
-    }
+    assert {fault.param for fault in found.faults} == {"method", "url", "id"}
 
 
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
-    found = verdict(tmp_path, jsonl([b"", GOOD, b"", b"{"]))
+    found, _ = verdict(tmp_path, jsonl([b"", GOOD, b"", b"{"]))
     assert [fault.line for fault in found.faults] == [4]
     assert found.total == 2
 
@@ -185,7 +226,7 @@ def test_validation_stops_when_told_to(tmp_path: Path) -> None:
     path = tmp_path / "input.jsonl"
     path.write_bytes(job(3))
     with pytest.raises(ValidationStopped):
-        validate_file(path, CHAT, FakeExecutor(), BatchLimits(), lambda: True)
+        validate_file(path, CHAT, FakeExecutor(), BatchLimits(), lambda: True, lambda _: None)
 
 
 def assert_error(response: httpx.Response, status: int, code: str | None, part: str) -> None:

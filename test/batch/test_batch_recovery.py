@@ -18,7 +18,6 @@ from batch_fakes import (
     FakeExecutor,
     all_ids,
     counts_of,
-    faults_of,
     finish,
     job,
     results,
@@ -91,18 +90,40 @@ def test_a_dead_engine_leaves_the_batch_waiting_and_the_api_alive(tmp_path: Path
     assert sorted(executor.computed) == sorted(f"r{i}" for i in range(8))
 
 
-def test_another_engine_does_not_go_on_with_a_batch(tmp_path: Path) -> None:
+def test_a_batch_waits_for_the_engine_that_has_begun_it(tmp_path: Path) -> None:
     batch_id = run_until(tmp_path, FakeExecutor(fingerprint="model-a/float32"), job(20), 6)
     other = FakeExecutor(fingerprint="model-b/float16")
     with BatchServer(tmp_path, other) as server:
+        # It holds up nobody else, and nobody else's engine is asked for it.
+        newer = finish(server.client, submit(server.client, job(3)).id)
+        assert newer.status == "completed"
+        assert server.client.batches.retrieve(batch_id).status == "in_progress"
+        paused = server.service.progress(batch_id)
+        assert (paused.phase, paused.total) == ("paused", 20)
+        assert paused.done >= 6
+        note = paused.note or ""
+        assert "model-a/float32" in note
+        assert "model-b/float16" in note
+        assert "again from the same input file" in note
+        assert server.http.get(f"/v1/batches/{batch_id}").json()["note"] == note
+    assert other.began == [newer.id]
+    own = FakeExecutor(fingerprint="model-a/float32")
+    with BatchServer(tmp_path, own) as server:
         batch = finish(server.client, batch_id)
-        assert batch.status == "failed"
-        [error] = faults_of(batch)
-        assert error.code == "engine_changed"
-        message = error.message or ""
-        assert "model-a/float32" in message
-        assert "model-b/float16" in message
-        assert "again from the same input file" in message
+        assert (batch.status, counts_of(batch).completed) == ("completed", 20)
+        assert len(own.computed) <= 14
+
+
+def test_a_batch_whose_engine_does_not_come_back_expires_and_keeps_what_is_done(
+    tmp_path: Path,
+) -> None:
+    batch_id = run_until(tmp_path, FakeExecutor(fingerprint="model-a/float32"), job(20), 6)
+    other = FakeExecutor(fingerprint="model-b/float16")
+    with BatchServer(tmp_path, other) as server:
+        server.clock.seconds += 24 * 3_600 + 1
+        server.service.nudge()
+        batch = finish(server.client, batch_id)
+        assert batch.status == "expired"
         assert len(results(server.client, batch.output_file_id)) >= 6
         assert all_ids(server.client, batch) == sorted(f"r{i}" for i in range(20))
     assert other.computed == []

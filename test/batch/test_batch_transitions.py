@@ -29,8 +29,10 @@ ALLOWED = {
     ("in_progress", "cancelling"),
     ("finalizing", "completed"),
     ("cancelling", "cancelled"),
-    # Ours: the engine was changed under a batch, so it cannot go on.
+    # Ours: its input is gone, or the server failed at it again and again.
     ("in_progress", "failed"),
+    # Ours: its window closed before it was checked.
+    ("validating", "expired"),
 }
 STAMPS = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 

@@ -12,7 +12,6 @@ import openai
 import pytest
 from batch_fakes import FakeExecutor, finish, job, submit, until
 from batch_server import BatchServer
-from sqlalchemy.orm import Session
 
 from blendserve.batch import BatchService, BatchStore
 from blendserve.batch.ids import new_file_id
@@ -81,14 +80,14 @@ def test_an_expired_file_leaves_its_twin(tmp_path: Path) -> None:
         assert files.content(lasting.id).content == data
 
 
-def test_bytes_that_no_file_has_after_a_crash_go_at_the_next_start(tmp_path: Path) -> None:
+def test_bytes_that_no_file_has_after_a_crash_leave_at_the_next_start(tmp_path: Path) -> None:
     """Between bytes and row of an upload; and between row and bytes of a deletion."""
     store = BatchStore(tmp_path)
     kept, unlinked = (add(BatchService(store, FakeExecutor()), job(count)) for count in (1, 2))
     with store.directory.draft() as draft:
         draft.file.write(job(3))
         store.directory.publish(draft, digest(job(3)))
-    with Session(store._engine) as session, session.begin():
+    with store._writing() as session:
         row = session.query(FileRow).filter_by(id=unlinked).one()
         row.deleted_at = 1
     store.close()

@@ -52,14 +52,14 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
+def browser(profile: Path, *flags: str) -> Iterator[Browser]:
     assert CHROMEDRIVER is not None
     port = free_port()
     driver = subprocess.Popen(
         [CHROMEDRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    arguments += [f"--user-data-dir={profile}", "--window-size=1200,640"]
+    arguments += [f"--user-data-dir={profile}", "--window-size=1200,640", *flags]
     options = {
         "browserName": "chrome",
         "goog:chromeOptions": {"binary": CHROMIUM, "args": arguments},

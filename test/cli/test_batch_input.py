@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from blendserve.cli import batch_input
 from blendserve.cli.batch_input import InputError, plain_file
 
 TEXT = b"".join(b'{"line": %d}\n' % number for number in range(1_000))
@@ -55,3 +56,52 @@ def test_a_plain_file_is_used_where_it_lies(tmp_path: Path) -> None:
     source.write_bytes(TEXT)
     with plain_file(str(source), tmp_path) as plain:
         assert plain == source
+
+
+class Counted:
+    """Takes everything, and knows the largest block."""
+
+    def __init__(self) -> None:
+        self.size = self.largest = 0
+
+    def write(self, data: bytes) -> int:
+        self.size += len(data)
+        self.largest = max(self.largest, len(data))
+        return len(data)
+
+
+def test_a_bomb_is_unpacked_block_by_block(tmp_path: Path) -> None:
+    source = tmp_path / "in.zst"
+    packer = zstandard.ZstdCompressor().compressobj()
+    with source.open("wb") as file:
+        for _ in range(512):
+            file.write(packer.compress(b" " * (1 << 20)))
+        file.write(packer.flush())
+    sink = Counted()
+    batch_input._unzstd(str(source), sink)  # type: ignore[arg-type]
+    assert sink.size == 512 << 20
+    assert sink.largest <= 40 << 20
+
+
+def test_a_frame_with_a_huge_window_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.zst"
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    source.write_bytes(packer.compress(TEXT) + packer.flush())
+    with pytest.raises(InputError, match="too much memory"):  # noqa: SIM117
+        with plain_file(str(source), tmp_path):
+            pass
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_with_a_remedy(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / f"in.{kind}"
+    source.write_bytes(packed(kind, b" " * (80 << 20)))
+    usage = batch_input.shutil.disk_usage(tmp_path)
+    small = usage._replace(free=40 << 20)
+    monkeypatch.setattr(batch_input.shutil, "disk_usage", lambda _: small)
+    with pytest.raises(InputError, match=r"40 MiB free\. Free some space"):  # noqa: SIM117
+        with plain_file(str(source), tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == [source]

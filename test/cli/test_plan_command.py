@@ -236,7 +236,7 @@ def test_a_picture_is_left_out_and_named(tmp_path):
     ("line", "said"),
     [
         ("nonsense", "not valid JSON"),
-        ("[1]", "no request; a line must be a JSON object with"),
+        ("[1]", "JSON, but not an object. Write one JSON object per line"),
         ('{"custom_id": "x"}', "no request; a line must be"),
         ('{"id": "x", "input_ids": [1], "output_length": 3}', "did you mean 'output_len'?"),
         ('{"input_ids": [1]}', "id is missing; give every line a string"),

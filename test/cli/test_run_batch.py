@@ -20,7 +20,7 @@ LINE = {
     "custom_id": "a",
     "method": "POST",
     "url": "/v1/completions",
-    "body": {"model": "m", "prompt": "x"},
+    "body": {"prompt": "x"},
 }
 
 
@@ -69,7 +69,7 @@ def test_input_and_output_are_required(capsys, engine, argv, missing):
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "."])
 def test_an_input_that_is_no_file_is_refused(capsys, engine, files, source):
-    assert run(files, source=source) == 1
+    assert run(files, source=source) == 2
     assert f"blendserve run-batch: input {files / source} is not a file" in capsys.readouterr().err
     assert engine == []
 
@@ -86,7 +86,7 @@ def contents(folder: Path) -> dict[str, str | None]:
 def test_a_folder_that_does_not_exist_is_refused(capsys, engine, files, flag):
     before = contents(files)
     path = files / "results" / "out.jsonl"
-    assert run(files, flag, str(path)) == 1
+    assert run(files, flag, str(path)) == 2
     assert f"the folder of {path} does not exist" in capsys.readouterr().err
     assert engine == []
     assert contents(files) == before
@@ -98,7 +98,7 @@ def test_a_folder_is_refused_as_an_output(capsys, engine, files, flag, overwrite
     (files / "results").mkdir()
     (files / "results" / "kept.txt").write_text("kept\n")
     before = contents(files)
-    assert run(files, flag, str(files / "results"), *overwrite) == 1
+    assert run(files, flag, str(files / "results"), *overwrite) == 2
     said = capsys.readouterr().err
     assert f"{files / 'results'} is a folder; give the name of a file in it" in said
     assert engine == []
@@ -136,7 +136,7 @@ def test_input_output_and_errors_must_be_three_files(
     (files / "link.jsonl").symlink_to("in.jsonl")
     (files / "loop").symlink_to(".")
     before = contents(files)
-    assert run(files, "--errors", str(files / errors), *overwrite, output=output) == 1
+    assert run(files, "--errors", str(files / errors), *overwrite, output=output) == 2
     said = capsys.readouterr().err
     assert "input, output and errors must be three different files" in said
     assert engine == []
@@ -160,7 +160,7 @@ REFUSED = pytest.mark.parametrize(
 def test_a_refusal_leaves_nothing_behind(engine, files, monkeypatch, text, more):
     monkeypatch.chdir(files)
     (files / "in.jsonl").write_text(text)
-    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", *more]) == 1
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", *more]) == 2
     assert engine == []
     assert contents(files) == {"in.jsonl": text}
 
@@ -173,7 +173,7 @@ def test_a_refusal_drops_nothing_of_an_earlier_run(engine, files, monkeypatch, t
     for name in ("out.jsonl", "out.errors.jsonl", "out.jsonl.blendserve/batches.db"):
         (files / name).write_text("earlier\n")
     before = contents(files)
-    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--overwrite", *more]) == 1
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--overwrite", *more]) == 2
     assert engine == []
     assert contents(files) == before
 
@@ -184,7 +184,7 @@ def test_a_message_is_not_broken_into_lines(capsys, engine, files, columns):
     if columns is not None:
         os.environ["COLUMNS"] = columns
     source = "input of many words " * 5 + "[bold]" + "x" * 100
-    assert run(files, source=source) == 1
+    assert run(files, source=source) == 2
     said = capsys.readouterr().err
     assert said == f"blendserve run-batch: input {files / source} is not a file\n"
 
@@ -199,53 +199,64 @@ def test_the_path_of_the_engines_log_is_not_broken_into_lines(capsys, engine, fi
 @pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl"])
 def test_an_earlier_result_is_not_overwritten_unasked(capsys, engine, files, name):
     (files / name).write_text("earlier\n")
-    assert run(files) == 1
+    assert run(files) == 2
     said = capsys.readouterr().err
-    assert f"{files / name} exists already. Give another name, or --overwrite" in said
+    assert f"{files / name} exists already. Give another name, --retry-failed" in said
     assert engine == []
     assert (files / name).read_text() == "earlier\n"
 
 
 def test_an_earlier_file_of_errors_is_looked_for_where_it_was_asked_for(capsys, engine, files):
     (files / "bad.jsonl").write_text("earlier\n")
-    assert run(files, "--errors", str(files / "bad.jsonl")) == 1
+    assert run(files, "--errors", str(files / "bad.jsonl")) == 2
     assert f"{files / 'bad.jsonl'} exists already" in capsys.readouterr().err
     assert engine == []
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("data", "said"),
     [
-        ("not json\n", 1),
-        ('\n  \n{"custom_id": "a"\n', 3),
-        ("[1, 2]\n", 1),
-        ('"url"\n', 1),
-        ("7\n", 1),
-        ("null\n", 1),
-        ('{"custom_id": "a", "body": {}}\n', 1),
-        ("\N{LATIN SMALL LETTER E WITH ACUTE}\n", 1),
+        (b"not json\n", "line 1: The line is not valid JSON: Expecting value (column 1)."),
+        (b'\n  \n{"custom_id": "a"\n', "line 3: The line is not valid JSON: "),
+        (b"[1, 2]\n", "line 1: The line is JSON, but not an object."),
+        (b"7\n", "line 1: The line is JSON, but not an object."),
+        (b'{"custom_id": "a", "body": {}}\n', "line 1: method is missing."),
+        (
+            "\N{LATIN SMALL LETTER E WITH ACUTE}\n".encode("latin-1"),
+            "line 1: The line is not UTF-8",
+        ),
+        (json.dumps(LINE).encode("utf-16"), "The file is UTF-16; save it as UTF-8."),
+        (b"[" * 5_000, "line 1: The line is not valid JSON: its brackets do not match."),
     ],
 )
 def test_a_first_line_that_is_no_request_is_refused_with_its_number(
-    capsys, engine, files, text, number
+    capsys, engine, files, data, said
 ):
-    (files / "in.jsonl").write_text(text, encoding="latin-1")
-    assert run(files) == 1
-    said = capsys.readouterr().err
-    assert f"{files / 'in.jsonl'}, line {number} is not a batch request: it must be" in said
+    (files / "in.jsonl").write_bytes(data)
+    assert run(files) == 2
+    assert f"{files / 'in.jsonl'} cannot be run:\n  {said}" in capsys.readouterr().err
     assert engine == []
+
+
+def test_a_first_line_nested_too_deep_is_its_own_matter(capsys, engine, files):
+    deep = {**LINE, "custom_id": "deep"}
+    text = json.dumps(deep).replace('"x"', "[" * 990 + "]" * 990)
+    (files / "in.jsonl").write_text(f"{text}\n{json.dumps(LINE)}\n")
+    assert run(files) == 3
+    assert "line 1: Lists and objects are nested more than 200 levels" in capsys.readouterr().err
+    assert len(engine) == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \n\t\n\n"])
 def test_a_file_without_requests_is_refused(capsys, engine, files, text):
     (files / "in.jsonl").write_text(text)
-    assert run(files) == 1
-    assert f"{files / 'in.jsonl'} has no requests" in capsys.readouterr().err
+    assert run(files) == 2
+    assert "The file holds no requests" in capsys.readouterr().err
     assert engine == []
 
 
 def test_good_input_starts_our_server_with_the_users_flags(capsys, engine, files):
-    assert run(files, "--tp-size", "2", "--sample-fraction", "0.1") == 1
+    assert run(files, "--tp-size", "2", "--sample-fraction", "0.1") == 3
     (command,) = engine
     assert command[:3] == [sys.executable, "-m", "blendserve.cli.serve"]
     assert "--tp-size 2" in " ".join(command)
@@ -260,7 +271,7 @@ def test_the_users_host_and_port_do_not_lead_the_run_to_another_server(engine, f
 
 
 def test_a_server_that_does_not_start_ends_the_run_with_the_end_of_its_log(capsys, engine, files):
-    assert run(files) == 1
+    assert run(files) == 3
     said = capsys.readouterr().err
     assert "blendserve run-batch: the engine ended with status 9:\nout of memory" in said
     assert not (files / "out.jsonl").exists()
@@ -275,15 +286,112 @@ def test_a_second_run_goes_on_from_the_state_of_the_first(engine, files):
     assert len(engine) == 2
 
 
-def test_overwrite_begins_anew(engine, files):
+def test_overwrite_begins_anew_and_replaces_results_at_the_end_only(engine, files):
     state = files / "out.jsonl.blendserve"
     state.mkdir()
-    stale = [files / "out.jsonl", files / "out.errors.jsonl", state / "batches.db"]
-    for path in stale:
+    earlier = [files / "out.jsonl", files / "out.errors.jsonl"]
+    for path in (*earlier, state / "batches.db"):
         path.write_text("earlier\n")
-    run(files, "--overwrite")
-    assert [path.exists() for path in stale] == [False, False, False]
+    assert run(files, "--overwrite") == 3
+    assert [path.read_text() for path in earlier] == ["earlier\n", "earlier\n"]
+    assert not (state / "batches.db").exists()
+    assert (state / "replaced-0" / "batches.db").read_text() == "earlier\n"
     assert len(engine) == 1
+
+
+@pytest.mark.parametrize("flag", ["-o", "--errors"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"], ["--retry-failed"]])
+def test_what_is_no_regular_file_is_refused_as_an_output(capsys, engine, files, flag, overwrite):
+    pipe = files / "pipe"
+    os.mkfifo(pipe)
+    before = contents(files)
+    assert run(files, flag, str(pipe), *overwrite) == 2
+    assert f"{pipe} is a device, pipe or socket" in capsys.readouterr().err
+    assert main(["run-batch", "-i", str(files / "in.jsonl"), "-o", "/dev/null", *overwrite]) == 2
+    assert Path("/dev/null").is_char_device()
+    assert engine == []
+    assert contents(files) == before
+
+
+FOREIGN = {**LINE, "body": {"model": "gpt-4o", "prompt": "x"}}
+
+
+def test_a_foreign_model_is_named_before_one_is_loaded(capsys, engine, files):
+    (files / "in.jsonl").write_text(json.dumps(FOREIGN) + "\n")
+    assert run(files) == 2
+    said = capsys.readouterr().err
+    assert "line 1: The model 'gpt-4o' is not served here; this server has smollm2-135m." in said
+    assert "--served-model-name NAME" in said
+    assert run(files, "--model-path", "/models/x") == 2
+    assert "this server has /models/x." in capsys.readouterr().err
+    assert engine == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--served-model-name", "gpt-4o"], ["--model=gpt-4o"], ["--config", "server.yaml"]],
+)
+def test_a_model_that_may_be_served_is_left_to_the_engine(engine, files, flags):
+    (files / "in.jsonl").write_text(json.dumps(FOREIGN) + "\n")
+    assert run(files, *flags) == 3
+    assert len(engine) == 1
+
+
+def odd_file(files: Path) -> None:
+    odd = [
+        {**LINE, "custom_id": f"o{i}", "body": {"prompt": "x", "n": 0, "rid": "r"}}
+        for i in range(60)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in [LINE, *odd])
+    (files / "in.jsonl").write_text(text)
+
+
+def test_lines_that_will_be_errors_are_told_before_a_model_loads(capsys, engine, files):
+    odd_file(files)
+    assert run(files) == 3
+    said = capsys.readouterr().err
+    assert "60 lines cannot run and are answered as an error" in said
+    assert "line 2: n must be a whole number from 1. (invalid_value)" in said
+    assert "line 2: `rid` is for the server to set; leave it out. (unsupported_parameter)" in said
+    assert "and 110 more" in said
+
+
+def test_strict_refuses_a_file_with_all_its_faults(capsys, engine, files):
+    odd_file(files)
+    before = contents(files)
+    assert run(files, "--strict") == 2
+    said = capsys.readouterr().err
+    for number in range(2, 62):
+        assert said.count(f"  line {number}: ") == 2
+    assert engine == []
+    assert contents(files) == before
+
+
+def test_a_good_file_may_be_checked_strictly(engine, files):
+    assert run(files, "--strict") == 3
+    assert len(engine) == 1
+
+
+def test_flags_that_the_engine_does_not_know_are_wrong_usage(capsys, files, monkeypatch):
+    async def refuse(*_: object) -> NoReturn:
+        raise EngineFailed("the engine ended with status 2: unknown flag", 2)
+
+    monkeypatch.setattr(OfflineJob, "run", refuse)
+    assert run(files) == 2
+    assert "unknown flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("ours")])
+def test_what_stops_a_run_is_told_and_is_not_taken_for_failed_lines(
+    capsys, files, monkeypatch, error
+):
+    async def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(OfflineJob, "run", fail)
+    assert run(files) == 3
+    assert str(error) in capsys.readouterr().err
+    assert (files / "out.jsonl.blendserve").is_dir()
 
 
 def test_an_interrupted_run_says_how_to_go_on(capsys, engine, files, monkeypatch):
@@ -292,5 +400,8 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, engine, files, monkeypatch
 
     monkeypatch.setattr(OfflineJob, "run", interrupt)
     assert run(files) == 130
-    assert "The same command goes on from here" in capsys.readouterr().err
+    assert "Stopped. The same command goes on from here" in capsys.readouterr().err
+    assert run(files, "--overwrite") == 130
+    said = capsys.readouterr().err
+    assert "Stopped. The same command without --overwrite goes on from here" in said
     assert (files / "out.jsonl.blendserve").is_dir()

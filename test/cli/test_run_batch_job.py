@@ -3,67 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
-FAKES = Path(__file__).parents[1] / "batch"
-# What is started in the background of a shell ignores Ctrl-C, and so would its children.
-COMMAND = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from blendserve.cli import main, offline_job
-offline_job.ENGINE_COMMAND = (sys.executable, {engine!r}, *{options!r})
-sys.exit(main(["run-batch", *sys.argv[1:]]))
-"""
-
-
-def lines(count: int, orders: dict[int, str] | None = None) -> list[dict[str, Any]]:
-    return [
-        {
-            "custom_id": f"r{number}",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {
-                "model": "fake-model",
-                "messages": [
-                    {"role": "user", "content": (orders or {}).get(number, f"say {number}")}
-                ],
-            },
-        }
-        for number in range(count)
-    ]
-
-
-def jsonl(entries: list[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
-
-
-class Run:
-    """run-batch as a process of its own."""
-
-    def __init__(self, folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> None:
-        code = COMMAND.format(engine=str(FAKES / "fake_engine.py"), options=options)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "-o", str(folder / "out.jsonl"), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-
-    def end(self, stdin: bytes = b"") -> int:
-        out, said = self.process.communicate(stdin, timeout=60)
-        self.out, self.said = out.decode(), said.decode()
-        return self.process.returncode
-
-
-def ids(path: Path) -> list[str]:
-    return [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
+from run_process import Run, ids, ids_of_whole_lines, jsonl, lines
 
 
 def test_stdin_comes_out_in_order_with_status_for_machines(tmp_path: Path) -> None:
@@ -106,11 +50,6 @@ def test_a_stopped_run_goes_on_and_computes_nothing_twice(tmp_path: Path) -> Non
     assert not live.exists()
 
 
-def ids_of_whole_lines(path: Path) -> list[str]:
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line)["custom_id"] for line in whole.splitlines()]
-
-
 def test_another_model_or_another_input_does_not_go_on_with_a_run(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(lines(8, {2: "crash"})))
@@ -122,13 +61,13 @@ def test_another_model_or_another_input_does_not_go_on_with_a_run(tmp_path: Path
     run.process.terminate()
     assert run.end() == 130
     run = Run(tmp_path, "-i", str(source), options=("--fingerprint", "other-model"))
-    assert run.end() == 1
+    assert run.end() == 2
     assert "begun with the engine fake-model/float32" in run.said
     assert "--overwrite" in run.said
     other = tmp_path / "other.jsonl"
     other.write_bytes(jsonl(lines(3)))
     run = Run(tmp_path, "-i", str(other))
-    assert run.end() == 1
+    assert run.end() == 2
     assert "holds the state of a run over another input" in run.said
     assert state.is_dir()
 
@@ -138,7 +77,7 @@ def test_all_bad_lines_are_told_before_an_engine_starts(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(bad) + b"{nope\n")
     run = Run(tmp_path, "-i", str(source))
-    assert run.end() == 1
+    assert run.end() == 2
     assert "line 4: The custom_id of line 2 is used again" in run.said
     assert "line 5: The line is not valid JSON" in run.said
     assert "Starting the engine" not in run.said
@@ -148,7 +87,16 @@ def test_all_bad_lines_are_told_before_an_engine_starts(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(lines(5)))
+    odd = [{**line, "custom_id": f"odd{i}"} for i, line in enumerate(lines(30))]
+    for line in odd:
+        line["body"] = {**line["body"], "stream": True}
+    odd[0]["body"] = {**odd[0]["body"], "stream": False, "max_tokens": 8.0}
+    with source.open("ab") as more:
+        more.write(jsonl(odd))
     run = Run(tmp_path, "-i", str(source), "--dry-run", "--hardware", "h100-80g-sxm", "--json")
     assert run.end() == 0, run.said
+    assert "29 lines cannot run" in run.said
+    assert run.said.count("A batch cannot stream") == 29
+    assert json.loads(run.out)["requests"] == 6
     assert json.loads(run.out)["predicted_seconds"]["blend"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

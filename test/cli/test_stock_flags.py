@@ -129,7 +129,7 @@ def test_a_file_that_holds_no_flags_is_refused_by_name(
     with pytest.raises(ConfigFileError, match=said):
         config_flags(["--config", str(path)], lambda _: True)
     assert serve.main(["--config", str(path)]) == 2
-    assert run_batch(["-i", "x", "-o", "y", "--config", str(path)]) == 1
+    assert run_batch(["-i", "x", "-o", "y", "--config", str(path)]) == 2
     assert capsys.readouterr().err.count(str(path)) == 2
 
 

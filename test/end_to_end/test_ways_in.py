@@ -61,7 +61,7 @@ def test_run_batch_answers_a_file_and_reports_failed_lines(model: str, tmp_path:
     assert not (tmp_path / "out.jsonl.blendserve").exists()
     # A second run would replace finished work, so it must be asked for.
     again = blendserve("run-batch", "-i", str(source), "-o", str(output), "--model-path", model)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "--overwrite" in again.stderr
 
 

@@ -86,6 +86,7 @@ class BareScheduler:
         length: int,
         limit: int | None = None,
         tag: PlanTag | None = None,
+        extra_key: str | None = None,
     ) -> None:
         """A request arrives that will produce so many tokens, and says that it wants no more than
         `limit`; without one its length is known to all."""
@@ -111,6 +112,7 @@ class BareScheduler:
                 top_logprobs_num=0,
                 token_ids_logprob=None,
                 stream=False,
+                extra_key=extra_key,
             )
         )
 

@@ -25,7 +25,7 @@ from job_server import (
     story,
 )
 
-from blendserve.batch.executor import BatchLine, LineResult
+from blendserve.batch.executor import LineResult
 from blendserve.planner import Side, make_plan
 
 # -- every line once
@@ -163,23 +163,6 @@ def test_cancelling_it_aborts_what_is_in_flight():
             await task
         assert in_flight
         assert run.server.aborted == in_flight
-
-    asyncio.run(scenario())
-
-
-def test_an_engine_that_dies_ends_the_job_with_its_error_and_all_that_was_in_flight():
-    def respond(line: BatchLine) -> LineResult:
-        if line.index == 40:
-            raise ConnectionError("the engine died")
-        return answer_200(line)
-
-    async def scenario() -> None:
-        run = Run(chat(100), respond=respond)
-        with pytest.raises(ConnectionError, match="the engine died"):
-            await run.finish()
-        assert 40 not in run.answered()
-        assert run.server.in_flight() == []
-        assert run.server.aborted
 
     asyncio.run(scenario())
 

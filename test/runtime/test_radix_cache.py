@@ -122,14 +122,14 @@ def test_the_next_request_of_a_prefix_says_who_comes_after_it(engine):
 
 
 def test_it_tells_of_what_goes_although_it_is_needed_yet(engine):
-    told: list[list[int]] = []
-    engine.cache.on_planned_eviction = told.append
+    told: list[tuple[list[int], str]] = []
+    engine.cache.on_planned_eviction = lambda *what: told.append(what)
     serve(engine, "a", SYSTEM + own(0, 30), planned(0, (20, 4), (50, 7)), output=9)
     serve(engine, "b", own(1, 60), planned(1))
     evict(engine, 60 + 8)
     assert told == [], "nobody needs b's prompt, or an output"
     evict(engine, 30)
-    assert told == [(SYSTEM + own(0, 30))[:16]]
+    assert told == [((SYSTEM + own(0, 30))[:16], "")]
 
 
 def test_a_part_that_a_match_splits_off_keeps_the_future(engine):

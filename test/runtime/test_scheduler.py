@@ -330,3 +330,25 @@ def test_a_trace_tells_chunks_and_decodes(engine, tmp_path):
     ]
     assert [s.decode_requests for s in steps] == [0, 0, 1, 1]
     assert [s.decode_context_tokens for s in steps] == [0, 0, whole + 2, whole + 3]
+
+
+def test_one_prompt_in_two_cache_namespaces_is_computed_in_each(engine: BareScheduler) -> None:
+    live = engine.live
+    prompt = list(range(FIRST_TOKEN, FIRST_TOKEN + 60))
+
+    def computed(rid: str, namespace: str) -> int:
+        before = live.blend_report.prefill_tokens
+        tag = PlanTag(Side.LEFT, 0, 1.0, output_tokens=4.0)
+        engine.submit(rid, prompt, 4, tag=tag, extra_key=namespace)
+        candidate = live.blend.candidate(Side.LEFT)
+        assert candidate is not None
+        expected = candidate.uncached_tokens
+        for _ in range(20):
+            engine.step()
+        assert rid in engine.finished
+        done = int(live.blend_report.prefill_tokens - before)
+        assert done == expected, "what was planned is what was computed"
+        return done
+
+    assert computed("a", "alice") == computed("b", "bob") == 60
+    assert computed("c", "alice") == 1

@@ -10,9 +10,10 @@ imported here. The server builds a `BatchStore` and a `BatchService` and include
 """
 
 from blendserve.batch.api import build_router, tenant_of
+from blendserve.batch.bodies import content_faults, steering_faults
 from blendserve.batch.directory import BatchDirectoryError
 from blendserve.batch.engine_routes import EngineInfo, build_engine_router
-from blendserve.batch.errors import ApiError
+from blendserve.batch.errors import ApiError, error_response
 from blendserve.batch.executor import (
     BatchLine,
     EngineUnavailable,
@@ -22,17 +23,27 @@ from blendserve.batch.executor import (
     LineResult,
     LineSource,
 )
+from blendserve.batch.health import build_health_router
 from blendserve.batch.keys import ADMIN_SCOPE_KEY, ApiKeys, Holder, KeyFileError, KeyGuard
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import BatchFault, BatchObject
+from blendserve.batch.origin import KnownHosts, OriginGuard
+from blendserve.batch.own_routes import OwnRoutes, is_own
 from blendserve.batch.page import build_page_router
 from blendserve.batch.progress import Progress
-from blendserve.batch.remote import EngineAddress, RemoteExecutor, engine_client
+from blendserve.batch.remote import (
+    CACHE_SALT_HEADER,
+    EngineAddress,
+    RemoteExecutor,
+    engine_client,
+)
 from blendserve.batch.service import BatchService
 from blendserve.batch.store import BatchStore
+from blendserve.batch.upload import timely
 
 __all__ = [
     "ADMIN_SCOPE_KEY",
+    "CACHE_SALT_HEADER",
     "ApiError",
     "ApiKeys",
     "BatchDirectoryError",
@@ -49,15 +60,24 @@ __all__ = [
     "Holder",
     "KeyFileError",
     "KeyGuard",
+    "KnownHosts",
     "LineError",
     "LineFault",
     "LineResult",
     "LineSource",
+    "OriginGuard",
+    "OwnRoutes",
     "Progress",
     "RemoteExecutor",
     "build_engine_router",
+    "build_health_router",
     "build_page_router",
     "build_router",
+    "content_faults",
     "engine_client",
+    "error_response",
+    "is_own",
+    "steering_faults",
     "tenant_of",
+    "timely",
 ]

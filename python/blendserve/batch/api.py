@@ -6,18 +6,19 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Annotated, Any, BinaryIO, Literal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import OperationalError
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from blendserve.batch.errors import ApiError
+from blendserve.batch.errors import ApiError, reason_of
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import (
     BatchObject,
@@ -29,9 +30,12 @@ from blendserve.batch.objects import (
     Page,
 )
 from blendserve.batch.service import BatchService
+from blendserve.batch.storage import DatabaseBusy, storage_fault
 from blendserve.batch.upload import receive_upload, too_slow
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 # Set by whoever checks keys in front of these routes; "" where nobody does.
 TENANT_SCOPE_KEY = "blendserve.tenant"
@@ -68,12 +72,12 @@ _UPLOAD_FORM = {
         },
     }
 }
-_STORAGE_FAILURE = ApiError(
-    507,
-    "The server cannot write to its batch directory; its disk may be full.",
-    code="storage_unavailable",
-    kind="server_error",
+_INTERNAL_ERROR = ApiError(
+    500, "The server failed; its log tells why.", code="internal_error", kind="server_error"
 )
+# So many changes wait for the database at a time. The others wait in line, and reads for none.
+_MAX_WRITERS = 4
+_WRITER_SECONDS = 5.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorObject} for status in (400, 404, 409, 413)
 }
@@ -84,13 +88,18 @@ def build_router(service: BatchService) -> APIRouter:
 
     Errors of these routes have OpenAI's shape whatever exception handlers the application has.
     """
-    router = APIRouter(route_class=_route_class(service.limits), responses=_ERRORS)
+    router = APIRouter(route_class=_route_class(service), responses=_ERRORS)
+    change = _Writers()
 
     @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
     async def upload_file(request: Request, tenant: Tenant) -> FileObject:
-        with service.store.directory.draft() as draft:
-            upload = await receive_upload(request, draft, service.limits)
-            return await run_in_threadpool(service.add_upload, upload, draft, tenant)
+        with ExitStack() as drafts:
+            upload, draft = await receive_upload(
+                request,
+                lambda: drafts.enter_context(service.store.directory.draft()),
+                service.limits,
+            )
+            return await change(service.add_upload, upload, draft, tenant)
 
     @router.get("/v1/files")
     def list_files(
@@ -122,16 +131,16 @@ def build_router(service: BatchService) -> APIRouter:
         )
 
     @router.delete("/v1/files/{file_id}")
-    def delete_file(file_id: str, tenant: Tenant) -> FileDeleted:
-        return service.delete_file(file_id, tenant)
+    async def delete_file(file_id: str, tenant: Tenant) -> FileDeleted:
+        return await change(service.delete_file, file_id, tenant)
 
     @router.post("/v1/batches")
-    def create_batch(
+    async def create_batch(
         body: CreateBatch,
         tenant: Tenant,
         idempotency_key: Annotated[str | None, Header()] = None,
     ) -> BatchObject:
-        return service.create(body, idempotency_key, tenant)
+        return await change(service.create, body, idempotency_key, tenant)
 
     @router.get("/v1/batches")
     def list_batches(
@@ -146,13 +155,38 @@ def build_router(service: BatchService) -> APIRouter:
         return service.retrieve(batch_id, tenant)
 
     @router.post("/v1/batches/{batch_id}/cancel")
-    def cancel_batch(batch_id: str, tenant: Tenant) -> BatchObject:
-        return service.cancel(batch_id, tenant)
+    async def cancel_batch(batch_id: str, tenant: Tenant) -> BatchObject:
+        return await change(service.cancel, batch_id, tenant)
 
     return router
 
 
-def _route_class(limits: BatchLimits) -> type[APIRoute]:
+class _Writers:
+    """Threads for what changes something, so that whoever only reads finds one free.
+
+    DatabaseBusy if none is free in time.
+    """
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(_MAX_WRITERS)
+        self._threads = ThreadPoolExecutor(_MAX_WRITERS, thread_name_prefix="blendserve-writer")
+
+    async def __call__(self, function: Callable[..., Answer], *args: Any) -> Answer:
+        try:
+            async with asyncio.timeout(_WRITER_SECONDS):
+                await self._free.acquire()
+        except TimeoutError as error:
+            raise DatabaseBusy from error
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, partial(function, *args))
+        finally:
+            self._free.release()
+
+
+def _route_class(service: BatchService) -> type[APIRoute]:
+    limits = service.limits
+
     class BatchRoute(APIRoute):
         """A route whose errors are answered here, in OpenAI's shape, and not by the app."""
 
@@ -175,9 +209,13 @@ def _route_class(limits: BatchLimits) -> type[APIRoute]:
                     if isinstance(cause, ApiError):
                         return _error_response(cause)
                     return _error_response(ApiError(error.status_code, str(error.detail)))
-                except (OSError, OperationalError) as error:
-                    logger.error("the batch store fails: %s", type(error).__name__)
-                    return _error_response(_STORAGE_FAILURE)
+                except Exception as error:
+                    fault = storage_fault(error, service.store.directory.database)
+                    if fault is not None:
+                        logger.error("%s", fault.remedy)
+                        return _error_response(fault.answer)
+                    logger.error("a request failed: %s", reason_of(error))
+                    return _error_response(_INTERNAL_ERROR)
 
             return handle_with_our_errors
 
@@ -230,7 +268,8 @@ def _error_response(error: ApiError) -> JSONResponse:
     body = ErrorObject(
         error=ErrorBody(message=error.message, type=error.kind, param=error.param, code=error.code)
     )
-    return JSONResponse(body.model_dump(), status_code=error.status_code)
+    headers = {"Retry-After": str(error.retry_after_seconds)} if error.retry_after_seconds else None
+    return JSONResponse(body.model_dump(), status_code=error.status_code, headers=headers)
 
 
 def _blocks(stream: BinaryIO) -> Iterator[bytes]:

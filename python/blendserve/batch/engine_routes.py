@@ -6,7 +6,7 @@ die at any instant. A job is one streaming response of JSON lines (`remote.py` r
     {"start": [3, 4]}      these lines are with the engine now
     {"result": {...}}      an answer
     {}                     nothing new; the connection lives
-    {"failed": "TypeError"} | {"end": true}     the last line
+    {"failed": "TypeError: ..."} | {"end": true}    the last line
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
-from blendserve.batch.errors import reason_of
+from blendserve.batch.errors import cause_of, reason_of
 from blendserve.batch.executor import Executor, LineError, LineResult
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.rests import with_rests
@@ -57,11 +57,14 @@ class RunJob(BaseModel):
     deadline: float | None = None
 
 
-def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) -> APIRouter:
-    """Routes for the front process. They read files by path: never serve them to clients.
+def build_engine_router(
+    executor: Executor, view: Callable[[], dict[str, Any]], batch_dir: Path
+) -> APIRouter:
+    """Routes for the front process. They read files by path, of `batch_dir` only.
 
     `view` gives the counters for GET /blendserve/status.
     """
+    files = (batch_dir / "files").resolve()
     router = APIRouter(prefix="/blendserve")
     running: dict[str, asyncio.Task[None]] = {}
 
@@ -79,6 +82,9 @@ def build_engine_router(executor: Executor, view: Callable[[], dict[str, Any]]) 
 
     @router.post("/jobs")
     async def run_job(job: RunJob) -> StreamingResponse:
+        # Links are followed first: who has this engine's key gets no other file of its user's.
+        if job.path.resolve().parent != files:
+            raise HTTPException(403, "Jobs are read from the batch directory only.")
         # The front has one stream per job: whoever asks again has lost the one before.
         if (before := running.get(job.job_id)) is not None:
             before.cancel()
@@ -164,7 +170,7 @@ def _ending(task: asyncio.Task[None]) -> bytes:
     if failure is None:
         return _line({"end": True})
     logger.error("a job failed in the executor: %s", reason_of(failure))
-    return _line({"failed": type(failure).__name__})
+    return _line({"failed": cause_of(failure)})
 
 
 def _encoded(result: LineResult) -> bytes:

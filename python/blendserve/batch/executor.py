@@ -83,6 +83,15 @@ class LineSource(Protocol):
         ...
 
 
+def same_engine(begun: str, fingerprint: str) -> bool:
+    """Whether this engine may go on with what was begun with the fingerprint `begun`.
+
+    `NAME@` is what a batch of an earlier release has: any engine of that served name.
+    """
+    name, at, _ = fingerprint.rpartition("@")
+    return begun == fingerprint or (bool(at) and begun == f"{name}@")
+
+
 class Executor(Protocol):
     """Runs lines. One per server.
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from blendserve.batch.errors import cause_of
 from blendserve.batch.executor import EngineUnavailable, Executor, LineError, LineResult
 from blendserve.batch.ids import request_line_id
 from blendserve.batch.journal import Journal, Record, Suspect, Tally
@@ -77,6 +78,9 @@ class BatchRun:
         self._stopping = asyncio.Event()
         self._collector: asyncio.Task[None] | None = None
         self._attempts: Counter[int] = Counter()
+        # What is left of a pass that failed, in halves; the next to run is the last.
+        self._parts: list[Sequence[int]] = []
+        self._failure: BaseException | None = None
 
     def request_stop(self) -> None:
         """Aborts what is in flight; results that have arrived are still saved. Loop thread only."""
@@ -95,18 +99,15 @@ class BatchRun:
         and with no other batch beside them; one with which the engine dies again, and which was
         alone with it, is answered as an error. A pass may leave lines unanswered (the executor
         failed in an unknown way, or was busy): they are tried again as long as passes get anything
-        done, and then answered as errors, so that no line is ever dropped. Raises EngineUnavailable
-        and JournalUnwritable; what is counted stays.
+        done. Then they are halved until the line is found with which a pass fails though it runs no
+        other; only that one is answered as an error. No line is ever dropped. Raises
+        EngineUnavailable and JournalUnwritable; what is counted stays.
         """
         barren_passes = 0
         while not self._stopping.is_set():
             if self._tally.remaining == 0:
                 return True
-            pending = await self._offload(self._tally.next_lines, _SUSPECTS_AT_ONCE)
-            if barren_passes == _MAX_BARREN_PASSES:
-                await self._give_up(pending)
-                barren_passes = 0
-                continue
+            pending = await self._offload(self._next_lines)
             before = (self._tally.remaining, self._attempts.total())
             try:
                 ended = await self._pass(pending)
@@ -118,9 +119,34 @@ class BatchRun:
                 barren_passes = 0
             elif ended:
                 barren_passes += 1
+            if barren_passes == (1 if self._parts else _MAX_BARREN_PASSES):
+                barren_passes = 0
+                await self._halve(pending)
             if retries:
                 await self._pause_before_retry()
         return self._tally.remaining == 0
+
+    def _next_lines(self) -> Sequence[int]:
+        while self._parts:
+            part = [index for index in self._parts[-1] if not self._tally.is_done(index)]
+            if part:
+                return part
+            self._parts.pop()
+        return self._tally.next_lines(_SUSPECTS_AT_ONCE)
+
+    async def _halve(self, failed: Sequence[int]) -> None:
+        """Plans the halves of a pass that failed; a single line is answered instead."""
+        if self._parts:
+            self._parts.pop()
+        if len(failed) > 1:
+            middle = len(failed) // 2
+            self._parts += [failed[middle:], failed[:middle]]
+            return
+        message = "The engine gave no answer to this request, though it ran no other of this batch."
+        if self._failure is not None:
+            message += f" {cause_of(self._failure)}"
+        error = LineError("internal_error", message)
+        await self._commit([LineResult(failed[0], "", error=error)])
 
     async def _pass(self, pending: Sequence[int]) -> bool:
         """False if it was ended before the executor had done what it could."""
@@ -135,7 +161,7 @@ class BatchRun:
             await asyncio.wait([collector])
         if collector.cancelled():
             return False
-        failure = collector.exception()
+        self._failure = failure = collector.exception()
         if isinstance(failure, EngineUnavailable):
             raise failure
         if failure is not None:
@@ -178,12 +204,6 @@ class BatchRun:
             self._room.set()
             if group:
                 await self._commit(group)
-
-    async def _give_up(self, pending: Sequence[int]) -> None:
-        error = LineError("internal_error", "The engine gave no answer to this request.")
-        for start in range(0, len(pending), _MAX_UNSAVED_RESULTS):
-            block = pending[start : start + _MAX_UNSAVED_RESULTS]
-            await self._commit([LineResult(index, "", error=error) for index in block])
 
     async def _blame(self, in_flight: Collection[int]) -> None:
         """Keeps who was with the engine when it died, even if this process dies next."""

@@ -1,8 +1,11 @@
 """The result journal: the truth about which lines of a batch are done.
 
 One JSON record per finished line, appended and synced before the line is counted. A record is
-valid if it ends with a newline and parses; the first valid record of an index wins. A process
-that dies while it writes leaves at most one unterminated record, which `Journal` cuts off.
+valid if it ends with a newline, parses, and has the checksum that stands in it as its last field,
+`crc32` (eight hex digits, over the record without that field); the first valid record of an index
+wins. A process that dies while it writes leaves at most one unterminated record, which `Journal`
+cuts off. Records of earlier releases have no checksum: they count if their custom_id is that of
+their line in the input.
 
 A second kind of record marks suspects: lines that were with the engine when it died.
 """
@@ -11,24 +14,32 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
-from blendserve.batch.directory import fsync_folder
+from blendserve.batch.directory import FILE_MODE, fsync_folder
 from blendserve.batch.progress import Usage, usage_of
 from blendserve.batch.rests import with_rests
 
 logger = logging.getLogger(__name__)
 
 RecordKind = Literal["output", "error"]
+CustomIdOf = Callable[[int], str | None]
+"""The custom_id of a line by its index, as it stands in the input; None if nobody can tell."""
+
 _TAIL_BLOCK_BYTES = 64 * 1024
+_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"}\n\Z')
+_CHECKSUM_BYTES = len(b',"crc32":"01234567"}\n')
+_FIELDS = {"index", "kind", "line"}
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,7 @@ class Record:
 
     def encode(self) -> bytes:
         """The record as it stands in the journal. TypeError if the line is not proper JSON."""
-        return orjson.dumps(
-            {"index": self.index, "kind": self.kind, "line": self.line},
-            option=orjson.OPT_APPEND_NEWLINE,
-        )
+        return _with_checksum({"index": self.index, "kind": self.kind, "line": self.line})
 
     @property
     def usage(self) -> Usage:
@@ -60,9 +68,7 @@ class Suspect:
 
     def encode(self) -> bytes:
         """The record as it stands in the journal."""
-        return orjson.dumps(
-            {"index": self.index, "kind": "suspect"}, option=orjson.OPT_APPEND_NEWLINE
-        )
+        return _with_checksum({"index": self.index, "kind": "suspect"})
 
 
 @dataclass
@@ -126,17 +132,19 @@ class Tally:
 
 
 class Journal:
-    """An open journal. Creating it repairs a torn tail; `append` returns once all is durable."""
+    """An open journal. Creating it repairs a torn tail, and makes durable what a process that was
+    killed has written; `append` returns once all is durable.
+    """
 
     def __init__(self, path: Path) -> None:
-        is_new = not path.exists()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         # Appending happens in a worker thread; closing must not pull the file away from it.
         self._lock = threading.Lock()
         try:
             self._durable_bytes = _cut_torn_tail(self._fd)
-            if is_new:
-                fsync_folder(path.parent)
+            if self._durable_bytes:
+                os.fsync(self._fd)
+            fsync_folder(path.parent)
         except OSError:
             self.close()
             raise
@@ -165,19 +173,24 @@ class Journal:
                 self._fd = -1
 
 
-def read_records(path: Path, total: int) -> Iterator[Record]:
+def read_records(
+    path: Path, total: int, custom_id_of: CustomIdOf | None = None
+) -> Iterator[Record]:
     """The results in a journal in the order of their writing, one in memory at a time.
 
     `total` is the number of lines of the batch. A missing journal has no records.
     """
-    return (entry for entry in _entries(path, total) if isinstance(entry, Record))
+    entries = _entries(path, total, custom_id_of)
+    return (entry for entry in entries if isinstance(entry, Record))
 
 
-def read_records_in_order(path: Path, total: int) -> Iterator[Record]:
+def read_records_in_order(
+    path: Path, total: int, custom_id_of: CustomIdOf | None = None
+) -> Iterator[Record]:
     """The first result of each line, by its place in the input: 8 bytes of memory per line."""
     places = array("Q", bytes(8 * total))
     end = 0
-    for raw, entry in _raw_entries(path, total):
+    for raw, entry in _raw_entries(path, total, custom_id_of):
         if isinstance(entry, Record) and not places[entry.index]:
             places[entry.index] = end + 1
         end += len(raw)
@@ -187,15 +200,15 @@ def read_records_in_order(path: Path, total: int) -> Iterator[Record]:
         for place in places:
             if place:
                 file.seek(place - 1)
-                entry = _decode(file.readline(), total)
+                entry = _decode(file.readline(), total, custom_id_of)
                 assert isinstance(entry, Record)
                 yield entry
 
 
-def tally_journal(path: Path, total: int) -> Tally:
+def tally_journal(path: Path, total: int, custom_id_of: CustomIdOf | None = None) -> Tally:
     """What a journal says is done."""
     tally = Tally(total)
-    for entry in _entries(path, total):
+    for entry in _entries(path, total, custom_id_of):
         if isinstance(entry, Record):
             tally.add(entry)
         else:
@@ -203,11 +216,14 @@ def tally_journal(path: Path, total: int) -> Tally:
     return tally
 
 
-def _entries(path: Path, total: int) -> Iterator[Record | Suspect]:
-    return (entry for _, entry in _raw_entries(path, total) if entry is not None)
+def _entries(path: Path, total: int, custom_id_of: CustomIdOf | None) -> Iterator[Record | Suspect]:
+    entries = _raw_entries(path, total, custom_id_of)
+    return (entry for _, entry in entries if entry is not None)
 
 
-def _raw_entries(path: Path, total: int) -> Iterator[tuple[bytes, Record | Suspect | None]]:
+def _raw_entries(
+    path: Path, total: int, custom_id_of: CustomIdOf | None
+) -> Iterator[tuple[bytes, Record | Suspect | None]]:
     """All whole lines of a journal; None stands for one that cannot be read."""
     if not path.exists():
         return
@@ -215,19 +231,30 @@ def _raw_entries(path: Path, total: int) -> Iterator[tuple[bytes, Record | Suspe
         for raw in with_rests(file):
             if not raw.endswith(b"\n"):
                 return
-            entry = _decode(raw, total)
+            entry = _decode(raw, total, custom_id_of)
             if entry is None:
                 # Damage from outside; the line counts as not done and is computed again.
                 logger.warning("journal %s has an unreadable record, which is ignored", path.name)
             yield raw, entry
 
 
-def _decode(raw: bytes, total: int) -> Record | Suspect | None:
+def _with_checksum(record: dict[str, Any]) -> bytes:
+    data = orjson.dumps(record)
+    return b'%s,"crc32":"%08x"}\n' % (data[:-1], zlib.crc32(data))
+
+
+def _decode(raw: bytes, total: int, custom_id_of: CustomIdOf | None) -> Record | Suspect | None:
+    checksum = _CHECKSUM.search(raw, max(0, len(raw) - _CHECKSUM_BYTES))
+    if checksum is not None:
+        raw = raw[:-_CHECKSUM_BYTES] + b"}"
+        if zlib.crc32(raw) != int(checksum[1], 16):
+            return None
     try:
         entry = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
-    if not isinstance(entry, dict):
+    # A checksum whose own name is damaged would be a field that no record has.
+    if not isinstance(entry, dict) or not entry.keys() <= _FIELDS:
         return None
     index, kind, line = entry.get("index"), entry.get("kind"), entry.get("line")
     if type(index) is not int or not 0 <= index < total:
@@ -238,6 +265,10 @@ def _decode(raw: bytes, total: int) -> Record | Suspect | None:
         return None
     if kind != "output" and kind != "error":
         return None
+    if checksum is None and custom_id_of is not None:
+        custom_id = custom_id_of(index)
+        if custom_id is not None and custom_id != line.get("custom_id"):
+            return None
     return Record(index, kind, line)
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import logging
 import re
+import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +15,23 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from blendserve.batch.api import TENANT_SCOPE_KEY
+from blendserve.batch.errors import error_response
+from blendserve.batch.health import HEALTH_PATHS
 from blendserve.batch.page import PAGE_PATHS
+
+logger = logging.getLogger(__name__)
 
 ADMIN_SCOPE_KEY = "blendserve.admin"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _MIN_KEY_CHARS = 16
 # As with SGLang's own --api-key: probes carry none. The page holds no data; it asks for a key.
-_OPEN_PATHS = frozenset({"/health", "/health_generate", "/metrics", "/metrics/", *PAGE_PATHS})
+_OPEN_PATHS = frozenset(
+    {"/health", "/health_generate", "/metrics", "/metrics/", *PAGE_PATHS, *HEALTH_PATHS}
+)
 
 
 class KeyFileError(ValueError):
@@ -44,6 +55,7 @@ class ApiKeys:
 
     def __init__(self, holders: Mapping[str, Holder]) -> None:
         self._holders = {_digest(key): holder for key, holder in holders.items()}
+        self._secret = secrets.token_bytes(32)
 
     @classmethod
     def read(cls, path: Path) -> ApiKeys:
@@ -54,8 +66,15 @@ class ApiKeys:
         """
         try:
             text = path.read_text("utf-8")
+            mode = path.stat().st_mode
         except (OSError, UnicodeDecodeError) as error:
             raise KeyFileError(f"{path} cannot be read as a file of API keys: {error}") from error
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            logger.warning(
+                "%s holds API keys, and other users of this machine may read or change it; run: "
+                "chmod 600 %s",
+                *(path, path),
+            )
         holders: dict[str, Holder] = {}
         for number, line in enumerate(text.splitlines(), start=1):
             words = line.split()
@@ -78,26 +97,43 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._holders)
 
+    def cache_salt(self, tenant: str) -> str:
+        """Sets what the engine keeps of a tenant's prompts apart from those of others, who would
+        else learn from `cached_tokens` what it prompts. "" where keys name no tenants.
+
+        Nobody can guess it. It is another one after a restart, which empties the cache anyhow.
+        """
+        if not tenant:
+            return ""
+        return hmac.digest(self._secret, tenant.encode(), "sha256").hex()[:32]
+
     def holder(self, key: str) -> Holder | None:
         """Looks for a digest, so that the time it takes says nothing about any key."""
         return self._holders.get(_digest(key))
 
 
 class KeyGuard:
-    """ASGI middleware: 401 without a key, and the tenant's name in the scope with one."""
+    """ASGI middleware: 401 without a key, and the tenant's name in the scope with one.
+
+    A websocket without a key is refused; what is no request of anybody's passes.
+    """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope["path"]):
+        kind = scope["type"]
+        if kind not in ("http", "websocket") or (kind == "http" and _is_open(scope["path"])):
             await self._app(scope, receive, send)
             return
         holder: Holder | None = Holder("", admin=True)
         if self._keys:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             holder = self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None
+        if holder is None and kind == "websocket":
+            await WebSocketClose()(scope, receive, send)
+            return
         if holder is None:
             await _refusal()(scope, receive, send)
             return
@@ -112,13 +148,12 @@ def _is_open(path: str) -> bool:
 
 
 def _refusal() -> JSONResponse:
-    error = {
-        "message": "No valid API key was given. Send it as `Authorization: Bearer KEY`.",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "invalid_api_key",
-    }
-    return JSONResponse({"error": error}, 401, headers={"WWW-Authenticate": "Bearer"})
+    return error_response(
+        401,
+        "No valid API key was given. Send it as `Authorization: Bearer KEY`.",
+        "invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
 
 
 def _digest(key: str) -> bytes:

@@ -28,6 +28,8 @@ class BatchLimits:
     """Whether a body may name http(s) media, which the server would then fetch."""
     max_running: int = 8
     """Batches that run at once. Each holds its prompts' tokens in the planner's memory."""
+    max_open_batches: int = 50_000
+    """Batches of one tenant that have not ended."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

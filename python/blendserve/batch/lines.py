@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import orjson
-
 from blendserve.batch.executor import BatchLine
+from blendserve.batch.line_parser import read_entry
 from blendserve.batch.rests import with_rests
 
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -77,9 +76,16 @@ class FileLineSource:
         return len(self._offsets)
 
     def read(self, index: int) -> BatchLine:
-        """The line at `index`; the file was validated, so its fields are known to be there."""
-        entry = orjson.loads(os.pread(self._fd, self._sizes[index], self._offsets[index]))
-        return BatchLine(index, entry["custom_id"], entry["url"], entry["body"])
+        """The line at `index`; the file was validated, so its envelope is known to be there.
+
+        A body without a model says nothing of it: engines take that for the one they serve.
+        """
+        data = os.pread(self._fd, self._sizes[index], self._offsets[index])
+        fields = read_entry(data.strip()).fields
+        body = fields["body"]
+        if body.get("model") is None:
+            body.pop("model", None)
+        return BatchLine(index, fields["custom_id"], fields["url"], body)
 
     def custom_id(self, index: int) -> str:
         return self.read(index).custom_id
@@ -88,3 +94,29 @@ class FileLineSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class IdsOfInput:
+    """The custom_ids of an input file by index; it is read at the first question. Close it.
+
+    None for every line of a file that is gone.
+    """
+
+    def __init__(self, path: Path, max_line_bytes: int) -> None:
+        self._path = path
+        self._max_line_bytes = max_line_bytes
+        self._source: FileLineSource | None = None
+
+    def __call__(self, index: int) -> str | None:
+        if self._source is None:
+            if not self._path.exists():
+                return None
+            self._source = FileLineSource(self._path, self._max_line_bytes)
+        return self._source.custom_id(index)
+
+    def __enter__(self) -> IdsOfInput:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._source is not None:
+            self._source.close()

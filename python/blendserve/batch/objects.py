@@ -120,6 +120,8 @@ class BatchObject(BaseModel):
     request_counts: RequestCounts
     usage: BatchUsage
     metadata: dict[str, str] | None
+    note: str | None
+    """Ours: why a batch that is open does not go on for now."""
 
     @classmethod
     def of(cls, row: BatchRow, live: Progress | None) -> BatchObject:
@@ -131,6 +133,7 @@ class BatchObject(BaseModel):
                 total=progress.total, completed=progress.completed, failed=progress.failed
             ),
             "usage": BatchUsage.of(progress.usage),
+            "note": progress.note,
             "metadata": None if row.metadata_json is None else orjson.loads(row.metadata_json),
         }
         return cls.model_validate(columns)

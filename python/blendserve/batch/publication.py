@@ -19,6 +19,7 @@ from blendserve.batch.executor import LineError
 from blendserve.batch.ids import derived_file_id, request_line_id
 from blendserve.batch.job import unanswered
 from blendserve.batch.journal import (
+    CustomIdOf,
     Record,
     RecordKind,
     Tally,
@@ -28,6 +29,12 @@ from blendserve.batch.journal import (
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.rests import with_rests
 from blendserve.batch.tables import BatchRow, FileRow
+
+_LINE_ENDS = (
+    ("\u0085".encode(), rb"\u0085"),
+    ("\u2028".encode(), rb"\u2028"),
+    ("\u2029".encode(), rb"\u2029"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ def write_results(
     unfinished: LineError | None,
     now: Callable[[], int],
     in_order: bool = False,
+    custom_id_of: CustomIdOf | None = None,
 ) -> Results:
     """Fills the drafts of a validated batch; lines without a result get `unfinished`.
 
@@ -70,7 +78,7 @@ def write_results(
         "error": _ResultWriter(batch, "error", errors),
     }
     read = read_records_in_order if in_order else read_records
-    for record in read(journal, total):
+    for record in read(journal, total, custom_id_of):
         if tally.add(record):
             writers[record.kind].write(record)
     if unfinished is None and tally.remaining:
@@ -98,6 +106,18 @@ def _unfinished_records(
         source.close()
 
 
+def result_line(record: Record) -> bytes:
+    """The line of a result file, with its newline.
+
+    JSON allows some characters in strings that many readers take for the end of a line; they are
+    escaped. Those below U+0020 always are.
+    """
+    data = orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE)
+    for raw, escaped in _LINE_ENDS:
+        data = data.replace(raw, escaped)
+    return data
+
+
 class _ResultWriter:
     def __init__(self, batch: BatchRow, kind: RecordKind, draft: Draft) -> None:
         self._batch = batch
@@ -107,7 +127,7 @@ class _ResultWriter:
         self._size_bytes = 0
 
     def write(self, record: Record) -> None:
-        data = orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE)
+        data = result_line(record)
         self._digest.update(data)
         self._size_bytes += len(data)
         self._draft.file.write(data)

@@ -21,6 +21,9 @@ from blendserve.batch.executor import (
 )
 from blendserve.batch.rests import with_rests
 
+CACHE_SALT_HEADER = "x-blendserve-cache-salt"
+"""Of what the front passes to the engine: whose KV it may share, see `ApiKeys.cache_salt`."""
+
 # SGLang's server closes a connection that was idle for 5 s. One that this end keeps as long could
 # be closed just when a request is sent on it.
 _KEEPALIVE_SECONDS = 2.0
@@ -56,11 +59,17 @@ class RemoteExecutor:
 
     `on_lost` is called when a stream breaks: somebody should look after the engine, and either
     start another one or say that it is up. There are no timeouts here: whether an engine hangs is
-    decided in one place, by whoever watches its process.
+    decided in one place, by whoever watches its process. `cache_salt` gives a job's, by its id; it
+    is called from a worker thread.
     """
 
-    def __init__(self, on_lost: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        on_lost: Callable[[], None] = lambda: None,
+        cache_salt: Callable[[str], str] = lambda _: "",
+    ) -> None:
         self._on_lost = on_lost
+        self._cache_salt = cache_salt
         self._info: EngineInfo | None = None
         self._reason = "the engine is loading"
         self.address: EngineAddress | None = None
@@ -107,12 +116,14 @@ class RemoteExecutor:
             "pending": await asyncio.to_thread(_ranges, with_rests(pending)),
             "deadline": deadline,
         }
+        salt = await asyncio.to_thread(self._cache_salt, job_id)
+        headers = {**address.headers, CACHE_SALT_HEADER: salt}
         ended = False
         try:
             async with (
                 engine_client() as client,
                 client.stream(
-                    "POST", f"{address.url}/blendserve/jobs", json=job, headers=address.headers
+                    "POST", f"{address.url}/blendserve/jobs", json=job, headers=headers
                 ) as response,
             ):
                 response.raise_for_status()

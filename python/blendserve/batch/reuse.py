@@ -16,7 +16,8 @@ from blendserve.batch.rests import with_rests
 from blendserve.batch.tables import BatchRow
 
 _GROUP_RECORDS = 512
-
+# JSON that can be read and not written, above all what is nested too deep: it is computed.
+_ODD = (ValueError, TypeError, KeyError, RecursionError)
 
 ContentOf = Callable[[str], Path]
 """Where the bytes of a file lie, by its id."""
@@ -56,13 +57,17 @@ def _answers_of(
     group: list[bytes] = []
     with open(content_of(batch.output_file_id), "rb") as answers:
         for raw in answers if same else ():
-            line: dict[str, Any] = orjson.loads(raw)
-            known = same.pop(line["custom_id"], None)
-            index = wanted.pop(known, None) if known is not None else None
-            if index is None:
+            try:
+                line: dict[str, Any] = orjson.loads(raw)
+                known = same.pop(line["custom_id"], None)
+                index = wanted.get(known) if known is not None else None
+                if known is None or index is None:
+                    continue
+                line["id"] = request_line_id(row.id, index)
+                group.append(Record(index, "output", line).encode())
+            except _ODD:
                 continue
-            line["id"] = request_line_id(row.id, index)
-            group.append(Record(index, "output", line).encode())
+            del wanted[known]
             if len(group) == _GROUP_RECORDS:
                 yield group
                 group = []
@@ -85,9 +90,12 @@ def _identities(
         for index, line in enumerate(with_rests(iter_lines(file, max_line_bytes))):
             if line.data is None:
                 continue
-            entry = orjson.loads(line.data)
-            canonical = orjson.dumps(
-                [entry["custom_id"], entry["body"]], option=orjson.OPT_SORT_KEYS
-            )
+            try:
+                entry = orjson.loads(line.data)
+                canonical = orjson.dumps(
+                    [entry["custom_id"], entry["body"]], option=orjson.OPT_SORT_KEYS
+                )
+            except _ODD:
+                continue
             digest = hashlib.blake2b(canonical, digest_size=16).digest()
             yield digest, index, entry["custom_id"]

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO, Literal
 
 import orjson
@@ -25,15 +26,17 @@ from blendserve.batch.objects import (
     progress_of,
 )
 from blendserve.batch.progress import Progress
-from blendserve.batch.stages import SavedRecords
 from blendserve.batch.store import BatchStore
-from blendserve.batch.tables import BatchRow, FileRow
+from blendserve.batch.surroundings import SavedRecords
+from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, FileRow
 from blendserve.batch.upload import Upload
 from blendserve.batch.windows import window_seconds
 from blendserve.batch.worker import BatchWorker
 
 _MAX_IDEMPOTENCY_KEY_CHARS = 255
 _CANCELLABLE = ("validating", "in_progress")
+# As the digests of the first release have them.
+_FIRST_OPTIONS = {"metadata": None, "output_expires_after": None, "reuse_results": False}
 
 
 class BatchService:
@@ -194,28 +197,29 @@ class BatchService:
             expires_at=now + window_seconds(request.completion_window),
         )
         idempotency = _idempotency(idempotency_key, request)
-        live = self._live()
-        row = self.store.add_batch(row, now=now, idempotency=idempotency)
+        made = self.store.add_batch(
+            row, now=now, max_open=self.limits.max_open_batches, idempotency=idempotency
+        )
+        if made.id != row.id:
+            return self.retrieve(made.id, tenant)
         self.nudge()
-        return BatchObject.of(row, live.get(row.id))
+        return self._shown(made, None)
 
     def retrieve(self, batch_id: str, tenant: str = "") -> BatchObject:
-        live = self._live()
-        return BatchObject.of(self._batch(batch_id, tenant), live.get(batch_id))
+        live = self._live_of(batch_id)
+        return self._shown(self._batch(batch_id, tenant), live)
 
     def list(self, *, after: str | None, limit: int, tenant: str = "") -> Page[BatchObject]:
-        live = self._live()
+        live = self._worker.live.copy()
         rows, has_more = self.store.list_batches(tenant=tenant, after=after, limit=limit)
-        return Page[BatchObject].of(
-            [BatchObject.of(row, live.get(row.id)) for row in rows], has_more
-        )
+        return Page[BatchObject].of([self._shown(row, live.get(row.id)) for row in rows], has_more)
 
     def cancel(self, batch_id: str, tenant: str = "") -> BatchObject:
         """Begins to cancel; finished lines are kept. Cancelling twice is no error.
 
         ApiError 409 once the batch is at its end or on the way to another one.
         """
-        live = self._live()
+        live = self._live_of(batch_id)
         self._batch(batch_id, tenant)
         row = self.store.advance(
             batch_id,
@@ -227,31 +231,47 @@ class BatchService:
         if row is None:
             row = self._batch(batch_id, tenant)
             if row.ending != "cancelled":
+                about_to = "" if row.status in TERMINAL_STATUSES else "about to be "
                 raise conflict(
-                    f"A batch that is {row.status} cannot be cancelled.",
+                    f"A batch that is {about_to}{row.ending or row.status} cannot be cancelled.",
                     code="batch_not_cancellable",
                 )
         self._on_loop(self._worker.interrupt, [batch_id])
-        return BatchObject.of(row, live.get(batch_id))
+        return self._shown(row, live)
 
     def progress(self, batch_id: str, tenant: str = "") -> Progress:
         """A snapshot of a batch's counts, tokens and phase, for a status page."""
-        live = self._live()
-        return progress_of(self._batch(batch_id, tenant), live.get(batch_id))
+        live = self._live_of(batch_id)
+        row = self._batch(batch_id, tenant)
+        return progress_of(row, self._paused(row, live))
 
     def live_progress(self, batch_id: str) -> Progress:
         """The counts of an open batch, whoever's it is; zeros for any other."""
-        return self._live().get(batch_id, Progress())
+        return self._live_of(batch_id) or Progress()
 
     # -- inside
 
-    def _live(self) -> dict[str, Progress]:
-        """The live counts of all open batches. To be read before a row, never after it.
+    def _live_of(self, batch_id: str) -> Progress | None:
+        """The live counts of an open batch. To be read before its row, never after it.
 
         They are dropped once the row has the final counts: whoever reads the row first may find
         it still open and its live counts gone.
         """
-        return self._worker.live.copy()
+        return self._worker.live.get(batch_id)
+
+    def _shown(self, row: BatchRow, live: Progress | None) -> BatchObject:
+        return BatchObject.of(row, self._paused(row, live))
+
+    def _paused(self, row: BatchRow, live: Progress | None) -> Progress | None:
+        """The live counts, with why the batch waits if it does so for an engine."""
+        if row.status != "in_progress" or row.ending is not None:
+            return live
+        if live is not None and live.phase == "running":
+            return live
+        note = self._worker.waits_for(row)
+        if note is None:
+            return live
+        return replace(live or Progress(total=row.total or 0), phase="paused", note=note)
 
     def _endpoints(self) -> frozenset[str]:
         try:
@@ -288,7 +308,9 @@ def _idempotency(key: str | None, request: CreateBatch) -> tuple[str, str] | Non
             f"An Idempotency-Key has 1 to {_MAX_IDEMPOTENCY_KEY_CHARS} characters.",
             code="invalid_idempotency_key",
         )
-    canonical = orjson.dumps(request.model_dump(), option=orjson.OPT_SORT_KEYS)
+    # Fields that came later count where they are given, so that a new one changes no digest.
+    given = {**_FIRST_OPTIONS, **request.model_dump(exclude_defaults=True)}
+    canonical = orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
     return key, hashlib.sha256(canonical).hexdigest()
 
 

@@ -8,58 +8,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
 
-from blendserve.batch.executor import Executor, LineError
-from blendserve.batch.job import BatchRun, JournalUnwritable, Offload
-from blendserve.batch.journal import Journal, Record, Tally, tally_journal
-from blendserve.batch.limits import BatchLimits
+from blendserve.batch.executor import Executor, LineError, same_engine
+from blendserve.batch.job import BatchRun, JournalUnwritable
+from blendserve.batch.journal import Journal, Record, Tally, read_records
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.objects import BatchFault
 from blendserve.batch.progress import Progress
 from blendserve.batch.publication import JournalIncomplete, Results, write_results
+from blendserve.batch.refusals import RefusalJournal
 from blendserve.batch.reuse import reused_records
-from blendserve.batch.store import BatchStore
+from blendserve.batch.surroundings import Surroundings, progress_of_tally
 from blendserve.batch.tables import BatchRow
 from blendserve.batch.turns import Turns
-from blendserve.batch.validation import ValidationStopped, validate_file
+from blendserve.batch.validation import ValidationStopped, Verdict, validate_file
 
 logger = logging.getLogger(__name__)
-
-SavedRecords = Callable[[str, Sequence[Record]], None]
 
 _UNFINISHED = {
     "cancelled": LineError("batch_cancelled", "The batch was cancelled before this request ran."),
     "expired": LineError("batch_expired", "The completion window closed before this request ran."),
     "failed": LineError("batch_failed", "The batch failed before this request ran."),
 }
-
-
-@dataclass
-class Surroundings:
-    """What all stages work with. `live` has the progress of open batches by id: written on the
-    event loop, read from any thread. `is_stopped` tells whether to let go of a batch, `in_order`
-    whether result files are sorted."""
-
-    store: BatchStore
-    executor: Executor
-    limits: BatchLimits
-    now: Callable[[], int]
-    offload: Offload
-    is_stopped: Callable[[str], bool]
-    on_saved: SavedRecords | None = None
-    in_order: bool = False
-    live: dict[str, Progress] = field(default_factory=dict)
-
-    async def take_up(self, row: BatchRow) -> None:
-        """Reads what the journal of a batch of an earlier process holds."""
-        if row.total is not None:
-            path = self.store.directory.journal(row.id)
-            tally = await self.offload(tally_journal, path, row.total)
-            self.live[row.id] = progress_of_tally(tally, recovered=tally.completed + tally.failed)
 
 
 class Validation:
@@ -76,14 +50,7 @@ class Validation:
             await self._fail(row, [_not_served(row, around.executor)])
             return
         try:
-            verdict = await around.offload(
-                validate_file,
-                await around.offload(around.store.content_of, row.input_file_id),
-                row.endpoint,
-                around.executor,
-                around.limits,
-                lambda: around.is_stopped(row.id),
-            )
+            verdict = await around.offload(self._check, row)
         except ValidationStopped:
             return
         except FileNotFoundError:
@@ -94,7 +61,7 @@ class Validation:
             return
         if row.reuse_results:
             await around.offload(self._reuse, row, fingerprint)
-        around.live[row.id] = Progress(total=verdict.total)
+        around.live[row.id] = Progress(total=verdict.total, failed=verdict.refused)
         await around.offload(
             lambda: around.store.advance(
                 row.id,
@@ -106,6 +73,34 @@ class Validation:
                 fingerprint=fingerprint,
             )
         )
+        if around.on_saved is not None and verdict.refused:
+            await around.offload(self._show_refused, row, verdict.total)
+
+    def _check(self, row: BatchRow) -> Verdict:
+        """Reads the file; what it refuses is in the journal, unless the file fails as a whole."""
+        around = self._around
+        path = around.store.content_of(row.input_file_id)
+        refusals = RefusalJournal(row.id, around.store.directory.journal(row.id))
+        try:
+            verdict = validate_file(
+                path,
+                row.endpoint,
+                around.executor,
+                around.limits,
+                lambda: around.is_stopped(row.id),
+                refusals.add,
+            )
+        finally:
+            refusals.close()
+        if verdict.faults:
+            refusals.discard()
+        return verdict
+
+    def _show_refused(self, row: BatchRow, total: int) -> None:
+        assert self._around.on_saved is not None
+        journal = self._around.store.directory.journal(row.id)
+        for record in read_records(journal, total):
+            self._around.on_saved(row.id, [record])
 
     def _reuse(self, row: BatchRow, fingerprint: str) -> None:
         around = self._around
@@ -166,13 +161,12 @@ class Running:
         # Opening comes first: it cuts off a torn record, after which the rest may be read.
         journal = await around.offload(Journal, path)
         try:
-            tally = await around.offload(tally_journal, path, row.total or 0)
+            tally = await around.offload(around.read_journal, row)
             if tally.remaining == 0:
-                await self._end(row, "completed", status="finalizing", finalizing_at=around.now())
+                await around.end(row, "completed", status="finalizing", finalizing_at=around.now())
                 return
             if row.fingerprint != around.executor.fingerprint:
-                fault = _foreign_engine(row, around.executor)
-                await self._end(row, "failed", errors_json=_faults_json([fault]))
+                # It was changed just now. The batch waits for its own.
                 return
             try:
                 source = await around.offload(
@@ -181,7 +175,7 @@ class Running:
                     around.limits.max_line_bytes,
                 )
             except FileNotFoundError:
-                await self._end(row, "failed", errors_json=_faults_json([_input_missing(row)]))
+                await around.end(row, "failed", errors_json=_faults_json([_input_missing(row)]))
                 return
             try:
                 await self._drive(row, source, journal, tally)
@@ -230,17 +224,11 @@ class Running:
         self._runs[row.id] = run
         try:
             if not around.is_stopped(row.id) and await run.run():
-                await self._end(row, "completed", status="finalizing", finalizing_at=around.now())
+                await around.end(row, "completed", status="finalizing", finalizing_at=around.now())
             else:
                 around.live[row.id] = replace(around.live[row.id], phase="waiting")
         finally:
             del self._runs[row.id]
-
-    async def _end(self, row: BatchRow, ending: str, **values: Any) -> None:
-        store = self._around.store
-        await self._around.offload(
-            lambda: store.advance(row.id, ["in_progress"], ending=ending, **values)
-        )
 
 
 class Publishing:
@@ -261,12 +249,40 @@ class Publishing:
         around.live.pop(row.id, None)
         around.store.directory.journal(row.id).unlink(missing_ok=True)
 
+    async def give_up(self, row: BatchRow, error: Exception) -> None:
+        """Ends a batch that fails for a cause that another try does not mend."""
+        around, store = self._around, self._around.store
+        fault = BatchFault(
+            code="internal_error",
+            message=(
+                f"The server failed with {type(error).__name__} while the batch was {row.status}, "
+                "several times. Its log tells more. Finished requests of the batch are kept."
+            ),
+        )
+        values: dict[str, Any] = {"errors_json": _faults_json([fault])}
+        if row.ending is None and row.total is not None:
+            await around.end(row, "failed", **values)
+            return
+        # Nothing can be published, so what is done stays where whoever looks into it finds it.
+        values |= {"status": "failed", "ending": "failed", "failed_at": around.now()}
+        values["failed"] = row.total or 0
+        journal = store.directory.journal(row.id)
+        if await around.offload(journal.exists):
+            await around.offload(store.directory.keep, journal)
+        await around.offload(lambda: store.conclude(row.id, [], **values))
+        around.live.pop(row.id, None)
+        journal.unlink(missing_ok=True)
+
     def _publish(self, row: BatchRow, ending: str) -> None:
         around, store = self._around, self._around.store
         if row.total is None:
             store.conclude(row.id, [], status=ending, **{f"{ending}_at": around.now()})
             return
-        with store.directory.draft() as outputs, store.directory.draft() as errors:
+        with (
+            around.ids_of_input(row) as custom_id_of,
+            store.directory.draft() as outputs,
+            store.directory.draft() as errors,
+        ):
             results = write_results(
                 row,
                 store.content_of(row.input_file_id),
@@ -277,6 +293,7 @@ class Publishing:
                 unfinished=_UNFINISHED.get(ending),
                 now=around.now,
                 in_order=around.in_order,
+                custom_id_of=custom_id_of,
             )
             files = [file for file in (results.output, results.error) if file is not None]
             store.conclude(
@@ -302,27 +319,14 @@ def _final_values(results: Results) -> dict[str, Any]:
     }
 
 
-def progress_of_tally(tally: Tally, *, recovered: int) -> Progress:
-    """What a journal's tally says of a batch that waits to run."""
-    return Progress(
-        total=tally.total,
-        completed=tally.completed,
-        failed=tally.failed,
-        usage=tally.usage,
-        recovered=recovered,
-        suspects=len(tally.suspects),
-    )
-
-
-def _foreign_engine(row: BatchRow, executor: Executor) -> BatchFault:
-    return BatchFault(
-        code="engine_changed",
-        message=(
-            f"The batch was begun with the engine {row.fingerprint}, and this server runs "
-            f"{executor.fingerprint}; their answers must not stand in one file. Create "
-            "the batch again from the same input file for the engine of today; finished "
-            "requests of this one are in its output file."
-        ),
+def other_engine_note(row: BatchRow, fingerprint: str) -> str | None:
+    """Why this engine does not go on with a batch that another one has begun; None if it does."""
+    if row.fingerprint is None or same_engine(row.fingerprint, fingerprint):
+        return None
+    return (
+        f"begun with the engine {row.fingerprint}, and this server runs {fingerprint}: their "
+        "answers must not stand in one file. It goes on when its engine is back; or cancel it, "
+        "which keeps what is finished, and create it again from the same input file."
     )
 
 

@@ -2,61 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import create_engine, event, func, select
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import exists, func, or_, select, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
 
+from blendserve.batch.backlog import Backlog
+from blendserve.batch.database import BLOCK_ROWS, Database
 from blendserve.batch.directory import BatchDirectory, BatchDirectoryError, Draft
-from blendserve.batch.errors import bad_request, conflict, not_found
+from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
+from blendserve.batch.orphans import clear_orphans
+from blendserve.batch.storage import storage_fault
 from blendserve.batch.tables import (
-    SCHEMA_VERSION,
+    OPEN_STATUSES,
+    STAGES,
     TERMINAL_STATUSES,
-    Base,
     BatchRow,
     FileRow,
     IdempotencyRow,
 )
 
+logger = logging.getLogger(__name__)
+
 Row = TypeVar("Row", FileRow, BatchRow)
+
+_ROOM_RETRY_SECONDS = 60
+_STAMPS = (
+    *("created_at", "in_progress_at", "finalizing_at", "cancelling_at"),
+    *(f"{status}_at" for status in TERMINAL_STATUSES),
+)
 
 
 class BatchStore:
     """The objects of one batch directory. Every method may be called from any thread.
 
     Rows are handed out detached: they are snapshots, and changing one changes nothing. Raises
-    BatchDirectoryError if the directory is in use, not writable, or of another schema version.
+    BatchDirectoryError if the directory is in use, not usable, of a schema that is not known, or
+    if its database lacks what lies beside it. Every call may raise what `storage_fault` knows.
     """
 
     def __init__(self, batch_dir: str | os.PathLike[str]) -> None:
         self.directory = BatchDirectory(batch_dir)
-        # One process owns the directory, so a lock of ours orders the writers: SQLite then never
-        # has to answer "database is locked".
-        self._write_lock = threading.Lock()
-        self._engine = create_engine(f"sqlite:///{self.directory.database}")
-        event.listen(self._engine, "connect", _configure_connection)
-        try:
-            self._prepare_schema()
-            self._remove_orphans()
-        except DatabaseError as error:
-            self.close()
-            raise BatchDirectoryError(
-                f"{self.directory.database} cannot be read ({type(error.orig).__name__}: "
-                f"{error.orig}). Restore it from a backup, or give another --batch-dir."
-            ) from error
-        except BaseException:
-            self.close()
-            raise
+        with _opening(self.directory) as undo:
+            self._database = _open_database(self.directory)
+            undo.callback(self._database.close)
+            with self._reading() as session:
+                clear_orphans(self.directory, session)
+            self.directory.hold_reserve()
+        self.backlog = Backlog(self._database)
 
     def close(self) -> None:
         """Closes the database and gives the directory free."""
-        self._engine.dispose()
+        self._database.close()
         self.directory.close()
 
     # -- files
@@ -79,12 +83,10 @@ class BatchStore:
             row = session.scalar(
                 select(FileRow).where(FileRow.id == file_id, FileRow.tenant == tenant)
             )
-            gone = row is None or row.deleted_at is not None
-            if row is None or gone:
+            if row is None or row.deleted_at is not None:
                 return None
             if not _is_expired(row, now) or _is_in_use(session, file_id):
                 return row
-        self._bury_expired(now)
         return None
 
     def list_files(
@@ -98,8 +100,11 @@ class BatchStore:
         purpose: str | None,
     ) -> tuple[Sequence[FileRow], bool]:
         """One page of the files, and whether there are more. ApiError 400 on an unknown cursor."""
-        self._bury_expired(now)
-        query = select(FileRow).where(FileRow.tenant == tenant, FileRow.deleted_at.is_(None))
+        query = select(FileRow).where(
+            FileRow.tenant == tenant,
+            FileRow.deleted_at.is_(None),
+            or_(FileRow.expires_at.is_(None), FileRow.expires_at > now, _has_open_reader()),
+        )
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         with self._reading() as session:
@@ -111,7 +116,7 @@ class BatchStore:
 
     def delete_file(self, file_id: str, now: int) -> None:
         """Deletes a file. ApiError 404 if there is none, 409 while a batch reads it."""
-        with self._write_lock:
+        with self._turn():
             with self._transaction() as session:
                 row = session.scalar(
                     select(FileRow).where(FileRow.id == file_id, FileRow.deleted_at.is_(None))
@@ -127,15 +132,44 @@ class BatchStore:
                 row.deleted_at = now
             self._remove_unowned([row.sha256])
 
+    def bury_expired(self, now: int) -> bool:
+        """Deletes files past their time that no open batch reads, a block of them.
+
+        Returns:
+            Whether there may be more.
+        """
+        due = (
+            select(FileRow.seq)
+            .where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now, ~_has_open_reader())
+            .limit(BLOCK_ROWS)
+        )
+        with self._reading() as session:
+            if session.scalar(due.limit(1)) is None:
+                return False
+        bury = update(FileRow).where(FileRow.seq.in_(due.scalar_subquery()))
+        with self._turn():
+            with self._transaction() as session:
+                digests = session.scalars(
+                    bury.values(deleted_at=now).returning(FileRow.sha256),
+                    execution_options={"synchronize_session": False},
+                ).all()
+            self._remove_unowned(digests)
+        return len(digests) == BLOCK_ROWS
+
     # -- batches
 
     def add_batch(
-        self, row: BatchRow, *, now: int, idempotency: tuple[str, str] | None = None
+        self,
+        row: BatchRow,
+        *,
+        now: int,
+        max_open: int,
+        idempotency: tuple[str, str] | None = None,
     ) -> BatchRow:
         """Creates a batch, or finds the one that the same idempotency key has created before.
 
         `idempotency` is (key, sha256 of the request). ApiError 404 if the input file is gone, 409
-        if the key came with another request.
+        if the key came with another request, 429 if the tenant has `max_open` open batches.
         """
         with self._writing() as session:
             if idempotency is not None:
@@ -166,6 +200,7 @@ class BatchStore:
                     code="invalid_file_purpose",
                     param="input_file_id",
                 )
+            _require_room(session, row.tenant, max_open)
             session.add(row)
             session.flush()
             if idempotency is not None:
@@ -194,20 +229,6 @@ class BatchStore:
             if after is not None:
                 query = query.where(BatchRow.seq < _cursor(session, BatchRow, after, tenant))
             return _page(session.scalars(query.limit(limit + 1)).all(), limit)
-
-    def open_batches(self, status: str) -> Sequence[BatchRow]:
-        """Batches in `status` that head for no ending yet; whose window closes first is first."""
-        query = select(BatchRow).where(BatchRow.status == status, BatchRow.ending.is_(None))
-        with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.expires_at, BatchRow.seq)).all()
-
-    def ending_batches(self) -> Sequence[BatchRow]:
-        """Batches that head for an ending and are not there yet, oldest first."""
-        query = select(BatchRow).where(
-            BatchRow.status.not_in(TERMINAL_STATUSES), BatchRow.ending.is_not(None)
-        )
-        with self._reading() as session:
-            return session.scalars(query.order_by(BatchRow.seq)).all()
 
     def answered_batches(self, like: BatchRow, fingerprint: str) -> Sequence[BatchRow]:
         """Ended batches whose answers `like` could have got from this engine, newest first."""
@@ -238,25 +259,6 @@ class BatchStore:
                 _assign(row, values)
             return row
 
-    def expire_overdue(self, now: int) -> Sequence[str]:
-        """Sends running batches that are past their completion window to the ending `expired`."""
-        query = select(BatchRow).where(
-            BatchRow.status == "in_progress", BatchRow.ending.is_(None), BatchRow.expires_at <= now
-        )
-        with self._writing() as session:
-            rows = session.scalars(query).all()
-            for row in rows:
-                row.ending = "expired"
-            return [row.id for row in rows]
-
-    def next_expiry(self) -> int | None:
-        """When the first of the running batches expires, in unix seconds."""
-        query = select(func.min(BatchRow.expires_at)).where(
-            BatchRow.status == "in_progress", BatchRow.ending.is_(None)
-        )
-        with self._reading() as session:
-            return session.scalar(query)
-
     def conclude(
         self, batch_id: str, files: Sequence[tuple[FileRow, Draft]], **values: Any
     ) -> None:
@@ -270,17 +272,22 @@ class BatchStore:
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._database.reading() as session:
+            yield session
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._database.turn():
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        with self._database.transaction() as session:
             yield session
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        with self._write_lock, self._transaction() as session:
-            yield session
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._turn(), self._transaction() as session:
             yield session
 
     @contextmanager
@@ -290,7 +297,7 @@ class BatchStore:
             draft.settle()
         # From when the bytes are in place until a row owns them, nobody may delete the same bytes
         # of another file: the lock spans both.
-        with self._write_lock:
+        with self._turn():
             try:
                 for row, draft in files:
                     self.directory.publish(draft, row.sha256)
@@ -310,53 +317,30 @@ class BatchStore:
         for digest in set(digests) - owned:
             self.directory.content(digest).unlink(missing_ok=True)
 
-    def _prepare_schema(self) -> None:
-        with self._engine.connect() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if version == 0:
-            Base.metadata.create_all(self._engine)
-            with self._engine.begin() as connection:
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        elif version != SCHEMA_VERSION:
-            raise BatchDirectoryError(
-                f"{self.directory.database} has schema version {version}, and this program knows "
-                f"version {SCHEMA_VERSION}. Use the program that wrote it, or give another "
-                "--batch-dir."
-            )
 
-    def _remove_orphans(self) -> None:
-        """Removes bytes that no object owns: a crash came between the two."""
-        with self._reading() as session:
-            owned = set(session.scalars(select(FileRow.sha256).where(FileRow.deleted_at.is_(None))))
-            unfinished = set(
-                session.scalars(
-                    select(BatchRow.id).where(BatchRow.status.not_in(TERMINAL_STATUSES))
-                )
-            )
-        for digest in self.directory.stored_digests():
-            if digest not in owned:
-                self.directory.content(digest).unlink(missing_ok=True)
-        for batch_id in self.directory.stored_journal_ids():
-            if batch_id not in unfinished:
-                self.directory.journal(batch_id).unlink(missing_ok=True)
-
-    def _bury_expired(self, now: int) -> None:
-        query = select(FileRow).where(FileRow.deleted_at.is_(None), FileRow.expires_at <= now)
-        with self._reading() as session:
-            if session.scalar(query.limit(1)) is None:
-                return
-        with self._write_lock:
-            with self._transaction() as session:
-                rows = [row for row in session.scalars(query) if not _is_in_use(session, row.id)]
-                for row in rows:
-                    row.deleted_at = now
-            self._remove_unowned([row.sha256 for row in rows])
+def _open_database(directory: BatchDirectory) -> Database:
+    try:
+        return Database(directory)
+    except (OSError, DBAPIError) as error:
+        fault = storage_fault(error, directory.database)
+        if fault is None or fault.kind != "full" or not directory.give_reserve():
+            raise
+        # On a full disk nothing new can be taken in, but what is there can be read.
+        logger.error("%s", fault.remedy)
+        return Database(directory)
 
 
-def _configure_connection(connection: Any, _record: Any) -> None:
-    # FULL: a status that a client has seen survives a power cut as well as a kill.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}").close()
+@contextmanager
+def _opening(directory: BatchDirectory) -> Iterator[ExitStack]:
+    """Gives the directory free if what comes next fails, and says why in words."""
+    with ExitStack() as undo:
+        undo.callback(directory.close)
+        try:
+            yield undo
+        except (OSError, DBAPIError) as error:
+            fault = storage_fault(error, directory.database)
+            raise BatchDirectoryError(fault.remedy if fault else str(error)) from error
+        undo.pop_all()
 
 
 def _is_expired(row: FileRow, now: int) -> bool:
@@ -367,9 +351,27 @@ def _is_in_use(session: Session, file_id: str) -> str | None:
     """The id of an unfinished batch that reads the file."""
     return session.scalar(
         select(BatchRow.id)
-        .where(BatchRow.input_file_id == file_id, BatchRow.status.not_in(TERMINAL_STATUSES))
+        .where(BatchRow.input_file_id == file_id, BatchRow.status.in_(OPEN_STATUSES))
         .limit(1)
     )
+
+
+def _has_open_reader() -> ColumnElement[bool]:
+    return exists().where(BatchRow.input_file_id == FileRow.id, BatchRow.status.in_(OPEN_STATUSES))
+
+
+def _require_room(session: Session, tenant: str, max_open: int) -> None:
+    of_tenant = select(BatchRow.seq).where(BatchRow.tenant == tenant, BatchRow.stage.in_(STAGES))
+    count = session.scalar(select(func.count()).select_from(of_tenant.subquery())) or 0
+    if count >= max_open:
+        raise ApiError(
+            429,
+            f"There are {count} open batches of yours, and this server keeps at most {max_open}. "
+            "Wait until some have ended, or cancel some.",
+            code="too_many_open_batches",
+            kind="rate_limit_error",
+            retry_after_seconds=_ROOM_RETRY_SECONDS,
+        )
 
 
 def _cursor(session: Session, table: type[Row], identifier: str, tenant: str) -> int:
@@ -389,4 +391,7 @@ def _assign(row: BatchRow, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if name not in BatchRow.__table__.columns:
             raise AttributeError(f"a batch has no column {name!r}")
+        if name in _STAMPS and value is not None:
+            # A clock that was put back must not turn a batch's life round.
+            value = max([value, *(at for at in map(row.__getattribute__, _STAMPS) if at)])
         setattr(row, name, value)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sqlalchemy import ForeignKey, Index
+from sqlalchemy import Computed, ForeignKey, Index
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 BatchStatus = Literal[
     "validating",
@@ -23,7 +23,15 @@ BatchStatus = Literal[
     "cancelled",
 ]
 BatchEnding = Literal["completed", "failed", "expired", "cancelled"]
+OPEN_STATUSES = ("validating", "in_progress", "finalizing", "cancelling")
 TERMINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
+BatchStage = Literal["validate", "run", "publish"]
+STAGES: tuple[BatchStage, ...] = ("validate", "run", "publish")
+STAGE_SQL = (
+    "CASE WHEN status IN ('completed', 'failed', 'expired', 'cancelled') THEN NULL "
+    "WHEN ending IS NOT NULL THEN 'publish' WHEN status = 'validating' THEN 'validate' "
+    "WHEN status = 'in_progress' THEN 'run' END"
+)
 
 
 class Base(DeclarativeBase):
@@ -37,7 +45,11 @@ class FileRow(Base):
     """
 
     __tablename__ = "files"
-    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012 - SQLAlchemy reads it as is
+    __table_args__ = (
+        Index("files_of_tenant", "tenant"),
+        Index("files_by_expiry", "deleted_at", "expires_at"),
+        {"sqlite_autoincrement": True},
+    )
 
     seq: Mapped[int] = mapped_column(primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -54,13 +66,19 @@ class FileRow(Base):
 class BatchRow(Base):
     """A batch. `ending` is the terminal status it heads for, set once and before it gets there.
 
-    The pair (status, ending) says who has the batch: the validator (validating, None), the runner
-    (in_progress, None), the publisher (any status that is not terminal, an ending), or nobody.
+    `stage` says who has the batch, and follows from the two: the validator (validating, no
+    ending), the runner (in_progress, no ending), the publisher (an ending, and not there yet), or
+    nobody (None).
     """
 
     __tablename__ = "batches"
     __table_args__ = (
-        Index("batches_by_status", "status", "ending"),
+        # Each begins with what is asked for by its value, so a look costs the same however many
+        # batches there are.
+        Index("batches_by_stage", "stage", "tenant", "fingerprint", "expires_at", "seq"),
+        Index("batches_by_expiry", "stage", "expires_at"),
+        Index("batches_of_tenant", "tenant"),
+        Index("batches_by_input", "input_file_id", "status"),
         {"sqlite_autoincrement": True},
     )
 
@@ -100,6 +118,8 @@ class BatchRow(Base):
     reasoning_tokens: Mapped[int] = mapped_column(default=0)
     output_file_id: Mapped[str | None]
     error_file_id: Mapped[str | None]
+
+    stage: Mapped[str | None] = mapped_column(Computed(STAGE_SQL, persisted=False), deferred=True)
 
 
 class IdempotencyRow(Base):

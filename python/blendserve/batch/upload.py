@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 _MAX_FIELD_BYTES = 4 * 1024
-_MAX_FIELDS = 16
+_MAX_PARTS = 16
 _WRITE_BLOCK_BYTES = 1 << 20
 _MAX_FILENAME_CHARS = 255
+# Of a form beside its file: boundaries, headers, fields, and what comes after the last boundary.
+_MAX_REST_BYTES = 64 * 1024
 # So much must come in the time that an upload may be silent; a drip would otherwise never end.
 _PACE_BYTES = 64 * 1024
 
@@ -37,11 +39,15 @@ class Upload:
     sha256: str = ""
 
 
-async def receive_upload(request: Request, draft: Draft, limits: BatchLimits) -> Upload:
-    """Writes the part named `file` into `draft` and returns the rest of the form.
+async def receive_upload(
+    request: Request, open_draft: Callable[[], Draft], limits: BatchLimits
+) -> tuple[Upload, Draft]:
+    """Writes the part named `file` into a draft, opened when that part begins, and returns it with
+    the rest of the form.
 
-    Raises ApiError: 400 for a broken form or a file above `max_file_bytes`, 408 for an upload that
-    falls silent; and OSError when the disk is full. Disk writes happen in a worker thread.
+    Raises ApiError: 400 for a broken form or a file above `max_file_bytes`, 413 for a form with too
+    much beside its file, 408 for an upload that falls silent; and OSError when the disk is full.
+    Disk writes happen in a worker thread.
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
@@ -50,15 +56,23 @@ async def receive_upload(request: Request, draft: Draft, limits: BatchLimits) ->
             "Upload the file as multipart/form-data with the fields `file` and `purpose`.",
             code="invalid_content_type",
         )
-    receiver = _FormReceiver(draft, limits.max_file_bytes)
+    receiver = _FormReceiver(open_draft, limits.max_file_bytes)
+    seen = 0
     try:
         parser = MultipartParser(boundary, receiver.callbacks())
         block = bytearray()
-        async for chunk in _timely(request.stream(), limits.upload_idle_seconds):
+        async for chunk in timely(request.stream(), limits.upload_idle_seconds):
+            seen += len(chunk)
             block += chunk
             if len(block) >= _WRITE_BLOCK_BYTES:
                 await asyncio.to_thread(parser.write, bytes(block))
                 block.clear()
+                if seen - receiver.file_bytes > _MAX_REST_BYTES:
+                    raise ApiError(
+                        413,
+                        f"The form has more than {_MAX_REST_BYTES} bytes beside its file.",
+                        code="body_too_large",
+                    )
         await asyncio.to_thread(parser.write, bytes(block))
         parser.finalize()
     except FormParserError as error:
@@ -70,7 +84,8 @@ async def receive_upload(request: Request, draft: Draft, limits: BatchLimits) ->
     return receiver.result()
 
 
-async def _timely(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+async def timely(stream: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+    """The blocks of a request's body; raises ApiError 408 when they come too slowly."""
     clock = asyncio.get_running_loop().time
     patience, received = idle_seconds, 0
     while True:
@@ -101,8 +116,10 @@ def too_slow(idle_seconds: float) -> ApiError:
 class _FormReceiver:
     """The parser's callbacks: small parts become fields, the part `file` goes to the draft."""
 
-    def __init__(self, draft: Draft, max_file_bytes: int) -> None:
-        self._draft = draft
+    def __init__(self, open_draft: Callable[[], Draft], max_file_bytes: int) -> None:
+        self._open_draft = open_draft
+        self._draft: Draft | None = None
+        self._parts = 0
         self._max_file_bytes = max_file_bytes
         self._digest = hashlib.sha256()
         self._upload = Upload()
@@ -126,17 +143,25 @@ class _FormReceiver:
             "on_end": self._on_end,
         }
 
-    def result(self) -> Upload:
-        if self._upload.filename is None:
+    @property
+    def file_bytes(self) -> int:
+        """That the file has so far."""
+        return self._upload.size_bytes
+
+    def result(self) -> tuple[Upload, Draft]:
+        if self._draft is None:
             raise bad_request(
                 "The form has no part `file` with a file name.",
                 code="missing_required_parameter",
                 param="file",
             )
         self._upload.sha256 = self._digest.hexdigest()
-        return self._upload
+        return self._upload, self._draft
 
     def _on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise bad_request("The form has too many parts.", code="invalid_form")
         self._disposition = b""
         self._value.clear()
 
@@ -159,12 +184,13 @@ class _FormReceiver:
         self._name = name.decode("utf-8", "replace")
         self._in_file = self._name == "file" and filename is not None
         if self._in_file and filename is not None:
-            if self._upload.filename is not None:
+            if self._draft is not None:
                 raise bad_request("Send one file at a time.", code="invalid_form", param="file")
             self._upload.filename = _display_name(filename)
+            self._draft = self._open_draft()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if not self._in_file:
+        if not self._in_file or self._draft is None:
             self._value += data[start:end]
             if len(self._value) > _MAX_FIELD_BYTES:
                 raise bad_request(
@@ -187,8 +213,6 @@ class _FormReceiver:
     def _on_part_end(self) -> None:
         if self._in_file:
             return
-        if len(self._upload.fields) >= _MAX_FIELDS:
-            raise bad_request("The form has too many fields.", code="invalid_form")
         self._upload.fields[self._name] = self._value.decode("utf-8", "replace")
 
     def _on_end(self) -> None:

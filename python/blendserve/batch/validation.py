@@ -1,4 +1,8 @@
-"""Checking an input file before any of it runs: one streaming pass that names every bad line."""
+"""Checking an input file before any of it runs: one streaming pass that names every bad line.
+
+What is wrong with a line's envelope fails the file; what is wrong inside its body is that line's
+own matter, and answered there and then.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from blendserve.batch.bodies import body_faults
-from blendserve.batch.executor import BatchLine, Executor, LineFault
+from blendserve.batch.executor import BatchLine, EngineUnavailable, Executor, LineFault
 from blendserve.batch.limits import BatchLimits
+from blendserve.batch.line_parser import Entry, UnreadableLine, read_entry
 from blendserve.batch.lines import RawLine, iter_lines
 from blendserve.batch.objects import BatchFault
+from blendserve.batch.refusals import RefusedLine
 from blendserve.batch.rests import with_rests
 
 logger = logging.getLogger(__name__)
@@ -34,12 +38,14 @@ class ValidationStopped(Exception):
 class Verdict:
     """What validation found: the file is good if `faults` is empty.
 
-    `total` counts the requests of the file, `model` is the one that all of them name.
+    `total` counts the requests of the file, `refused` those of them that were told to `on_refused`.
+    `model` is the one that the lines name, None if none names one.
     """
 
     total: int
     model: str | None
     faults: list[BatchFault]
+    refused: int = 0
 
 
 def validate_file(
@@ -48,20 +54,30 @@ def validate_file(
     executor: Executor,
     limits: BatchLimits,
     should_stop: Callable[[], bool],
+    on_refused: Callable[[RefusedLine], None],
 ) -> Verdict:
-    """Reads the whole file once and collects the faults of all lines, in file order.
+    """Reads the whole file once and collects the faults of all envelopes, in file order.
 
-    Memory: about 100 bytes per line, for the digests that find duplicate custom_ids. Raises
-    ValidationStopped soon after `should_stop()` turns true.
+    `on_refused` is called with each line whose envelope is good and whose body is not, also in a
+    file that turns out to be bad. Memory: about 100 bytes per line, for the digests that find
+    duplicate custom_ids. Raises ValidationStopped soon after `should_stop()` turns true.
     """
-    return _Validator(endpoint, executor, limits).run(path, should_stop)
+    return _Validator(endpoint, executor, limits, on_refused).run(path, should_stop)
 
 
 class _Validator:
-    def __init__(self, endpoint: str, executor: Executor, limits: BatchLimits) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        executor: Executor,
+        limits: BatchLimits,
+        on_refused: Callable[[RefusedLine], None],
+    ) -> None:
         self._endpoint = endpoint
         self._executor = executor
         self._limits = limits
+        self._on_refused = on_refused
+        self._refused = 0
         self._model: str | None = None
         self._line_of_id: dict[bytes, int] = {}
         self._faults: list[BatchFault] = []
@@ -78,10 +94,10 @@ class _Validator:
                 if total % _STOP_CHECK_LINES == 0 and should_stop():
                     raise ValidationStopped
                 if total < self._limits.max_lines:
-                    for fault in self._line_faults(raw, total):
-                        self._note(_named(fault, raw.number))
+                    self._look_at(raw, total)
                 total += 1
-        return Verdict(total, self._model, self._file_faults(total) + self._faults + self._rest())
+        faults = self._file_faults(total) + self._faults + self._rest()
+        return Verdict(total, self._model, faults, self._refused)
 
     def _file_faults(self, total: int) -> list[BatchFault]:
         if total == 0:
@@ -108,69 +124,79 @@ class _Validator:
         else:
             self._unlisted += 1
 
-    def _line_faults(self, raw: RawLine, index: int) -> Iterator[LineFault]:
-        entry = self._parse(raw)
+    def _look_at(self, raw: RawLine, index: int) -> None:
+        try:
+            entry = self._parse(raw)
+        except UnreadableLine as error:
+            self._note(_named(LineFault("invalid_json_line", str(error)), raw.number))
+            return
         if isinstance(entry, LineFault):
-            yield entry
+            self._note(_named(entry, raw.number))
             return
         faults = list(self._envelope_faults(entry, raw.number))
-        body = entry.get("body")
-        if isinstance(body, dict):
-            faults += self._model_faults(body)
-            faults += body_faults(self._endpoint, body, self._limits)
-        yield from faults
-        if not faults and isinstance(body, dict):
-            line = BatchLine(index, entry["custom_id"], entry["url"], body)
-            if (fault := self._executor_fault(line)) is not None:
-                yield fault
+        for fault in faults:
+            self._note(_named(fault, raw.number))
+        if not faults and (own := self._own_faults(entry, index)):
+            self._refused += 1
+            self._on_refused(RefusedLine(index, raw.number, entry.fields["custom_id"], own))
 
-    def _parse(self, raw: RawLine) -> dict[str, Any] | LineFault:
+    def _own_faults(self, entry: Entry, index: int) -> list[LineFault]:
+        """What is wrong with a line whose envelope is good."""
+        if entry.body_fault is not None:
+            return [entry.body_fault]
+        body = entry.fields["body"]
+        faults = [*_model_type_faults(body), *body_faults(self._endpoint, body, self._limits)]
+        if faults:
+            return faults
+        line = BatchLine(index, entry.fields["custom_id"], entry.fields["url"], body)
+        fault = self._executor_fault(line)
+        return [] if fault is None else [fault]
+
+    def _parse(self, raw: RawLine) -> Entry | LineFault:
         if raw.data is None:
             return LineFault(
                 "line_too_long",
                 f"The line is {raw.size} bytes long; at most "
                 f"{self._limits.max_line_bytes} are allowed.",
             )
-        try:
-            entry = orjson.loads(raw.data)
-        except orjson.JSONDecodeError as error:
-            try:
-                raw.data.decode("utf-8")
-            except UnicodeDecodeError as bad:
-                message = f"The line is not UTF-8 (byte {bad.start + 1} of the line)."
-            else:
-                message = f"The line is not valid JSON: {error.msg} (column {error.colno})."
-            return LineFault("invalid_json_line", message)
-        if not isinstance(entry, dict):
-            return LineFault("invalid_json_line", "The line is JSON, but not an object.")
-        return entry
+        return read_entry(raw.data)
 
-    def _envelope_faults(self, entry: dict[str, Any], number: int) -> Iterator[LineFault]:
+    def _envelope_faults(self, entry: Entry, number: int) -> Iterator[LineFault]:
+        fields = entry.fields
         yield from self._custom_id_faults(entry, number)
-        method = entry.get("method")
+        method = fields.get("method")
         if method is None:
             yield _missing("method")
         elif method != "POST":
             yield LineFault("invalid_method", 'method must be "POST".', "method")
-        yield from self._url_faults(entry.get("url"))
-        if entry.get("body") is None:
+        yield from self._url_faults(fields.get("url"))
+        body = fields.get("body")
+        if body is None:
             yield _missing("body")
-        elif not isinstance(entry["body"], dict):
+        elif not isinstance(body, dict):
             yield LineFault("invalid_type", "body must be an object.", "body")
-        for name in entry.keys() - _LINE_FIELDS:
+        else:
+            yield from self._model_faults(body.get("model"))
+        for name in (name for name in fields if name not in _LINE_FIELDS):
             yield LineFault(
                 "unknown_parameter",
                 f"A line has custom_id, method, url and body, and no {name[:80]!r}.",
                 name[:80],
             )
 
-    def _custom_id_faults(self, entry: dict[str, Any], number: int) -> Iterator[LineFault]:
-        custom_id = entry.get("custom_id")
+    def _custom_id_faults(self, entry: Entry, number: int) -> Iterator[LineFault]:
+        custom_id = entry.fields.get("custom_id")
         if custom_id is None:
             yield _missing("custom_id")
         elif not isinstance(custom_id, str) or not custom_id:
             yield LineFault(
                 "invalid_type", "custom_id must be a string that is not empty.", "custom_id"
+            )
+        elif entry.broken_id:
+            yield LineFault(
+                "invalid_value",
+                "custom_id holds half of a surrogate pair, which no result file could give back.",
+                "custom_id",
             )
         else:
             digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
@@ -202,13 +228,11 @@ class _Validator:
                 "url",
             )
 
-    def _model_faults(self, body: dict[str, Any]) -> Iterator[LineFault]:
-        model = body.get("model")
-        if model is None:
-            yield _missing("body.model")
-        elif not isinstance(model, str):
-            yield LineFault("invalid_type", "model must be a string.", "body.model")
-        elif self._model is not None and model != self._model:
+    def _model_faults(self, model: Any) -> Iterator[LineFault]:
+        # One that is missing is the served one; one of another type names none.
+        if not isinstance(model, str) or not model:
+            return
+        if self._model is not None and model != self._model:
             yield LineFault(
                 "model_mismatch",
                 f"The line names model {model[:80]!r}, the first one named {self._model[:80]!r}; "
@@ -228,6 +252,8 @@ class _Validator:
     def _executor_fault(self, line: BatchLine) -> LineFault | None:
         try:
             return self._executor.check(line)
+        except EngineUnavailable:
+            raise
         except Exception as error:
             # A line that breaks the checker is a bad line, not a broken service. The text of the
             # exception may quote the prompt, so only its type is told.
@@ -241,6 +267,14 @@ class _Validator:
 
 def _named(fault: LineFault, number: int | None) -> BatchFault:
     return BatchFault(code=fault.code, message=fault.message, param=fault.param, line=number)
+
+
+def _model_type_faults(body: dict[str, Any]) -> Iterator[LineFault]:
+    model = body.get("model")
+    if model is not None and (not isinstance(model, str) or not model):
+        yield LineFault(
+            "invalid_type", "model must be a string that is not empty, or left out.", "body.model"
+        )
 
 
 def _missing(param: str) -> LineFault:

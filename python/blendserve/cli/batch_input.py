@@ -1,23 +1,22 @@
-"""The input of ``run-batch``: from a file, stdin, .gz or .zst, and checked before a model loads."""
+"""The input of ``run-batch`` as a file of plain lines: from a file, stdin, .gz or .zst."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import json
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO
 
-from blendserve.batch import BatchFault, BatchLimits, BatchLine, LineFault, LineResult, LineSource
-from blendserve.batch.executor import ENDPOINTS
-from blendserve.batch.validation import validate_file
-
-_MAX_LISTED_FAULTS = 50
 _BLOCK_BYTES = 1 << 20
+# A block of zstd, 4 bytes at least, gives 128 KiB at most: 1 KiB of them is 32 MiB in memory.
+_ZSTD_BLOCK_BYTES = 1 << 10
+# What `zstd --long=27` needs at the other end. Larger windows take a flag there, too.
+_MAX_WINDOW_BYTES = 1 << 27
+_SPACE_CHECK_BYTES = 16 << 20
 
 
 class InputError(RuntimeError):
@@ -29,7 +28,7 @@ def plain_file(source: str, folder: Path) -> Iterator[Path]:
     """The input as a file of plain lines: the file itself, or a temporary one in `folder`.
 
     Raises:
-        InputError: not a file, not what its name promises, or the folder is full.
+        InputError: not a file, not what its name promises, or too large for the disk.
     """
     if source != "-" and not Path(source).is_file():
         raise InputError(f"input {source} is not a file")
@@ -37,42 +36,50 @@ def plain_file(source: str, folder: Path) -> Iterator[Path]:
     if unpack is None:
         yield Path(source)
         return
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".input-", suffix=".jsonl") as spool:
+    with spool(folder) as file:
         try:
-            unpack(cast(BinaryIO, spool))
-            spool.flush()
+            unpack(_Spool(file, folder))
+            file.flush()
         except (OSError, EOFError, ValueError) as error:
             raise InputError(f"input {source} cannot be unpacked: {error}") from error
-        yield Path(spool.name)
+        yield path_of(file)
 
 
-def check(path: Path, name: str, limits: BatchLimits) -> str:
-    """The endpoint of a file that can be run; every fault of a file that cannot is told.
-
-    Raises:
-        InputError: lists the bad lines.
-    """
-    endpoint = _first_url(path, name)
-    verdict = validate_file(path, endpoint, _AnyEngine(), limits, lambda: False)
-    if verdict.faults:
-        raise InputError("\n".join([f"{name} cannot be run:", *fault_lines(verdict.faults)]))
-    return endpoint
+def spool(folder: Path) -> IO[bytes]:
+    """A temporary file in `folder` without a name: nothing is left of it, however this ends."""
+    return tempfile.TemporaryFile(dir=folder)
 
 
-def fault_lines(faults: Sequence[BatchFault]) -> list[str]:
-    """Faults as lines of text, and how many more there are."""
-    listed = [
-        f"  line {fault.line}: {fault.message} ({fault.code})"
-        if fault.line
-        else f"  {fault.message} ({fault.code})"
-        for fault in faults[:_MAX_LISTED_FAULTS]
-    ]
-    if len(faults) > _MAX_LISTED_FAULTS:
-        listed.append(f"  and {len(faults) - _MAX_LISTED_FAULTS} more")
-    return listed
+def path_of(file: IO[bytes]) -> Path:
+    """Under which this process may open a spool."""
+    return Path(f"/proc/self/fd/{file.fileno()}")
 
 
-def _unpacker(source: str) -> Callable[[BinaryIO], None] | None:
+class _Spool:
+    """Writes, as long as the disk has room for the file and for the copy that a job makes of it."""
+
+    def __init__(self, file: IO[bytes], folder: Path) -> None:
+        self._file = file
+        self._folder = folder
+        self._size = 0
+        self._unchecked = _SPACE_CHECK_BYTES
+
+    def write(self, data: bytes) -> int:
+        self._unchecked += len(data)
+        if self._unchecked >= _SPACE_CHECK_BYTES:
+            self._unchecked = 0
+            free = shutil.disk_usage(self._folder).free
+            if free < 2 * len(data) + self._size + _SPACE_CHECK_BYTES:
+                raise ValueError(
+                    f"it has more than {(self._size + len(data)) >> 20} MiB, and twice that does "
+                    f"not fit into {self._folder}, which has {free >> 20} MiB free. Free some "
+                    "space, give an -o on a larger disk, or split the file"
+                )
+        self._size += len(data)
+        return self._file.write(data)
+
+
+def _unpacker(source: str) -> Callable[[_Spool], None] | None:
     """Writes the plain lines into a file; None if they are plain already."""
     if source == "-":
         return lambda sink: shutil.copyfileobj(sys.stdin.buffer, sink, _BLOCK_BYTES)
@@ -83,20 +90,22 @@ def _unpacker(source: str) -> Callable[[BinaryIO], None] | None:
     return None
 
 
-def _ungzip(source: str, sink: BinaryIO) -> None:
+def _ungzip(source: str, sink: _Spool | BinaryIO) -> None:
     with gzip.open(source, "rb") as stream:
         shutil.copyfileobj(stream, sink, _BLOCK_BYTES)
 
 
-def _unzstd(source: str, sink: BinaryIO) -> None:
+def _unzstd(source: str, sink: _Spool | BinaryIO) -> None:
     import zstandard
 
     frame = None
     with open(source, "rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
+        # The library's own file object would take a file that was cut off for a whole one.
+        while block := stream.read(_ZSTD_BLOCK_BYTES):
             while block:
                 if frame is None:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
+                    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+                    frame = decompressor.decompressobj()
                 try:
                     sink.write(frame.decompress(block))
                 except zstandard.ZstdError as error:
@@ -104,49 +113,4 @@ def _unzstd(source: str, sink: BinaryIO) -> None:
                 block = frame.unused_data
                 frame = None if frame.eof else frame
     if frame is not None:
-        # The library's own file object would take a file that was cut off for a whole one.
         raise EOFError("it ends in the middle")
-
-
-def _first_url(path: Path, name: str) -> str:
-    """The url of the first request; the check finds the lines that have another one."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not text.strip():
-                continue
-            try:
-                url = str(json.loads(text)["url"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{name}, line {number} is not a batch request: it must be a JSON object with "
-                    "custom_id, method, url and body"
-                ) from error
-            if url not in ENDPOINTS:
-                raise InputError(
-                    f"{name}, line {number}: there is no endpoint {url[:80]!r}; "
-                    f"use one of {', '.join(sorted(ENDPOINTS))}"
-                )
-            return url
-    raise InputError(f"{name} has no requests")
-
-
-class _AnyEngine:
-    """Stands for an engine that is not there yet: it takes every endpoint and every model."""
-
-    endpoints = ENDPOINTS
-    models: frozenset[str] = frozenset()
-    fingerprint = ""
-
-    def check(self, line: BatchLine) -> LineFault | None:
-        return None
-
-    def run(
-        self,
-        job_id: str,
-        lines: LineSource,
-        pending: Sequence[int],
-        on_start: Callable[[int], None],
-        deadline: float | None = None,
-    ) -> AsyncIterator[LineResult]:
-        raise NotImplementedError("it is there to check against")

@@ -124,7 +124,7 @@ def follow(base_url: str, batch_id: str, console: Console, headers: Mapping[str,
     """
     client = openai_client(base_url, headers)
     keeper = FigureKeeper()
-    with BatchDisplay(console) as display, httpx.Client(base_url=base_url, headers=headers) as http:
+    with BatchDisplay(console) as display, _client(base_url, headers) as http:
         while True:
             batch = client.batches.retrieve(batch_id)
             try:
@@ -142,4 +142,10 @@ def follow(base_url: str, batch_id: str, console: Console, headers: Mapping[str,
 
 def openai_client(base_url: str, headers: Mapping[str, str]) -> OpenAI:
     """The unmodified SDK, pointed at a server of ours."""
-    return OpenAI(base_url=f"{base_url}/v1", api_key="unused", default_headers=dict(headers))
+    url = f"{base_url}/v1"
+    return OpenAI(base_url=url, api_key="unused", http_client=_client(url, headers))
+
+
+def _client(base_url: str, headers: Mapping[str, str]) -> httpx.Client:
+    # The server is on this machine: no proxy of the environment's is on the way.
+    return httpx.Client(base_url=base_url, headers=dict(headers), trust_env=False)

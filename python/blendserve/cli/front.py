@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from blendserve.batch import (
     ApiKeys,
@@ -29,18 +31,24 @@ from blendserve.batch import (
     Holder,
     KeyFileError,
     KeyGuard,
+    KnownHosts,
+    OriginGuard,
+    OwnRoutes,
     RemoteExecutor,
+    build_health_router,
     build_page_router,
     build_router,
 )
+from blendserve.cli.connections import PatientProtocol, raise_descriptor_limit
 from blendserve.cli.engine_process import EngineFailed, EngineProcess, WatchSettings
 from blendserve.cli.proxy import EngineProxy
 from blendserve.cli.status import StatusBoard
-from blendserve.cli.stock_flags import ConfigFileError, config_flags, front_in_full
+from blendserve.cli.stock_flags import ConfigFileError, read
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 ENGINE_COMMAND = (sys.executable, "-m", "blendserve.cli.serve")
 # SGLang's defaults.
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOST, _PORT = "127.0.0.1", 30_000
 _GRACE_SECONDS = 10
 
@@ -52,6 +60,7 @@ class Front:
         store: open batch directory; whoever opened it closes it.
         engine_command: see `EngineProcess`.
         keys: empty for a server that asks for none.
+        host: that it listens on.
     """
 
     def __init__(
@@ -61,8 +70,11 @@ class Front:
         settings: Settings,
         keys: ApiKeys,
         watch: WatchSettings | None = None,
+        host: str = _HOST,
     ) -> None:
-        self.executor = RemoteExecutor(on_lost=lambda: self.engine.look_again())
+        self.executor = RemoteExecutor(
+            on_lost=lambda: self.engine.look_again(), cache_salt=self._cache_salt
+        )
         self.service = BatchService(store, self.executor, limits_of(settings))
         self.engine = EngineProcess(
             engine_command,
@@ -71,10 +83,11 @@ class Front:
             environment=engine_environment(settings),
             watch=watch or WatchSettings(hang_seconds=settings.engine_hang_seconds),
         )
-        self._proxy = EngineProxy(self.executor)
+        self._proxy = EngineProxy(self.executor, keys, allow_remote_urls=settings.allow_remote_urls)
         self._board = StatusBoard(self.service, self.executor, self.engine.view)
+        self._store = store
         self._keys = keys
-        self.app = self._build_app()
+        self.app = self._build_app(KnownHosts.of(settings.allowed_hosts, host))
         self.failure: EngineFailed | None = None
         self.on_failure: Callable[[], None] = lambda: None
         """Called when the engine is given up, which `failure` then tells."""
@@ -83,15 +96,19 @@ class Front:
         self.executor.engine_up(address, info)
         self.service.engine_recovered()
 
-    def _build_app(self) -> FastAPI:
-        # The engine's own descriptions of its routes are passed on like everything else of it.
-        app = FastAPI(lifespan=self._life, openapi_url=None, docs_url=None, redoc_url=None)
-        app.include_router(build_router(self.service))
-        app.include_router(build_page_router())
-        app.include_router(self._board.router())
-        app.include_router(self._proxy.router())
-        app.add_middleware(KeyGuard, keys=self._keys)
-        return app
+    def _build_app(self, hosts: KnownHosts) -> ASGIApp:
+        routers = [
+            build_router(self.service),
+            build_page_router(),
+            build_health_router(lambda: self.executor.address is not None),
+            self._board.router(),
+        ]
+        routes = OwnRoutes(routers, rest=self._proxy, lifespan=self._life)
+        return OriginGuard(KeyGuard(routes, self._keys), None if self._keys else hosts)
+
+    def _cache_salt(self, batch_id: str) -> str:
+        row = self._store.find_batch(batch_id)
+        return self._keys.cache_salt(row.tenant) if row is not None else ""
 
     @asynccontextmanager
     async def _life(self, _: FastAPI) -> AsyncIterator[None]:
@@ -126,7 +143,8 @@ def serve_front(argv: Sequence[str]) -> int:
         return 2
     command = [*ENGINE_COMMAND, *engine_flags, "--host", "127.0.0.1"]
     try:
-        front = Front(store, command, settings, keys)
+        clients = raise_descriptor_limit()
+        front = Front(store, command, settings, keys, host=options.host)
         server = uvicorn.Server(
             uvicorn.Config(
                 front.app,
@@ -137,6 +155,9 @@ def serve_front(argv: Sequence[str]) -> int:
                 ssl_keyfile_password=options.ssl_keyfile_password,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
                 access_log=False,
+                http=PatientProtocol,
+                ws="none",
+                limit_concurrency=clients,
             )
         )
 
@@ -162,6 +183,7 @@ def limits_of(settings: Settings) -> BatchLimits:
         max_lines=settings.max_batch_lines,
         max_file_bytes=settings.max_file_bytes,
         max_running=settings.max_running_batches,
+        max_open_batches=settings.max_open_batches,
         allow_remote_urls=settings.allow_remote_urls,
     )
 
@@ -169,16 +191,21 @@ def limits_of(settings: Settings) -> BatchLimits:
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Variables that make a server the engine of this process."""
     engine = settings.model_copy(update={"enabled": True, "behind_front": True})
-    return to_environment(engine)
+    return {**to_environment(engine), **around_proxies(os.environ)}
+
+
+def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which no request to this machine itself goes through a proxy: SGLang warms its
+    own server up over HTTP. Downloads still take the proxy."""
+    given = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    hosts = [*filter(None, given.split(",")), *_LOOPBACK]
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(dict.fromkeys(hosts)))
 
 
 def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """What is the front's, also in the file of --config; the rest is for the engine, which names
     what it does not know. Raises ConfigFileError."""
-    parser = _parser()
-    names = front_flags()
-    argv = front_in_full(argv, names)
-    return parser.parse_known_args([*config_flags(argv, names.__contains__), *argv])
+    return read(_parser(), argv)
 
 
 def front_flags() -> frozenset[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 
 _MAX_LINE_BYTES = 1 << 30
@@ -139,12 +139,12 @@ def _request(data: bytes | None, tokenizer: Callable[[], Encoder]) -> tuple[str,
     if data is None:
         raise _BadLine(f"longer than {_MAX_LINE_BYTES} bytes; split the file's requests into lines")
     try:
-        entry = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise _BadLine(f"not valid JSON ({error}); write one JSON object per line") from error
-    if isinstance(entry, dict) and "input_ids" in entry:
+        entry = read_entry(data).fields
+    except UnreadableLine as error:
+        raise _BadLine(f"{error} Write one JSON object per line") from error
+    if "input_ids" in entry:
         return _token_line(entry)
-    if isinstance(entry, dict) and "body" in entry:
+    if "body" in entry:
         return _batch_line(entry, tokenizer)
     raise _BadLine(
         "no request; a line must be a JSON object with custom_id, method, url and body (OpenAI "
@@ -195,9 +195,10 @@ def _count(entry: Mapping[str, Any], key: str, least: int) -> int | None:
     value = entry.get(key)
     if value is None:
         return None
-    if type(value) is not int or value < least:
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    if not whole or value < least:
         raise _BadLine(f"{key} is {_shown(value)}; it must be a whole number from {least}")
-    return value
+    return int(value)
 
 
 def _shown(value: Any) -> str:

@@ -6,14 +6,14 @@ journal at every start, so they never hold a line that is not durable.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import orjson
-
 from blendserve.batch.journal import Record, read_records
+from blendserve.batch.publication import result_line
 
 
 class LiveResults:
@@ -60,9 +60,17 @@ class LiveResults:
     def _write(self, record: Record) -> None:
         file = self._files.get(record.kind)
         if file is None:
-            file = self._files[record.kind] = self._paths[record.kind].open("wb")
-        file.write(orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE))
+            file = self._files[record.kind] = _private(self._paths[record.kind])
+        file.write(result_line(record))
 
     def _flush(self) -> None:
         for file in self._files.values():
             file.flush()
+
+
+def _private(path: Path) -> BinaryIO:
+    """The file for writing from its beginning, for its owner alone: it holds prompts' answers."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb"
+    )

@@ -20,17 +20,21 @@ from blendserve.batch import (
     EngineInfo,
     RemoteExecutor,
 )
+from blendserve.batch.directory import fsync_folder
+from blendserve.batch.executor import same_engine
 from blendserve.batch.objects import CreateBatch
 from blendserve.batch.upload import Upload
-from blendserve.cli.batch_input import fault_lines
+from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineProcess, WatchSettings
 from blendserve.cli.figures import FigureKeeper, Figures
 from blendserve.cli.front import ENGINE_COMMAND, engine_environment, settings_of, split_flags
+from blendserve.cli.input_check import fault_lines
 from blendserve.cli.live_results import LiveResults
 from blendserve.cli.status import StatusBoard
 
 _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _METADATA_KEY = "input_sha256"
+_RETRY_KEY = "retry_failed"
 _POLL_SECONDS = 0.25
 _MAX_FAILED_STARTS = 3
 _COPY_BYTES = 1 << 20
@@ -49,7 +53,7 @@ class Reporter(Protocol):
 
 
 class OfflineJob:
-    """Prepare, run, place, close: in this order.
+    """Resume or begin, run, place, close: in this order.
 
     Args:
         state: folder of this job; it may hold the state of an earlier run.
@@ -57,6 +61,7 @@ class OfflineJob:
         engine_flags: flags of `blendserve serve`.
         log: receives what the engine prints.
         in_order: sort the results as the input is.
+        earlier: results that those of this job are added to.
     """
 
     def __init__(
@@ -69,7 +74,10 @@ class OfflineJob:
         *,
         log: Path,
         in_order: bool = False,
+        earlier: EarlierRun | None = None,
     ) -> None:
+        self._in_order = in_order
+        self._earlier = earlier
         self._store = BatchStore(state / "batches")
         self._places = {"output": output, "error": errors}
         self._live = LiveResults(output, errors)
@@ -84,7 +92,9 @@ class OfflineJob:
             self._engine_up,
             self._executor.engine_down,
             log=log,
-            environment=engine_environment(settings),
+            environment=engine_environment(
+                settings.model_copy(update={"batch_dir": self._store.directory.root})
+            ),
             watch=WatchSettings(
                 hang_seconds=settings.engine_hang_seconds, max_failed_starts=_MAX_FAILED_STARTS
             ),
@@ -97,28 +107,62 @@ class OfflineJob:
         """Where answers can be read while the job runs."""
         return self._live.paths
 
-    def prepare(self, source: Path, endpoint: str) -> str:
-        """Take up the batch of an earlier run over the same input, or make one; its id.
+    def resume(self, source: Path) -> str | None:
+        """The id of the batch that an earlier process has begun over this input, if one has.
 
         Raises:
             JobRefused: the earlier run had another input, or failed.
         """
         known = self._service.list(after=None, limit=1).data
-        if known:
-            batch = known[0]
-            if (batch.metadata or {}).get(_METADATA_KEY) != _digest(source):
-                raise JobRefused(
-                    f"{self._store.directory.root.parent} holds the state of a run over another "
-                    "input. Give that input, another -o, or --overwrite to begin anew."
-                )
-            _raise_if_failed(batch)
-        else:
-            batch = self._create(source, endpoint)
+        if not known:
+            return None
+        batch = known[0]
+        metadata = batch.metadata or {}
+        state = self._store.directory.root.parent
+        if metadata.get(_METADATA_KEY) != _digest(source):
+            raise JobRefused(
+                f"{state} holds the state of a run over another input. Give that input, another "
+                "-o, or --overwrite to begin anew."
+            )
+        if (_RETRY_KEY in metadata) != (self._earlier is not None):
+            flag = "with" if _RETRY_KEY in metadata else "without"
+            raise JobRefused(
+                f"{state} holds the state of a run that has not ended; the same command "
+                f"{flag} --retry-failed goes on with it."
+            )
+        _raise_if_failed(batch)
         self._batch_id = batch.id
         row = self._store.find_batch(batch.id)
         if row is not None and row.total is not None:
             self._live.restore(self._store.directory.journal(batch.id), row.total)
         return batch.id
+
+    def begin(self, source: Path, whole: Path, endpoint: str) -> str:
+        """Make a batch of the lines in `source`, those of `whole` that are to run; its id.
+
+        Copies the input: it may be changed or removed while the job runs.
+        """
+        digest = hashlib.sha256()
+        size = 0
+        with self._store.directory.draft() as draft:
+            with source.open("rb") as stream:
+                while block := stream.read(_COPY_BYTES):
+                    digest.update(block)
+                    size += len(block)
+                    draft.file.write(block)
+            upload = Upload({"purpose": "batch"}, "input.jsonl", size, digest.hexdigest())
+            file = self._service.add_upload(upload, draft)
+        metadata = {_METADATA_KEY: _digest(whole)}
+        if self._earlier is not None:
+            metadata[_RETRY_KEY] = "yes"
+        request = CreateBatch(
+            input_file_id=file.id,
+            endpoint=endpoint,
+            completion_window="365d",
+            metadata=metadata,
+        )
+        self._batch_id = self._service.create(request).id
+        return self._batch_id
 
     async def run(self, batch_id: str, reporter: Reporter) -> BatchObject:
         """Run what is left, and return the batch once it has ended.
@@ -156,44 +200,37 @@ class OfflineJob:
             await asyncio.wait([engine])
             await board.close()
 
-    def place(self, batch: BatchObject) -> None:
-        """Put the result files where they were asked for: each appears whole."""
-        for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
-            target = self._places[kind]
-            if file_id is None:
-                target.unlink(missing_ok=True)
-            else:
-                _place(self._store.content_of(file_id), target)
+    def place(self, batch: BatchObject) -> int:
+        """Put the result files where they were asked for, each whole and durable; the number of
+        answers in the output. May be repeated."""
+        fresh = {"output": batch.output_file_id, "error": batch.error_file_id}
+        paths = {kind: id and self._store.content_of(id) for kind, id in fresh.items()}
+        answers = batch.request_counts.completed
+        with self._store.directory.draft() as merged:
+            if self._earlier is not None:
+                output = paths["output"] or None
+                answers = self._earlier.merge(output, merged.file, in_order=self._in_order)
+                merged.settle()
+                paths["output"] = merged.path if answers else None
+            for kind, path in paths.items():
+                target = self._places[kind]
+                if path:
+                    _place(path, target)
+                else:
+                    target.unlink(missing_ok=True)
+                # Before the state goes: a power cut must not take the name and leave the removal.
+                fsync_folder(target.parent)
         self._live.remove()
+        return answers
 
     def close(self) -> None:
         self._live.close()
         self._store.close()
 
-    def _create(self, source: Path, endpoint: str) -> BatchObject:
-        """Copies the input: it may be changed or removed while the job runs."""
-        digest = hashlib.sha256()
-        size = 0
-        with self._store.directory.draft() as draft:
-            with source.open("rb") as stream:
-                while block := stream.read(_COPY_BYTES):
-                    digest.update(block)
-                    size += len(block)
-                    draft.file.write(block)
-            upload = Upload({"purpose": "batch"}, "input.jsonl", size, digest.hexdigest())
-            file = self._service.add_upload(upload, draft)
-        request = CreateBatch(
-            input_file_id=file.id,
-            endpoint=endpoint,
-            completion_window="365d",
-            metadata={_METADATA_KEY: digest.hexdigest()},
-        )
-        return self._service.create(request)
-
     def _engine_up(self, address: EngineAddress, info: EngineInfo) -> None:
         row = self._store.find_batch(self._batch_id)
         begun = row.fingerprint if row is not None else None
-        if begun is not None and begun != info.fingerprint:
+        if begun is not None and not same_engine(begun, info.fingerprint):
             self._refusal = JobRefused(
                 f"this job was begun with the engine {begun}, and these flags start "
                 f"{info.fingerprint}; their answers must not stand in one file. Give the flags of "
@@ -220,6 +257,10 @@ def _raise_if_failed(batch: BatchObject) -> None:
 def _place(source: Path, target: Path) -> None:
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
+        # What was asked for has the mode that the user's files have; the state is private.
+        draft.touch()
+        mode = draft.stat().st_mode
+        draft.unlink()
         try:
             os.link(source, draft)
         except OSError:
@@ -227,6 +268,7 @@ def _place(source: Path, target: Path) -> None:
             shutil.copyfile(source, draft)
             with draft.open("rb") as written:
                 os.fsync(written.fileno())
+        draft.chmod(mode)
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)

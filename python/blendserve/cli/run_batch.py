@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import shutil
+import contextlib
 import signal
+import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,45 +20,64 @@ from pathlib import Path
 from rich.console import Console
 
 from blendserve.batch import BatchDirectoryError, BatchLimits, BatchObject
-from blendserve.cli.batch_input import InputError, check, plain_file
+from blendserve.cli.batch_input import InputError, plain_file
+from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineFailed
 from blendserve.cli.follow import BatchDisplay, JsonStatus
 from blendserve.cli.front import settings_of, split_flags
+from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_models
 from blendserve.cli.offline_job import JobRefused, OfflineJob
-from blendserve.cli.stock_flags import ConfigFileError, config_flags, front_in_full
+from blendserve.cli.outcome import causes, keep_log
+from blendserve.cli.run_state import RunState, StateBusy
+from blendserve.cli.stock_flags import ConfigFileError
 from blendserve.config import ConfigError
 
 # Limits protect a shared server; this one is the user's own.
 LIMITS = BatchLimits(max_lines=10**9, max_file_bytes=10**13)
 
+# Exit statuses, for whoever decides what to do next (docs/batch.md).
+ALL_ANSWERED = 0
+SOME_FAILED = 1
+REFUSED = 2
+INTERRUPTED = 3
+STOPPED = 130
+
+_MAX_TOLD_REFUSALS = 10
+
 
 class RunBatchError(RuntimeError):
-    """The run cannot start or go on; the message says what to do."""
+    """The run cannot start; the message says what to do."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 every line answered, 1 some lines failed or the run did, 2 wrong usage."""
+    """Exit status: see above."""
     options, server_flags = _parse(argv)
     console = Console(stderr=True)
     try:
-        settings = settings_of(split_flags(server_flags)[0])
-        options.limits = replace(LIMITS, allow_remote_urls=settings.allow_remote_urls)
-        _check_paths(options)
-        with plain_file(options.input, options.output.parent) as source:
-            endpoint = check(source, options.input, options.limits)
-            if options.dry_run:
-                return _dry_run(source, server_flags, options.json)
-            _clear(options)
-            return _run(options, server_flags, source, endpoint, console)
-    except (
-        *(RunBatchError, InputError, JobRefused, ConfigFileError),
-        *(EngineFailed, BatchDirectoryError, ConfigError),
-    ) as error:
+        return _checked_run(options, server_flags, console)
+    except (RunBatchError, InputError, JobRefused, ConfigError, ConfigFileError) as error:
         _say(console, f"blendserve run-batch: {error}")
-        return 1
+        return REFUSED
+    except EngineFailed as error:
+        _say(console, f"blendserve run-batch: {error}")
+        # What a command ends with that does not understand its flags.
+        return REFUSED if error.status == REFUSED else INTERRUPTED
+    except (StateBusy, BatchDirectoryError) as error:
+        _say(console, f"blendserve run-batch: {error}")
+        return INTERRUPTED
+    except OSError as error:
+        _say(
+            console, f"blendserve run-batch: {error}. The same command goes on once that is mended."
+        )
+        return INTERRUPTED
     except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print("Stopped. The same command goes on from here.")
-        return 130
+        without = " without --overwrite" if options.begun_anew else ""
+        console.print(f"Stopped. The same command{without} goes on from here.")
+        return STOPPED
+    except Exception:
+        # A fault of ours. Python's own status for it would say that some lines have failed.
+        _say(console, traceback.format_exc())
+        return INTERRUPTED
 
 
 def _say(console: Console, text: str) -> None:
@@ -79,10 +99,19 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--errors", type=Path, help="lines without one (default: OUTPUT's name with .errors.jsonl)"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="drop an earlier output and its state, begin anew"
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--overwrite", action="store_true", help="begin anew; replace an earlier output at the end"
+    )
+    begin.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="run the lines again that OUTPUT of an earlier run has no answer to, and add them",
     )
     parser.add_argument("--ordered", action="store_true", help="sort the answers as the input is")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a file with any line that cannot be answered"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the file, print plan and time, run nothing"
     )
@@ -93,7 +122,32 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.errors is None:
         options.errors = options.output.with_suffix(".errors.jsonl")
     options.state = options.output.with_name(options.output.name + ".blendserve")
+    options.begun_anew = False
     return options, rest
+
+
+def _checked_run(options: argparse.Namespace, server_flags: list[str], console: Console) -> int:
+    settings = settings_of(split_flags(server_flags)[0])
+    limits = replace(LIMITS, allow_remote_urls=settings.allow_remote_urls)
+    _check_paths(options)
+    with plain_file(options.input, _spool_folder(options)) as source:
+        checked = check(
+            source,
+            options.input,
+            limits,
+            models=served_models(server_flags),
+            strict=options.strict,
+        )
+        _tell_refusals(checked, console, all_of_them=options.dry_run)
+        if options.dry_run:
+            from blendserve.cli.dry_run import dry_run
+
+            return dry_run(source, checked, server_flags, options.json, limits.max_line_bytes)
+        with RunState(options.state) as state:
+            if options.overwrite:
+                state.set_aside()
+                options.begun_anew = True
+            return _run(options, server_flags, source, checked, limits, state, console)
 
 
 def _check_paths(options: argparse.Namespace) -> None:
@@ -109,62 +163,105 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise RunBatchError(f"{options.state} holds this command's state; keep files out of it")
     if options.state.exists() and not options.state.is_dir():
         raise RunBatchError(f"{options.state} is in the way; it must be a folder, or not exist")
+    if options.dry_run:
+        return
     # With its state still there, an output is half of what this very command was putting in place.
-    resumed = options.state.is_dir()
+    may_exist = options.overwrite or options.retry_failed or options.state.is_dir()
     for path in (options.output, options.errors):
         if path.is_dir():
             raise RunBatchError(f"{path} is a folder; give the name of a file in it")
         if not path.parent.is_dir():
             raise RunBatchError(f"the folder of {path} does not exist")
-        if path.exists() and not (options.overwrite or options.dry_run or resumed):
+        if path.exists() and not path.is_file():
             raise RunBatchError(
-                f"{path} exists already. Give another name, or --overwrite to replace it."
+                f"{path} is a device, pipe or socket. Answers appear whole, at the end, so give "
+                "the name of a file."
+            )
+        if path.exists() and not may_exist:
+            raise RunBatchError(
+                f"{path} exists already. Give another name, --retry-failed to run again what has "
+                "no answer in it, or --overwrite to replace it."
             )
 
 
-def _clear(options: argparse.Namespace) -> None:
-    """Make room for the answers, once everything else has been found right."""
-    if options.overwrite:
-        options.output.unlink(missing_ok=True)
-        options.errors.unlink(missing_ok=True)
-        shutil.rmtree(options.state, ignore_errors=True)
-    options.state.mkdir(exist_ok=True)
+def _spool_folder(options: argparse.Namespace) -> Path:
+    """Where there is room for the input: on the disk that is to hold the answers."""
+    folder: Path = options.output.parent
+    is_place = folder.is_dir() and (options.output.is_file() or not options.output.exists())
+    # Only a dry run comes here with an -o like /dev/null.
+    return folder if is_place else Path(tempfile.gettempdir())
+
+
+def _tell_refusals(checked: CheckedInput, console: Console, *, all_of_them: bool) -> None:
+    if not checked.refused:
+        return
+    number = len(checked.refused)
+    lines = "1 line cannot run and is" if number == 1 else f"{number} lines cannot run and are"
+    _say(console, f"{lines} answered as an error (--strict refuses such a file):")
+    most = len(checked.refusals) if all_of_them else _MAX_TOLD_REFUSALS
+    for line in fault_lines(checked.refusals, most):
+        _say(console, line)
 
 
 def _run(
     options: argparse.Namespace,
     server_flags: list[str],
     source: Path,
-    endpoint: str,
+    checked: CheckedInput,
+    limits: BatchLimits,
+    state: RunState,
     console: Console,
 ) -> int:
     log = options.state / "server.log"
+    earlier = None
+    if options.retry_failed:
+        earlier = EarlierRun(options.output, options.errors, source, limits.max_line_bytes)
     job = OfflineJob(
         options.state,
         options.output,
         options.errors,
-        options.limits,
+        limits,
         server_flags,
         log=log,
         in_order=options.ordered,
+        earlier=earlier,
     )
-    try:
-        batch_id = job.prepare(source, endpoint)
-        _say(console, f"Starting the engine (its log: {log}) ...")
-        _say(console, f"Answers so far: {' and '.join(map(str, job.live_paths))}")
-        reporter = JsonStatus() if options.json else BatchDisplay(console)
-        with reporter:
-            batch = asyncio.run(_until_stopped(job, batch_id, reporter))
-        job.place(batch)
-    finally:
-        job.close()
-    shutil.rmtree(options.state)
+    reporter = JsonStatus() if options.json else BatchDisplay(console)
+    with contextlib.closing(job):
+        batch_id = job.resume(source)
+        if batch_id is None and earlier is not None:
+            with earlier.unanswered(_spool_folder(options)) as (rest, count):
+                if count:
+                    _say(
+                        console, f"{count} of {checked.total} lines have no answer, and run again."
+                    )
+                    batch_id = job.begin(rest, source, checked.endpoint)
+        elif batch_id is None:
+            batch_id = job.begin(source, source, checked.endpoint)
+        if batch_id is not None:
+            _say(console, f"Starting the engine (its log: {log}) ...")
+            _say(console, f"Answers so far: {' and '.join(map(str, job.live_paths))}")
+            with reporter:
+                batch = asyncio.run(_until_stopped(job, batch_id, reporter))
+            answers = job.place(batch)
+    if batch_id is None:
+        state.remove()
+        _say(console, f"Every line has its answer in {options.output}; there is nothing to do.")
+        return ALL_ANSWERED
     counts = batch.request_counts
+    kept = keep_log(log, options.output) if counts.failed else None
+    state.remove()
     failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
-    _say(console, f"{batch.status}: {counts.completed} answered in {options.output}{failed}")
+    _say(console, f"{batch.status}: {answers} answered in {options.output}{failed}")
+    if counts.failed:
+        for line in causes(options.errors):
+            _say(console, line)
+    if kept is not None:
+        _say(console, f"The engine's log: {kept}")
     if isinstance(reporter, JsonStatus):
-        reporter.say({"state": "placed", **counts.model_dump(), "usage": batch.usage.model_dump()})
-    return 1 if counts.failed or batch.status != "completed" else 0
+        event = {"state": "placed", **counts.model_dump(), "usage": batch.usage.model_dump()}
+        reporter.say({**event, "server_log": kept and str(kept)})
+    return SOME_FAILED if counts.failed else ALL_ANSWERED
 
 
 async def _until_stopped(
@@ -175,41 +272,3 @@ async def _until_stopped(
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await job.run(batch_id, reporter)
-
-
-def _dry_run(source: Path, server_flags: Sequence[str], as_json: bool) -> int:
-    """The plan of the file for the model and the device that the flags name."""
-    from blendserve.cli import plan
-    from blendserve.runtime.default_model import MODEL_NAME, ModelPathError, resolve_model_path
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model-path", "--model", default=MODEL_NAME)
-    parser.add_argument("--hardware", default=os.environ.get("BLENDSERVE_HARDWARE", "auto"))
-    parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", default="1")
-    parser.add_argument("--dp-size", "--data-parallel-size", "--dp", default="1")
-    parser.add_argument("--max-total-tokens")
-    parser.add_argument("--sample-fraction")
-    names = frozenset(parser._option_string_actions)
-    flags = front_in_full(server_flags, names)
-    known, _ = parser.parse_known_args([*config_flags(flags, names.__contains__), *flags])
-    try:
-        model = resolve_model_path(known.model_path)
-    except ModelPathError as error:
-        raise RunBatchError(str(error)) from error
-    hardware = known.hardware if known.hardware != "auto" else _this_machine()
-    argv = ["-i", str(source), "--model-spec", model, "--tokenizer", model]
-    argv += ["--hardware", hardware, "--tp", known.tp_size, "--dp", known.dp_size]
-    if known.max_total_tokens:
-        argv += ["--kv-tokens", known.max_total_tokens]
-    if known.sample_fraction:
-        argv += ["--sample-fraction", known.sample_fraction]
-    return plan.main([*argv, "--json"] if as_json else argv)
-
-
-def _this_machine() -> str:
-    from blendserve.runtime.device import choose_hardware
-
-    try:
-        return choose_hardware("auto").name
-    except ValueError as error:
-        raise RunBatchError(str(error)) from error

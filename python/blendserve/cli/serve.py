@@ -14,8 +14,8 @@ from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
 from blendserve.cli.stock_flags import (
     ConfigFileError,
     config_flags,
-    front_in_full,
     in_full,
+    read,
     stock_flags,
     switches_set,
     without_config,
@@ -53,7 +53,14 @@ _CPU_FLAGS = (
 # Settings that have a flag; the others are set through the environment or a config file.
 _SETTING_FLAGS = (
     *("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes"),
-    *("max_running_batches", "api_keys_file", "engine_hang_seconds", "allow_remote_urls"),
+    *(
+        "max_running_batches",
+        "max_open_batches",
+        "api_keys_file",
+        "engine_hang_seconds",
+        "allow_remote_urls",
+        "allowed_hosts",
+    ),
 )
 
 
@@ -143,14 +150,11 @@ def main(argv: Sequence[str]) -> int:
     nodes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     nodes.add_argument("--node-rank", type=int, default=0)
     try:
-        rank = ["--node-rank"]
-        argv = front_in_full(argv, rank)
-        ranked = [*config_flags(argv, rank.__contains__), *argv]
+        # Only the first of several nodes has an HTTP server to stand in front of.
+        has_front = read(nodes, argv)[0].node_rank == 0
     except ConfigFileError as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
-    # Only the first of several nodes has an HTTP server to stand in front of.
-    has_front = nodes.parse_known_args(ranked)[0].node_rank == 0
     if not has_front or "-h" in argv or "--help" in argv:
         return run_engine(argv)
     return serve_front(argv)

@@ -113,7 +113,7 @@ def _wait_until_serving(process: subprocess.Popen[bytes], url: str, log: Path) -
                 f"the server ended with status {process.returncode}:\n{log_tail(log)}"
             )
         try:
-            if httpx.get(f"{url}/health", timeout=20).status_code == 200:
+            if httpx.get(f"{url}/health", timeout=20, trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass  # not listening yet

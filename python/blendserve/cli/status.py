@@ -46,7 +46,7 @@ class StatusBoard:
         async def status(request: Request) -> dict[str, Any]:
             """What the engine, its schedulers and the running jobs are doing now."""
             counters = await self.counters()
-            everything = bool(request.scope.get(ADMIN_SCOPE_KEY, True))
+            everything = bool(request.scope.get(ADMIN_SCOPE_KEY))
             jobs = [
                 {**job, "progress": progress}
                 for job in counters["jobs"]

@@ -9,6 +9,7 @@ which does not import SGLang, asks for them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -86,13 +87,28 @@ def front_in_full(argv: Sequence[str], names: Collection[str]) -> list[str]:
     ]
     if not shortened:
         return list(argv)
+    return in_full(argv, _told_flags(), own=names)
+
+
+@functools.cache
+def _told_flags() -> tuple[Flag, ...]:
+    """SGLang's flags, from a process that imports it; none if it cannot be imported: the engine,
+    which meets the same fault, tells of it."""
     asked = subprocess.run(
         [sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True, check=False
     )
-    if asked.returncode:
-        return list(argv)  # The engine, which meets the same fault, tells of it.
-    said = json.loads(asked.stdout.splitlines()[-1])
-    return in_full(argv, [tuple(flag) for flag in said], own=names)
+    said = [] if asked.returncode else json.loads(asked.stdout.splitlines()[-1])
+    return tuple(tuple(flag) for flag in said)
+
+
+def read(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags that a parser knows, shortened or in the file of --config as well; and the rest of
+    the command line. The parser takes no abbreviations itself. Raises ConfigFileError."""
+    names = frozenset(parser._option_string_actions)
+    flags = front_in_full(argv, names)
+    return parser.parse_known_args([*config_flags(flags, names.__contains__), *flags])
 
 
 def config_flags(argv: Sequence[str], wanted: Callable[[str], bool]) -> list[str]:

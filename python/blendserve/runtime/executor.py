@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -14,10 +13,12 @@ from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSour
 from blendserve.config import Settings
 from blendserve.planner import PlannerConfig
 from blendserve.runtime.attention import BACKEND_NAME
+from blendserve.runtime.cache_salt import cache_salt, salted
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.feedback import ReportReceiver, SchedulerReport
+from blendserve.runtime.fingerprint import fingerprint
 from blendserve.runtime.guard import not_live
 from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
@@ -26,7 +27,11 @@ from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.prompts import PromptReader
+from blendserve.runtime.refusals import RefuseBodies, guarded, refuse_in_handlers
+from blendserve.runtime.request_checks import ModelLimits, checked
 from sgl_kernel_ext import cpu
+
+logger = logging.getLogger(__name__)
 
 # How old what GET /metrics shows may be.
 _METRICS_SECONDS = 1.0
@@ -71,8 +76,16 @@ class BlendExecutor:
         self._tokenizer_manager = tokenizer_manager
         pacer = Pacer(self._serves_online)
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
-        # On the one object that serves all requests: SGLang's own method stays as it is.
-        tokenizer_manager.generate_request = paced(tokenizer_manager.generate_request, pacer)
+        self._fingerprint: tuple[str, str] | None = None
+        # On the one object that serves all requests: SGLang's own methods stay as they are.
+        config = tokenizer_manager.model_config
+        tokenizer_manager._create_tokenized_object = checked(
+            tokenizer_manager._create_tokenized_object,
+            ModelLimits(int(config.vocab_size), int(config.context_len)),
+        )
+        generate = guarded(salted(tokenizer_manager.generate_request))
+        tokenizer_manager.generate_request = paced(generate, pacer)
+        app.add_middleware(RefuseBodies)
         self._reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
             cost_model_of(tokenizer_manager.model_config, server_args.tp_size, settings),
@@ -108,16 +121,18 @@ class BlendExecutor:
 
     @property
     def fingerprint(self) -> str:
-        """Model and number format: what the answers of a batch depend on."""
-        config = self._tokenizer_manager.model_config.hf_config.to_dict()
-        identity = {
-            "model": self._tokenizer_manager.served_model_name,
-            "config": config,
-            "dtype": str(self._tokenizer_manager.model_config.dtype),
-            "quantization": self._server_args.quantization,
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-        return f"{self._tokenizer_manager.served_model_name}@{digest.hexdigest()[:16]}"
+        """What the answers of a batch depend on; see `runtime.fingerprint`."""
+        manager = self._tokenizer_manager
+        # New weights may have been loaded since, from another path.
+        if self._fingerprint is None or self._fingerprint[0] != manager.model_path:
+            value = fingerprint(
+                self._server_args,
+                manager.model_path,
+                manager.served_model_name,
+                str(manager.model_config.dtype),
+            )
+            self._fingerprint = (manager.model_path, value)
+        return self._fingerprint[1]
 
     def check(self, line: BatchLine) -> LineFault | None:
         # A body that the server would refuse is answered line by line, so that one poor line does
@@ -144,6 +159,8 @@ class BlendExecutor:
                 self._tokenizer_manager.abort_request,
                 self._tokens_so_far,
                 self._server_args.api_key,
+                self._tokenizer_manager.served_model_name,
+                cache_salt.get(),
             ),
             planner=self._planner,
             threads=self._threads,
@@ -161,6 +178,9 @@ class BlendExecutor:
 
     def start(self) -> None:
         """Warm the planner up, and begin to listen to the scheduler. Call on the event loop."""
+        # Reads files, so it is done before anybody asks.
+        logger.info("BlendServe: this engine is %s", self.fingerprint)
+        refuse_in_handlers(self._app.state)
         self._threads.planning.submit(self._planner.start)
         self._tasks.append(asyncio.create_task(self._receiver.run()))
         if self._server_args.enable_metrics:

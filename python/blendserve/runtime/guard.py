@@ -97,6 +97,24 @@ HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "...",
     ),
     "sglang.srt.server_args.ServerArgs.check_server_args": ("self",),
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._validate_request": (
+        "self",
+        "...",
+    ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": (
+        "self",
+        "obj",
+        "...",
+    ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
+        "self",
+        "obj",
+        "input_text",
+        "input_ids",
+        "input_embeds",
+        "mm_inputs",
+        "...",
+    ),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._convert_to_internal_request": (
         "self",
         "request",

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,11 +17,17 @@ from blendserve.batch import (
     BatchLimits,
     BatchService,
     BatchStore,
+    KnownHosts,
+    OriginGuard,
+    OwnRoutes,
     build_engine_router,
+    build_health_router,
     build_page_router,
     build_router,
+    is_own,
 )
 from blendserve.config import load_settings
+from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.executor import BlendExecutor
 from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
 
@@ -59,24 +65,47 @@ def mount(
         kv_tokens = scheduler_infos[0].get("max_total_num_tokens") if scheduler_infos else None
         executor = BlendExecutor(app, server_args, tokenizer_manager, settings, kv_tokens)
         if settings.behind_front:
-            app.include_router(build_engine_router(executor, lambda: _engine_view(executor)))
+            app.add_middleware(SaltReader)
+            app.include_router(
+                build_engine_router(executor, lambda: _engine_view(executor), settings.batch_dir)
+            )
             _extend_life(app, tokenizer_manager, executor, None)
             return
         limits = BatchLimits(
             max_lines=settings.max_batch_lines,
             max_file_bytes=settings.max_file_bytes,
             max_running=settings.max_running_batches,
+            max_open_batches=settings.max_open_batches,
             allow_remote_urls=settings.allow_remote_urls,
         )
         store = BatchStore(settings.batch_dir)
     except (UnsupportedSGLang, BatchDirectoryError, ValueError) as error:
         raise SystemExit(f"blendserve: {error}") from error
     service = BatchService(store, executor, limits)
-    app.include_router(build_router(service))
-    app.include_router(build_page_router())
-    app.include_router(_status_router(executor, service))
+    routers = [
+        build_router(service),
+        build_page_router(),
+        build_health_router(lambda: tokenizer_manager.server_status.value == "Up"),
+        _status_router(executor, service),
+    ]
+    # Where SGLang asks for a key, it asks before these.
+    hosts = KnownHosts.of(settings.allowed_hosts, server_args.host)
+    app.add_middleware(_OwnFirst, routers=routers, hosts=None if server_args.api_key else hosts)
     _extend_life(app, tokenizer_manager, executor, service)
     logger.info("BlendServe: blended scheduling, Batch API in %s", settings.batch_dir.resolve())
+
+
+class _OwnFirst:
+    """ASGI middleware of SGLang's application: our routes answer before its CORS rules, which let
+    pages of any origin read, and before its own error shapes."""
+
+    def __init__(self, app: Any, routers: Sequence[APIRouter], hosts: KnownHosts | None) -> None:
+        self._app = app
+        self._own = OriginGuard(OwnRoutes(routers, rest=app), hosts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        own = scope["type"] == "http" and is_own(scope["path"])
+        await (self._own if own else self._app)(scope, receive, send)
 
 
 def _extend_life(

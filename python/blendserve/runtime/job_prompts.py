@@ -8,6 +8,7 @@ the loop gets the lock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from array import array
 from collections import deque
@@ -17,9 +18,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import LineSource
 from blendserve.runtime.plan_worker import Planner, PromptBatch
-from blendserve.runtime.prompts import Prompt, PromptReader, UnreadablePrompt
+from blendserve.runtime.prompts import Prompt, PromptReader
+
+logger = logging.getLogger(__name__)
 
 _LINES_PER_BLOCK = 64
 # A waiting thread wakes within this; without a real rest the reader would have the lock again
@@ -27,7 +31,7 @@ _LINES_PER_BLOCK = 64
 _REST_SECONDS = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass
 class JobLines:
     """The plannable lines of a job by position, and the others.
 
@@ -35,12 +39,18 @@ class JobLines:
         lines: index in the file.
         prompt_tokens, sequences: see `Prompt`.
         unplannable: indexes of lines that the server must answer by itself.
+        has_planner: the planner has all plannable lines.
     """
 
     lines: array[int] = field(default_factory=lambda: array("q"))
     prompt_tokens: array[int] = field(default_factory=lambda: array("q"))
     sequences: array[int] = field(default_factory=lambda: array("q"))
     unplannable: deque[int] = field(default_factory=deque)
+    has_planner: bool = True
+
+    def without_plan(self) -> JobLines:
+        """The same lines, all of which the server answers by itself."""
+        return JobLines(unplannable=deque([*self.unplannable, *self.lines]), has_planner=False)
 
 
 async def read_prompts(
@@ -74,11 +84,12 @@ def _read_block(
 ) -> None:
     prompts: list[Prompt] = []
     for index in block:
-        line = lines.read(index)
         try:
+            line = lines.read(index)
             prompt = reader.read(line.url, line.body)
-        except UnreadablePrompt:
-            # The server answers it, with the error that an online client would get.
+        except Exception:
+            # Whatever is wrong with it: the server answers it, with the error that an online client
+            # would get, or nobody can, which shows when it is sent.
             read.unplannable.append(index)
             continue
         finally:
@@ -87,7 +98,13 @@ def _read_block(
         read.lines.append(index)
         read.prompt_tokens.append(len(prompt.token_ids))
         read.sequences.append(prompt.sequences)
-    planner.append(job_id, _batch(prompts))
+    if not read.has_planner:
+        return
+    try:
+        planner.append(job_id, _batch(prompts))
+    except Exception as error:
+        read.has_planner = False
+        logger.error("%s cannot be given to the planner: %s", job_id, reason_of(error))
 
 
 def _batch(prompts: Sequence[Prompt]) -> PromptBatch:

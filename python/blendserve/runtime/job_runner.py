@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from blendserve.batch.executor import LineResult, LineSource
+from blendserve.batch.errors import cause_of, reason_of
+from blendserve.batch.executor import LineError, LineResult, LineSource
 from blendserve.batch.progress import usage_of
 from blendserve.planner import DualScanner, Side
 from blendserve.runtime.dispatcher import Dispatcher, Turn
@@ -26,7 +28,7 @@ from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
-from blendserve.runtime.plan_worker import JobPlan, News, Planner
+from blendserve.runtime.plan_worker import JobPlan, News, Planner, no_plan
 from blendserve.runtime.prompts import PromptReader
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,15 @@ class Threads:
 
     reading: Executor
     planning: Executor
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A line whose task has ended. `position` is its place in the work, None if it has none."""
+
+    task: asyncio.Task[LineResult]
+    index: int
+    position: int | None
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,7 @@ class JobRunner:
         self._planner = planner
         self._threads = threads
         self._dispatcher = dispatcher
-        # Ended lines with their position in the work, None for a line without one; or a failure.
-        self._events: asyncio.Queue[tuple[asyncio.Task[LineResult], int | None] | Exception] = (
-            asyncio.Queue()
-        )
+        self._events: asyncio.Queue[_Ended | OSError] = asyncio.Queue()
         self._closed = False
         self._sent: dict[int, _Sent] = {}
         # What the scheduler has yet to be told.
@@ -130,16 +138,14 @@ class JobRunner:
                 self._threads.reading,
             )
             self.view.phase = "planning"
-            plan = await self._plan(News())
-            self._begin(plan)
+            self._begin(await self._first_plan())
             self._dispatcher.join(self)
             joined = True
             while self.view.waiting or self.view.in_flight:
                 event = await self._events.get()
-                if isinstance(event, Exception):
+                if isinstance(event, OSError):
                     raise event
-                task, position = event
-                yield self._take(task, position)
+                yield self._take(event)
         finally:
             self._closed = True
             if self._replanning is not None:
@@ -159,6 +165,16 @@ class JobRunner:
         return await loop.run_in_executor(
             self._threads.planning, self._planner.plan, self.job_id, news
         )
+
+    async def _first_plan(self) -> JobPlan:
+        """Without one the job goes on unplanned: each line is as good as an online request."""
+        if self._work.has_planner:
+            try:
+                return await self._plan(News())
+            except Exception as error:
+                logger.error("%s runs without a plan: %s", self.job_id, reason_of(error))
+        self._work = self._work.without_plan()
+        return no_plan()
 
     def _begin(self, plan: JobPlan) -> None:
         self.view.prompt_tokens = plan.prompt_tokens
@@ -352,26 +368,36 @@ class JobRunner:
     ) -> asyncio.Task[LineResult] | None:
         try:
             task = self._client.start(self._lines.read(index), tag, sequences, replica)
-        except Exception as error:
-            # Of this job's file; the other jobs go on.
+        except OSError as error:
+            # A fault of the disk, not of the line: this pass of the job ends, and another is tried.
             self._closed = True
             self._events.put_nowait(error)
             return None
-        task.add_done_callback(lambda done: self._events.put_nowait((done, position)))
+        except Exception as error:
+            task = asyncio.create_task(_answered(_failed(index, error)))
+        ended = partial(_Ended, index=index, position=position)
+        task.add_done_callback(lambda done: self._events.put_nowait(ended(done)))
         self.view.in_flight += 1
         self._on_start(index)
         return task
 
     # -- answers ---------------------------------------------------------------------------------
 
-    def _take(self, task: asyncio.Task[LineResult], position: int | None) -> LineResult:
+    def _take(self, ended: _Ended) -> LineResult:
+        """The answer of a line; whatever became of it, it is an answer to this line alone."""
         self.view.in_flight -= 1
-        result = task.result()
-        if position is None:
+        if ended.task.cancelled():
+            # Not by this job, which takes no more answers once it ends.
+            result = _failed(ended.index, asyncio.CancelledError("by the server"))
+        elif (error := ended.task.exception()) is not None:
+            result = _failed(ended.index, error)
+        else:
+            result = ended.task.result()
+        if ended.position is None:
             self._unplanned -= 1
         else:
-            self._unseen.discard(position)
-            self._observe(position, result)
+            self._unseen.discard(ended.position)
+            self._observe(ended.position, result)
             self._replan_if_due()
         self._dispatcher.wake()
         return result
@@ -391,8 +417,9 @@ class JobRunner:
             self._finished.append(position)
             self._finished_tokens.append(tokens)
             self.view.count_answer(usage.input_tokens, usage.cached_tokens, tokens, sent.estimate)
-        elif result.status_code is not None and result.status_code < 500:
-            # The client's fault is found before any queue; the engine's may be found after.
+        elif result.status_code is None or result.status_code < 500:
+            # The client's fault is found before any queue, as is what never became a request; the
+            # engine's may be found after.
             self._dispatcher.credits.refused(sent.side, self._work.sequences[position])
 
     def _look(self) -> None:
@@ -401,6 +428,15 @@ class JobRunner:
         self.view.target_density = self._scanner.target_density
         self.view.left_density = self._scanner.density(Side.LEFT)
         self.view.right_density = self._scanner.density(Side.RIGHT)
+
+
+def _failed(index: int, error: BaseException) -> LineResult:
+    message = f"This request could not be sent, or its answer not be read. {cause_of(error)}"
+    return LineResult(index, "", error=LineError("internal_error", message))
+
+
+async def _answered(result: LineResult) -> LineResult:
+    return result
 
 
 def _positions(values: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 
+from blendserve.batch import CACHE_SALT_HEADER
+from blendserve.batch.errors import cause_of
 from blendserve.batch.executor import BatchLine, LineResult
 from blendserve.runtime.pacing import is_batch_line
 from blendserve.runtime.plan_tag import PlanTag
@@ -26,6 +28,8 @@ class LineClient:
         abort: SGLang's way to end a request by its id; ids it does not know are ignored.
         tokens_so_far: output tokens that have arrived of a request by its id, 0 if it is not known.
         api_key: key that the application asks for, if any.
+        model: served name, for lines that name none.
+        salt: of the lines' tenant; see `cache_salt`.
     """
 
     def __init__(
@@ -34,14 +38,19 @@ class LineClient:
         abort: Callable[[str], None],
         tokens_so_far: Callable[[str], int],
         api_key: str | None,
+        model: str,
+        salt: str = "",
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        if salt:
+            headers[CACHE_SALT_HEADER] = salt
         self._http = httpx.AsyncClient(
             # A handler that fails answers 500, as it would online; that is the line's answer.
             transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
             base_url="http://engine",
             headers=headers,
         )
+        self._model = model
         self._abort = abort
         self._tokens_so_far = tokens_so_far
         self._in_flight: dict[str, asyncio.Task[LineResult]] = {}
@@ -52,7 +61,7 @@ class LineClient:
         """Send a line, to a data-parallel replica if one is named; the task ends with its answer,
         whatever the HTTP status."""
         rid = uuid.uuid4().hex
-        body = dict(line.body)
+        body = {"model": self._model, **line.body}
         if sequences == 1:
             # SGLang makes ids of its own for several sequences, and could not be told to abort.
             body["rid"] = rid
@@ -82,10 +91,17 @@ class LineClient:
 
     async def _call(self, line: BatchLine, rid: str, body: dict[str, Any]) -> LineResult:
         is_batch_line.set(True)
-        response = await self._http.post(line.url, json=body, timeout=None)
+        try:
+            request = self._http.build_request("POST", line.url, json=body, timeout=None)
+        except (ValueError, TypeError, RecursionError) as error:
+            # Nested too deeply, or a number or a text that JSON does not have.
+            return LineResult(line.index, rid, 400, _unwritable(error))
+        response = await self._http.send(request)
         try:
             content = response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
             content = {"error": {"message": response.text, "type": "server_error"}}
         return LineResult(
             index=line.index,
@@ -93,3 +109,15 @@ class LineClient:
             status_code=response.status_code,
             body=content,
         )
+
+
+def _unwritable(error: Exception) -> dict[str, Any]:
+    """An answer in OpenAI's shape to a body that cannot be sent."""
+    return {
+        "error": {
+            "message": f"The body cannot be written as JSON. {cause_of(error)}",
+            "type": "invalid_request_error",
+            "param": "body",
+            "code": "invalid_json",
+        }
+    }

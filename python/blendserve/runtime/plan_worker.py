@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.planner import (
+    MODEL_SPECS,
     CostModel,
     DualScanner,
     Job,
@@ -23,6 +24,7 @@ from blendserve.planner import (
     PrefixTree,
     Side,
     Timetable,
+    hardware,
     make_plan,
     make_timetable,
 )
@@ -132,6 +134,21 @@ class JobPlan:
             next_uses = (NextUse(shared, due + 1, side),) if shared else ()
         self.latest_due[side] = max(self.latest_due[side], due)
         return UseTag(job, side, due, times.first_due, next_uses)
+
+
+def no_plan() -> JobPlan:
+    """The plan of a job that has no request to plan."""
+    worker = PlanWorker(CostModel(MODEL_SPECS["smollm2-135m"], hardware("cpu")), PlannerConfig())
+    worker.append(
+        "",
+        PromptBatch(
+            tokens=np.empty(0, dtype=np.int32),
+            lengths=_no_positions(),
+            max_output_tokens=_no_positions(),
+            ignore_eos=np.empty(0, dtype=np.bool_),
+        ),
+    )
+    return worker.plan("", News())
 
 
 class Planner(Protocol):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 
 
@@ -49,25 +48,26 @@ class PromptReader:
         self._app = app
         self._tokenizer = tokenizer_manager.tokenizer
         self._context_length = int(tokenizer_manager.model_config.context_len)
+        self._vocab_size = int(tokenizer_manager.model_config.vocab_size)
 
     def read(self, url: str, body: Mapping[str, Any]) -> Prompt:
         """Tokenise one body.
 
         Raises:
             UnreadablePrompt: the body is one that the server refuses or that has no plain tokens.
+            Exception: of any type, out of SGLang's handlers: a body that it does not foresee.
         """
-        try:
-            if url == "/v1/chat/completions":
-                handler = self._app.state.openai_serving_chat
-                request: Any = ChatCompletionRequest(**body)
-            elif url == "/v1/completions":
-                handler = self._app.state.openai_serving_completion
-                request = CompletionRequest(**body)
-            else:
-                raise UnreadablePrompt(f"{url} has no prompt to plan with")
-            adapted, _ = handler._convert_to_internal_request(request, None)
-        except (ValidationError, ValueError, TypeError, KeyError) as error:
-            raise UnreadablePrompt(str(error)) from error
+        if url == "/v1/chat/completions":
+            handler = self._app.state.openai_serving_chat
+            request: Any = ChatCompletionRequest(**body)
+        elif url == "/v1/completions":
+            handler = self._app.state.openai_serving_completion
+            request = CompletionRequest(**body)
+        else:
+            raise UnreadablePrompt(f"{url} has no prompt to plan with")
+        if (fault := handler._validate_request(request)) is not None:
+            raise UnreadablePrompt(fault)
+        adapted, _ = handler._convert_to_internal_request(request, None)
         token_ids, prompts = self._token_ids(adapted)
         sampling = adapted.sampling_params or {}
         n = int(sampling.get("n") or 1)
@@ -92,4 +92,6 @@ class PromptReader:
             count, ids = len(ids), ids[0]
         if ids is None:
             ids = self._tokenizer.encode(text)
+        if not all(0 <= token < self._vocab_size for token in ids):
+            raise UnreadablePrompt("the prompt has tokens that the vocabulary has not")
         return np.asarray(ids, dtype=np.int32), count

@@ -31,7 +31,7 @@ from blendserve.planner import CostModel, NextUse, Side
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.eviction_order import NEVER, EvictionOrder, NodeFuture
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, UseTag
-from blendserve.runtime.started_prompts import MIN_SHARED_TOKENS
+from blendserve.runtime.started_prompts import MIN_SHARED_TOKENS, namespace_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
     Attributes:
         evicted_tokens: by what was known of them: "never", "planned", "online".
         on_planned_eviction: called with the first tokens of a path of which a part was evicted that
-            planned requests need yet.
+            planned requests need yet, and with their namespace.
     """
 
     evictable_leaves: set[Any]
@@ -86,7 +86,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
         self._let_go: list[Any] = []  # Meanwhile.
         self._own_eviction = False
         self.evicted_tokens: Counter[str] = Counter()
-        self.on_planned_eviction: Callable[[list[int]], object] | None = None
+        self.on_planned_eviction: Callable[[list[int], str], object] | None = None
         super().__init__(params)
 
     def reset(self) -> None:
@@ -226,7 +226,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
         size = len(leaf.key)
         # With EAGLE a position is a pair of tokens.
         if known == "planned" and self.on_planned_eviction is not None and not self.is_eagle:
-            self.on_planned_eviction(self._first_tokens(leaf))
+            self.on_planned_eviction(self._first_tokens(leaf), namespace_of(leaf.key))
         # SGLang's own eviction, shown this one leaf, frees it and keeps its books.
         leaves, self.evictable_leaves = self.evictable_leaves, {leaf}
         self._own_eviction = True

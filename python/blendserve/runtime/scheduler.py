@@ -23,7 +23,8 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from blendserve import __version__
 from blendserve.config import load_settings
 from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepPace
-from blendserve.runtime import prefix_paths
+from blendserve.runtime import prefix_paths, sampling_rows
+from blendserve.runtime.cache_salt import take_salt
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.feedback import ReportSender, SchedulerReport
 from blendserve.runtime.multiplex import BlendMultiplex
@@ -80,6 +81,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         self.blend_trace = (
             StepTrace(settings.trace_file) if settings.trace_file and speaks else None
         )
+        sampling_rows.protect(self.tp_worker.model_runner.sampler)
         watch_releases(self.tree_cache, self._released)
         if isinstance(self.tree_cache, BlendRadixCache):
             self.tree_cache.on_planned_eviction = self.blend.evicted
@@ -122,6 +124,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         # Read when the request arrived; a retracted one comes again.
         tag: PlanTag | None = getattr(req, PLAN_ATTRIBUTE, None)
+        take_salt(req)
         params = req.sampling_params.custom_params
         if tag is None and params:
             tag = PlanTag.from_params(params)

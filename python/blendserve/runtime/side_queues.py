@@ -17,6 +17,7 @@ from blendserve.runtime.started_prompts import (
     SharedPrefix,
     StartedPrompts,
     beginning_of,
+    namespace_of,
 )
 
 
@@ -32,7 +33,8 @@ class PlannedRequest:
 
     def __post_init__(self) -> None:
         # No copy where SGLang keeps the tokens in an array.
-        self.prompt = Prompt(np.asarray(self.req.origin_input_ids, dtype=np.int64))
+        tokens = np.asarray(self.req.origin_input_ids, dtype=np.int64)
+        self.prompt = Prompt(tokens, namespace_of(self.req))
 
     def candidate(self, shared: SharedPrefix) -> Candidate:
         """This request as the admission code sees it."""
@@ -249,9 +251,9 @@ class SideQueues:
         self._prompts.forget_ended()
         self._look_anew()
 
-    def evicted(self, beginning: Sequence[int]) -> None:
+    def evicted(self, beginning: Sequence[int], namespace: str = "") -> None:
         """A prefix that waiting requests were to find is gone. Of its tokens, the first few do."""
-        key = beginning_of(np.asarray(beginning, dtype=np.int64))
+        key = beginning_of(np.asarray(beginning, dtype=np.int64), namespace)
         if key:
             self._prompts.forget_ended(key)
             self._look_anew()

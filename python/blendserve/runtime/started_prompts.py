@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,19 @@ _COMPARED = 3
 _REMEMBERED = 512
 
 
-def beginning_of(tokens: NDArray[np.int64]) -> bytes:
+def namespace_of(holder: Any) -> str:
+    """What SGLang's radix cache keeps apart whatever the tokens are (cache salt, adapter), of a
+    request or of a node's key; "" for most."""
+    # The salt has a field of its own from 0.5.21 on.
+    parts = (getattr(holder, "extra_key", None), getattr(holder, "cache_salt", None))
+    return "\0".join(part or "" for part in parts) if any(parts) else ""
+
+
+def beginning_of(tokens: NDArray[np.int64], namespace: str = "") -> bytes:
     """What prompts that are compared have in common; empty for one too short."""
-    return tokens[:MIN_SHARED_TOKENS].tobytes() if len(tokens) >= MIN_SHARED_TOKENS else b""
+    if len(tokens) < MIN_SHARED_TOKENS:
+        return b""
+    return tokens[:MIN_SHARED_TOKENS].tobytes() + namespace.encode("utf-8", "surrogatepass")
 
 
 class Prompt:
@@ -34,18 +44,22 @@ class Prompt:
 
     Args:
         tokens: int64 [prompt_tokens].
+        namespace: see `namespace_of`; prompts of two share nothing.
     """
 
-    __slots__ = ("beginning", "compared", "tokens")
+    __slots__ = ("beginning", "compared", "namespace", "tokens")
 
-    def __init__(self, tokens: NDArray[np.int64]) -> None:
+    def __init__(self, tokens: NDArray[np.int64], namespace: str = "") -> None:
         self.tokens = tokens
+        self.namespace = namespace
         # Only prompts that begin alike are compared; one too short to share begins like nobody.
-        self.beginning = beginning_of(tokens)
+        self.beginning = beginning_of(tokens, namespace)
         self.compared: list[tuple[StartedPrompt, int]] = []
 
     def common_with(self, started: StartedPrompt) -> int:
         """Length of the prefix in common with a prompt that has started; compared once."""
+        if started.prompt.namespace != self.namespace:
+            return 0
         for other, common in self.compared:
             if other is started:
                 return common

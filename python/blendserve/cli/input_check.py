@@ -1,0 +1,151 @@
+"""The input of ``run-batch``, checked before a model loads."""
+
+from __future__ import annotations
+
+import argparse
+from array import array
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blendserve.batch import BatchFault, BatchLimits, BatchLine, LineFault, LineResult, LineSource
+from blendserve.batch.executor import ENDPOINTS
+from blendserve.batch.line_parser import UnreadableLine, read_entry
+from blendserve.batch.lines import iter_lines
+from blendserve.batch.refusals import RefusedLine
+from blendserve.batch.validation import validate_file
+from blendserve.cli.batch_input import InputError
+from blendserve.cli.stock_flags import read
+
+_MAX_LISTED_FAULTS = 50
+_ANY_ENDPOINT = "/v1/chat/completions"
+
+
+@dataclass
+class CheckedInput:
+    """What a good file holds.
+
+    refused: indexes of the lines that will be answered as errors, counted from 0 without blank
+    ones; refusals: what is wrong with the first of them.
+    """
+
+    endpoint: str
+    total: int = 0
+    refused: array[int] = field(default_factory=lambda: array("Q"))
+    refusals: list[BatchFault] = field(default_factory=list)
+
+
+def check(
+    path: Path,
+    name: str,
+    limits: BatchLimits,
+    *,
+    models: Collection[str] = (),
+    strict: bool = False,
+) -> CheckedInput:
+    """Reads the whole file.
+
+    Args:
+        models: names that the engine will answer to; empty: not known yet.
+        strict: takes a line with a bad body for a fault of the file.
+
+    Raises:
+        InputError: lists the bad lines of a file that cannot be run.
+    """
+    checked = CheckedInput(_endpoint(path, name, limits))
+
+    def refuse(line: RefusedLine) -> None:
+        checked.refused.append(line.index)
+        for fault in line.faults:
+            if len(checked.refusals) < limits.max_listed_faults:
+                named = BatchFault(
+                    code=fault.code, message=fault.message, param=fault.param, line=line.number
+                )
+                checked.refusals.append(named)
+
+    engine = _FutureEngine(models)
+    verdict = validate_file(path, checked.endpoint, engine, limits, lambda: False, refuse)
+    checked.total = verdict.total
+    faults = verdict.faults
+    if strict:
+        faults = sorted([*faults, *checked.refusals], key=lambda fault: fault.line or 0)
+    if faults:
+        listed = fault_lines(faults, most=limits.max_listed_faults if strict else None)
+        listed += _remedies(faults)
+        raise InputError("\n".join([f"{name} cannot be run:", *listed]))
+    return checked
+
+
+def served_models(flags: Sequence[str]) -> frozenset[str]:
+    """The names that an engine with these flags of `serve` answers to; empty: unknown."""
+    from blendserve.runtime.default_model import MODEL_NAME
+
+    if any(flag == "--config" or flag.startswith("--config=") for flag in flags):
+        return frozenset()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-path", "--model", default=MODEL_NAME)
+    parser.add_argument("--served-model-name")
+    known, _ = read(parser, flags)
+    return frozenset({known.model_path, known.served_model_name or known.model_path})
+
+
+def fault_lines(faults: Sequence[BatchFault], most: int | None = None) -> list[str]:
+    """Faults as lines of text, and how many more there are than `most`."""
+    most = _MAX_LISTED_FAULTS if most is None else most
+    listed = [
+        f"  line {fault.line}: {fault.message} ({fault.code})"
+        if fault.line
+        else f"  {fault.message} ({fault.code})"
+        for fault in faults[:most]
+    ]
+    if len(faults) > most:
+        listed.append(f"  and {len(faults) - most} more")
+    return listed
+
+
+def _remedies(faults: Sequence[BatchFault]) -> list[str]:
+    if all(fault.code != "model_not_found" for fault in faults):
+        return []
+    return ["--served-model-name NAME gives the model that you load the name that the file has."]
+
+
+def _endpoint(path: Path, name: str, limits: BatchLimits) -> str:
+    """The url of the first line that has one; the check finds what is wrong with the others."""
+    with path.open("rb") as stream:
+        for line in iter_lines(stream, limits.max_line_bytes):
+            try:
+                url = None if line.data is None else read_entry(line.data).fields.get("url")
+            except UnreadableLine:
+                continue
+            if not isinstance(url, str):
+                continue
+            if url not in ENDPOINTS:
+                raise InputError(
+                    f"{name}, line {line.number}: there is no endpoint {url[:80]!r}; "
+                    f"use one of {', '.join(sorted(ENDPOINTS))}"
+                )
+            return url
+    return _ANY_ENDPOINT
+
+
+class _FutureEngine:
+    """Stands for an engine that is not there yet: it takes every endpoint."""
+
+    endpoints = ENDPOINTS
+    fingerprint = ""
+
+    def __init__(self, models: Collection[str]) -> None:
+        self.models = frozenset(models)
+
+    def check(self, line: BatchLine) -> LineFault | None:
+        return None
+
+    def run(
+        self,
+        job_id: str,
+        lines: LineSource,
+        pending: Sequence[int],
+        on_start: Callable[[int], None],
+        deadline: float | None = None,
+    ) -> AsyncIterator[LineResult]:
+        raise NotImplementedError("it is there to check against")

@@ -1,0 +1,130 @@
+"""Answers 400 where SGLang answers 500 to what is a fault of the request.
+
+SGLang expects a ValueError of what it does before a request is sent to the scheduler, and many an
+odd request raises something else there. Until the scheduler has a request, nothing but the request
+itself can be at fault, so whatever is raised becomes a ValueError, or a 400.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from blendserve.batch.errors import cause_of, reason_of
+from blendserve.runtime.request_checks import check_before
+
+logger = logging.getLogger(__name__)
+
+# Routes whose bodies are requests to the engine.
+_ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/generate",
+        "/encode",
+    }
+)
+_HANDLERS = ("openai_serving_chat", "openai_serving_completion", "openai_serving_embedding")
+_STEPS = ("_validate_request", "_convert_to_internal_request")
+# Whether the engine has answered, in the task of one HTTP request.
+_answered: ContextVar[list[bool] | None] = ContextVar("answered", default=None)
+
+
+def _refusal(error: Exception) -> ValueError:
+    logger.warning("a request is refused: %s", reason_of(error))
+    return ValueError(f"The request cannot be read. {cause_of(error)}")
+
+
+def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A step before a request is sent, which raises nothing but ValueError and HTTPException."""
+
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, HTTPException, MemoryError):
+            raise
+        except Exception as error:
+            raise _refusal(error) from error
+
+    return step
+
+
+def refuse_in_handlers(state: Any) -> None:
+    """Wrap the steps of SGLang's handlers, which are there once its application has started."""
+    for handler in (getattr(state, name, None) for name in _HANDLERS):
+        for step in _STEPS if handler is not None else ():
+            setattr(handler, step, refusing(getattr(handler, step)))
+
+
+def guarded(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """SGLang's ``TokenizerManager.generate_request``, which raises ValueError for whatever is
+    wrong with a request that the engine has not begun to answer."""
+
+    async def generate_request(obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        has_answered = False
+        try:
+            check_before(obj)
+            async with aclosing(generate(obj, *args, **kwargs)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    has_answered = True
+                    if (seen := _answered.get()) is not None:
+                        seen.append(True)
+                    yield output
+        except (ValueError, HTTPException, MemoryError):
+            raise
+        except Exception as error:
+            if has_answered:
+                raise
+            raise _refusal(error) from error
+
+    return generate_request
+
+
+class RefuseBodies:
+    """ASGI middleware: 400 for a body of which the framework's own reading raises.
+
+    SGLang's request classes run code of their own on a body before it is validated, and that raises
+    whatever it meets.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(
+        self, scope: Any, receive: Any, send: Callable[..., Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http" or scope["path"] not in _ROUTES:
+            await self._app(scope, receive, send)
+            return
+        answered: list[bool] = []
+        token = _answered.set(answered)
+
+        async def watched(message: Any) -> None:
+            answered.append(True)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if answered or isinstance(error, MemoryError):
+                raise
+            logger.warning("a request is refused: %s", reason_of(error))
+            await _bad_request(error)(scope, receive, send)
+        finally:
+            _answered.reset(token)
+
+
+def _bad_request(error: Exception) -> JSONResponse:
+    message = f"The request cannot be read. {cause_of(error)}"
+    fault = {"message": message, "type": "invalid_request_error", "param": None, "code": 400}
+    return JSONResponse({"error": fault}, status_code=400)
