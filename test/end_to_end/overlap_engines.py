@@ -23,13 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 2_048,
-    "max_position_embeddings": 4_096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
-    "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+from tiny_model import build
+
 AMPLE_TOKENS, SCARCE_TOKENS = 16_000, 1_000
 ABORT_AFTER = 5  # tokens
 LIMIT_SECONDS = 600
@@ -126,7 +121,7 @@ def serve(side: Side, model: str, output: str) -> None:
 
     asked = requests()
     engine = sglang.Engine(
-        model_path=model, load_format="dummy", skip_tokenizer_init=True, device="cpu",
+        model_path=model, skip_tokenizer_init=True, device="cpu",
         dtype="float32", max_total_tokens=side.tokens, max_running_requests=64,
         mem_fraction_static=0.1, chunked_prefill_size=128, schedule_policy="fcfs",
         attention_backend="blend" if side.blended else "torch_native",
@@ -188,9 +183,8 @@ def main() -> int:
     expected: list[list[int]] = []
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(CONFIG))
+        # With weights on disk: dummy ones are others on each rank.
+        model = build(Path(folder) / "model")
         for side in (
             by_name[name] for name in ["stock", *options.sides[options.sides[0] == "stock" :]]
         ):
