@@ -222,7 +222,7 @@ def main() -> int:
                 expected = answers
             wrong = faults(side, answers, expected)
             counts = {"produced": sum(map(len, answers)), **traced(trace)}
-            counts["retractions"] = done.stderr.lower().count("retract requests")
+            counts["retractions"] = done.stderr.count("#retracted_reqs")
             # A prefill brings a request's first token; the client of an aborted one may miss one.
             decoded = counts["produced"] - len(answers)
             uncounted = not side.blended or counts["retractions"]
