@@ -123,6 +123,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("sgl_kernel")
 
 
+def test_a_cuda_build_that_the_driver_is_missing_for_is_stood_in_for(tmp_path, monkeypatch):
+    """After an installation for a GPU, on a machine without one."""
+    package = tmp_path / "sgl_kernel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libcuda.so.1: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sgl_kernel", raising=False)
+    cpu_platform._install_sgl_kernel()
+    kernel = importlib.import_module("sgl_kernel").assign_req_to_token_pool_cpu
+    assert kernel is cpu_platform.assign_req_to_token_pool_cpu
+
+
 @pytest.mark.parametrize("name", cpu_platform._UNSUPPORTED_KERNELS)
 def test_a_kernel_that_is_absent_says_so_when_called(stand_in, name):
     with pytest.raises(NotImplementedError, match=rf"sgl_kernel\.{name} is not available"):

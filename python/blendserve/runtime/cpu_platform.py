@@ -4,13 +4,16 @@ SGLang calls the ``sglang.srt.platforms`` entry points when it first resolves it
 which is before it imports ``torchvision`` and ``sgl_kernel``. PyPI has CUDA builds only of
 both, so on a machine without CUDA this module puts stand-ins in their place: SGLang's dense
 models need nothing of them but names at import time, and one real function. On a machine with
-CUDA, or where the real packages can be had, it does nothing.
+CUDA it does nothing. Real packages that can be imported are left in place; SGLang's CUDA build of
+sgl_kernel cannot without NVIDIA's driver.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import platform
 import sys
@@ -19,6 +22,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Names that SGLang imports from sgl_kernel on a CPU but calls only for speculative decoding,
 # HiCache or AMX. They are absent here, and say so when called.
@@ -112,8 +117,19 @@ def _is_installed(name: str) -> bool:
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
+def _can_be_imported(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        logger.info("%s is installed but cannot be imported here: %s", name, error)
+        for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+            del sys.modules[module]
+        return False
+    return True
+
+
 def _install_sgl_kernel() -> None:
-    if _is_installed("sgl_kernel"):
+    if _is_installed("sgl_kernel") and _can_be_imported("sgl_kernel"):
         return
     # NOTE: torch.ops.sgl_kernel.convert_weight_packed must stay undefined: its presence is how
     # SGLang detects the AMX backend.

@@ -42,7 +42,7 @@ def activate() -> None:
 def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from blendserve.runtime import attention, radix_cache
+    from blendserve.runtime import arguments, attention, radix_cache
     from blendserve.runtime.prefill_adder import BlendPrefillAdder
     from blendserve.runtime.scheduler import BlendScheduler
 
@@ -57,6 +57,9 @@ def _register(in_front_process: bool) -> None:
         "sglang.srt.managers.scheduler.PrefillAdder", BlendPrefillAdder, HookType.REPLACE
     )
     if in_front_process:
+        HookRegistry.register(
+            "sglang.srt.server_args.ServerArgs.check_server_args", arguments.check, HookType.AFTER
+        )
         HookRegistry.register(
             "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
             _mount_routes,

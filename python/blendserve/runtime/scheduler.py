@@ -167,6 +167,9 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         return super().run_batch(batch, *args, **kwargs)
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
+        # Where SGLang overlaps steps, a request that has ended or was retracted is decoded once
+        # more, for nothing.
+        in_vain = sum(req.finished() or bool(req.is_retracted) for req in batch.reqs)
         super().process_batch_result(batch, result)
         report = self.blend_report
         report.steps += 1
@@ -174,12 +177,14 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         mode = batch.forward_mode
         prefilled = decoded = 0
         if mode.is_decode():
-            decoded = len(batch.reqs)
+            decoded = len(batch.reqs) - in_vain
         elif mode.is_extend():
-            decoded = len(batch.decoding_reqs or ())
-            # Verification steps of speculative decoding count as extend, without a prompt.
-            prefilled = max((batch.extend_num_tokens or 0) - decoded, 0)
-            for req in batch.reqs[: len(batch.reqs) - decoded]:
+            beside = len(batch.decoding_reqs or ())
+            decoded = max(beside - in_vain, 0)
+            # Verification steps of speculative decoding count as extend, without a prompt. The sum
+            # of the tokens is not in the copy of a batch that 0.5.16 makes to overlap steps.
+            prefilled = max(sum(batch.extend_lens or ()) - beside, 0)
+            for req in batch.reqs[: len(batch.reqs) - beside]:
                 # Only the last chunk of a prompt brings a token. (`chunked_req` would not do: where
                 # SGLang overlaps steps, it tells of the batch after this one.)
                 if req.output_ids and self.blend.prefilled(req.rid):

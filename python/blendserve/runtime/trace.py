@@ -53,13 +53,15 @@ class StepTrace:
 
     def step(self, scheduler: Any, batch: Any, prefilled: int, decoded: int) -> None:
         """Write what a batch did, after its result was processed."""
-        split = len(batch.reqs) - decoded
+        # Counted by the batch: some of its decodes may have been in vain.
+        split = len(batch.reqs) - len(batch.decoding_reqs or ())
+        split = 0 if batch.forward_mode.is_decode() else split
         decode_context = sum(
             len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs[split:]
         )
         # A batch of decodes still has the chunks that it was made from.
-        begins = batch.prefix_lens[:split] if split else []
-        ends = [a + n for a, n in zip(begins, batch.extend_lens, strict=False)] if split else []
+        begins = (batch.prefix_lens or [])[:split]
+        ends = [a + n for a, n in zip(begins, batch.extend_lens or [], strict=False)]
         compute, memory = scheduler.blend_pace.seconds(prefilled + decoded, decode_context)
         account = scheduler.blend.account
         line = TraceStep(
