@@ -44,6 +44,41 @@ class AttentionArguments(ctypes.Structure):
     )
 
 
+def _structure(name: str, pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
+    """A struct of csrc/rows.h, field by field."""
+    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
+    fields += [(field, ctypes.c_int64) for field in integers.split()]
+    fields += [(field, ctypes.c_float) for field in floats.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+ActivationArguments = _structure(
+    "ActivationArguments", "input output", "input_stride rows width bfloat16"
+)
+NormArguments = _structure(
+    "NormArguments",
+    "input residual weight sum output",
+    "input_stride residual_stride rows width bfloat16",
+    "epsilon",
+)
+RotationArguments = _structure(
+    "RotationArguments",
+    "query key cos_sin positions",
+    "query_stride key_stride rows heads kv_heads head_dim rotary_dim cached_positions bfloat16",
+)
+StoreArguments = _structure(
+    "StoreArguments",
+    "key value key_pool value_pool slots",
+    "key_stride_bytes value_stride_bytes rows row_bytes slot_count",
+)
+_ROW_FUNCTIONS = {
+    "blend_silu_and_multiply": ActivationArguments,
+    "blend_normalise": NormArguments,
+    "blend_rotate": RotationArguments,
+    "blend_store": StoreArguments,
+}
+
+
 def _path() -> Path | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_attention" + suffix)
@@ -87,6 +122,13 @@ def load() -> ctypes.CDLL:
     library.blend_attention_bytes.restype = ctypes.c_int64
     if library.blend_attention_bytes() != ctypes.sizeof(AttentionArguments):
         raise OSError("they were built from other sources than these")
+    library.blend_rows_bytes.restype = ctypes.c_int64
+    if library.blend_rows_bytes() != sum(map(ctypes.sizeof, _ROW_FUNCTIONS.values())):
+        raise OSError("they were built from other sources than these")
+    for name, arguments in _ROW_FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = (ctypes.POINTER(arguments), ctypes.c_int)
+        function.restype = ctypes.c_int if name in ("blend_rotate", "blend_store") else None
     library.blend_attention.argtypes = (ctypes.POINTER(AttentionArguments), ctypes.c_int)
     library.blend_attention.restype = None
     library.blend_instruction_set.restype = ctypes.c_char_p

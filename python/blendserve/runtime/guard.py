@@ -87,6 +87,15 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     ),
     "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply": _PRODUCT,
     "sglang.srt.layers.quantization.unquant.UnquantizedEmbeddingMethod.apply": _PRODUCT,
+    "sglang.srt.layers.activation.SiluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm.RMSNorm.forward_native": ("self", "x", "residual", "..."),
+    "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
+        "...",
+    ),
     "sglang.srt.layers.logits_processor.should_apply_lm_head_quant_method": (
         "lm_head",
         "quant_method",

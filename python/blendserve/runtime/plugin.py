@@ -51,9 +51,10 @@ def _register(in_front_process: bool) -> None:
 
     attention.register()
     if needs_cpu_engine():
-        from blendserve.runtime import packed_weights
+        from blendserve.runtime import packed_weights, row_kernels
 
         packed_weights.register()
+        row_kernels.register()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )
