@@ -25,7 +25,6 @@ _GPU_FLAGS = ("--enable-mixed-chunk",)
 # Without a size SGLang would take most of the machine's memory for KV, and minutes to clear it.
 _CPU_FLAGS = (
     "--device", "cpu",
-    "--dtype", "float32",
     "--max-total-tokens", "16384",
     "--mem-fraction-static", "0.1",
     "--chunked-prefill-size", "512",
@@ -91,11 +90,14 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     settings = load_settings(enabled=True, **overrides)
     os.environ.update(to_environment(settings))
 
-    from blendserve.runtime.cpu_platform import needs_cpu_engine
+    from blendserve.runtime.cpu_platform import best_dtype, needs_cpu_engine
     from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 
     name = options.model_path or MODEL_NAME
-    flags = [*_DEFAULT_FLAGS, *(_CPU_FLAGS if needs_cpu_engine() else _GPU_FLAGS)]
+    if needs_cpu_engine():
+        flags = [*_DEFAULT_FLAGS, *_CPU_FLAGS, "--dtype", best_dtype()]
+    else:
+        flags = [*_DEFAULT_FLAGS, *_GPU_FLAGS]
     wants_help = "-h" in rest or "--help" in rest
     flags += ["--model-path", name if wants_help else resolve_model_path(name)]
     flags += ["--served-model-name", options.served_model_name or name]

@@ -71,6 +71,16 @@ def needs_cpu_engine() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
 
 
+def best_dtype() -> str:
+    """Element type of the model that this processor computes fastest.
+
+    bfloat16 where the processor multiplies it itself (AVX512-BF16 or AMX), which takes half the
+    memory traffic and is more than twice as fast. Elsewhere torch would convert each weight.
+    """
+    units = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return "bfloat16" if any(has_unit() for has_unit in units) else "float32"
+
+
 def assign_req_to_token_pool_cpu(
     req_pool_indices: torch.Tensor,
     req_to_token: torch.Tensor,
