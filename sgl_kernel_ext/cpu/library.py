@@ -7,6 +7,7 @@ import functools
 import importlib.machinery
 import os
 from pathlib import Path
+from typing import Any
 
 # The best that the machine has is taken; this variable asks for an older one.
 LIMIT = "SGL_KERNEL_EXT_ISA"
@@ -46,9 +47,12 @@ class AttentionArguments(ctypes.Structure):
 
 def _structure(name: str, pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
     """A struct of csrc/rows.h, field by field."""
-    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
-    fields += [(field, ctypes.c_int64) for field in integers.split()]
-    fields += [(field, ctypes.c_float) for field in floats.split()]
+    kinds: tuple[tuple[str, Any], ...] = (
+        (pointers, ctypes.c_void_p),
+        (integers, ctypes.c_int64),
+        (floats, ctypes.c_float),
+    )
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 

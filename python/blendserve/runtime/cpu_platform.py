@@ -34,6 +34,11 @@ _UNSUPPORTED_KERNELS = (
     "verify_tree_greedy_cpu",
 )
 
+# How often an OpenMP thread looks for work before it sleeps: some ten microseconds, longer than the
+# pause between two operators. GNU's default is three hundred times that, which is a time slice of
+# the system: another process on the same cores gets hardly any of them.
+_SPINS = 1000
+
 
 class _InterpolationMode(Enum):
     """The members of ``torchvision.transforms.InterpolationMode``, for import-time defaults."""
@@ -58,6 +63,9 @@ def activate() -> None:
     # Dynamo would compile small helpers for minutes; on CPU they are cheaper run eagerly.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read by the processes that SGLang spawns, when they load OpenMP.
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
     _install_sgl_kernel()
     _install_torchvision()
 

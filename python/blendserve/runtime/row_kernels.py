@@ -52,6 +52,7 @@ def use_row_kernels(model: torch.nn.Module) -> None:
         logger.warning("blend rows: norms and activations run as SGLang's: %s", reason)
         return
     covered = 0
+    module: Any
     for module in model.modules():
         method = _method(module)
         # Another one than None was set by SGLang, which wants that one.
