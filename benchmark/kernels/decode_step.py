@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from in_process_engine import load_runner, random_requests
 
-REQUESTS, LENGTH, STEPS, ROUNDS = 22, 200, 8, 5
+REQUESTS, LENGTH, STEPS = 22, 200, 8
 
 
 class Clock:
@@ -93,7 +93,7 @@ def sglangs_rows(model: torch.nn.Module) -> Iterator[None]:
             module._forward_method = method
 
 
-def measure(dtype: str) -> dict[str, dict[str, float]]:
+def measure(dtype: str, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each part of a decode step, for each form of the engine."""
     runner = load_runner(dtype, "blend")
     model = runner.torch_runner.model
@@ -111,7 +111,7 @@ def measure(dtype: str) -> dict[str, dict[str, float]]:
         "and row kernels": contextlib.nullcontext,
     }
     samples: dict[str, dict[str, list[float]]] = {form: defaultdict(list) for form in forms}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for form, entered in forms.items():
             with entered():
                 runner.clear()
@@ -139,10 +139,11 @@ def measure(dtype: str) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="add the figures to this file, by dtype")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    forms = measure(options.dtype)
+    forms = measure(options.dtype, options.rounds)
     for name in next(iter(forms.values())):
         cells = "".join(f"{forms[form].get(name, 0.0):>22.2f}" for form in forms)
         print(f"{name:28}{cells}")
