@@ -4,7 +4,7 @@
 
 Real: SmolLM2-135M in SGLang's model runner. Synthetic: 22 requests of 200 random token ids. One
 process, one thread, its own CPU time, which other processes change little. The three forms of the
-engine take turns; parts are timed by hooks around the model's modules; medians over the steps.
+engine take turns step by step; parts are timed by hooks around the model's modules; medians.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from in_process_engine import load_runner, random_requests
 
-REQUESTS, LENGTH, STEPS = 22, 200, 8
+REQUESTS, LENGTH, STEPS = 22, 200, 10
 
 
 class Clock:
@@ -112,24 +112,21 @@ def measure(dtype: str, rounds: int) -> dict[str, dict[str, float]]:
     }
     samples: dict[str, dict[str, list[float]]] = {form: defaultdict(list) for form in forms}
     for _ in range(rounds):
-        for form, entered in forms.items():
-            with entered():
-                runner.clear()
-                start = time.process_time()
-                tokens, _, batch = runner.extend(random_requests(REQUESTS, LENGTH, generator))
-                prefill = (time.process_time() - start) * 1e3
-                samples[form][f"prefill of {REQUESTS * LENGTH} tokens"].append(prefill)
-                for step in range(STEPS + 1):
+        runner.clear()
+        tokens, _, batch = runner.extend(random_requests(REQUESTS, LENGTH, generator))
+        for step in range(STEPS + 1):
+            for form, entered in forms.items():
+                with entered():
                     clock.parts.clear()
                     start = time.process_time()
                     tokens, _ = runner.decode(tokens, batch)
                     whole = (time.process_time() - start) * 1e3
-                    if step == 0:
-                        continue
-                    for name, taken in clock.parts.items():
-                        samples[form][name].append(taken)
-                    samples[form]["all else"].append(whole - sum(clock.parts.values()))
-                    samples[form]["whole decode step"].append(whole)
+                if step == 0:
+                    continue
+                for name, taken in clock.parts.items():
+                    samples[form][name].append(taken)
+                samples[form]["all else"].append(whole - sum(clock.parts.values()))
+                samples[form]["whole decode step"].append(whole)
     return {
         form: {name: round(statistics.median(taken), 2) for name, taken in parts.items()}
         for form, parts in samples.items()
@@ -139,7 +136,7 @@ def measure(dtype: str, rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="add the figures to this file, by dtype")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ def update(server: Server, folder: str) -> dict[str, Any]:
 
 def weight(server: Server, name: str) -> Any:
     request = {"name": name, "truncate_size": 3}
-    response = httpx.get(f"{server.url}/get_weights_by_name", params=request, timeout=300)
+    response = httpx.post(f"{server.url}/get_weights_by_name", json=request, timeout=300)
     return response.raise_for_status().json()
 
 
