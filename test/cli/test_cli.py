@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from blendserve import __version__
 from blendserve.cli import front, main, serve
@@ -243,6 +244,25 @@ def test_prefill_and_decode_share_steps_on_a_gpu_only(machine):
     machine(False)
     assert "--enable-mixed-chunk" not in serve.prepare([])[1]
     assert value_of(serve.prepare([])[1], "--device") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "dtype"),
+    [
+        (False, False, "float32"),
+        (True, False, "bfloat16"),
+        (False, True, "bfloat16"),
+        (True, True, "bfloat16"),
+    ],
+)
+def test_a_cpu_computes_in_the_type_that_it_has_units_for(
+    machine, monkeypatch, avx512_bf16, amx, dtype
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert value_of(serve.prepare([])[1], "--dtype") == dtype
+    machine(True)
+    assert "--dtype" not in serve.prepare([])[1]
 
 
 @pytest.mark.parametrize("flag", ["--schedule-policy", "--max-total-tokens", "--dtype"])

@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 from blendserve.runtime import cpu_platform
 
 REPLACED = ("sgl_kernel", "torchvision")
+VARIABLES = (
+    *("SGLANG_USE_CPU_ENGINE", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"),
+    *("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,7 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delattr(torch, "npu", raising=False)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with mock.patch.dict(os.environ):
-        for variable in ("SGLANG_USE_CPU_ENGINE", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"):
+        for variable in VARIABLES:
             os.environ.pop(variable, None)
         loaded = {name: sys.modules.pop(name, None) for name in REPLACED}
         yield
@@ -105,6 +109,18 @@ def test_variables_that_the_user_set_are_kept(monkeypatch):
     os.environ["OMP_NUM_THREADS"] = "7"
     cpu_platform.activate()
     assert (os.environ["TORCHDYNAMO_DISABLE"], os.environ["OMP_NUM_THREADS"]) == ("0", "7")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_openmp_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch, given, spins):
+    monkeypatch.setattr(cpu_platform, "_install_sgl_kernel", lambda: None)
+    monkeypatch.setattr(cpu_platform, "_install_torchvision", lambda: None)
+    os.environ.update(given)
+    cpu_platform.activate()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 @pytest.mark.parametrize("name", REPLACED)

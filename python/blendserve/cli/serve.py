@@ -39,7 +39,6 @@ _NO_MIXED_STEPS = (
 # Without a size SGLang would take most of the machine's memory for KV, and minutes to clear it.
 _CPU_FLAGS = (
     "--device", "cpu",
-    "--dtype", "float32",
     "--max-total-tokens", "16384",
     "--mem-fraction-static", "0.1",
     "--chunked-prefill-size", "512",
@@ -123,12 +122,15 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     settings = load_settings(enabled=True, **overrides)
     os.environ.update(to_environment(settings))
 
-    from blendserve.runtime.cpu_platform import needs_cpu_engine
+    from blendserve.runtime.cpu_platform import best_dtype, needs_cpu_engine
     from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
     from blendserve.runtime.device import choose_hardware
 
     name = options.model_path or MODEL_NAME
-    flags = [*_DEFAULT_FLAGS, *(_CPU_FLAGS if needs_cpu_engine() else gpu_flags(argv))]
+    if needs_cpu_engine():
+        flags = [*_DEFAULT_FLAGS, *_CPU_FLAGS, "--dtype", best_dtype()]
+    else:
+        flags = [*_DEFAULT_FLAGS, *gpu_flags(argv)]
     wants_help = "-h" in rest or "--help" in rest
     if not wants_help:
         choose_hardware(settings.hardware)

@@ -39,6 +39,11 @@ _UNSUPPORTED_KERNELS = (
     "verify_tree_greedy_cpu",
 )
 
+# How often an OpenMP thread looks for work before it sleeps: some ten microseconds, longer than the
+# pause between two operators. GNU's default is three hundred times that, which is a time slice of
+# the system: another process on the same cores gets hardly any of them.
+_SPINS = 1000
+
 
 class _InterpolationMode(Enum):
     """The members of ``torchvision.transforms.InterpolationMode``, for import-time defaults."""
@@ -63,6 +68,9 @@ def activate() -> None:
     # Dynamo would compile small helpers for minutes; on CPU they are cheaper run eagerly.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read by the processes that SGLang spawns, when they load OpenMP.
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
     _install_sgl_kernel()
     _install_torchvision()
 
@@ -74,6 +82,16 @@ def needs_cpu_engine() -> bool:
     if torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu"):
         return False
     return platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
+
+
+def best_dtype() -> str:
+    """Element type of the model that this processor computes fastest.
+
+    bfloat16 where the processor multiplies it itself (AVX512-BF16 or AMX), which takes half the
+    memory traffic and is more than twice as fast. Elsewhere torch would convert each weight.
+    """
+    units = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return "bfloat16" if any(has_unit() for has_unit in units) else "float32"
 
 
 def assign_req_to_token_pool_cpu(

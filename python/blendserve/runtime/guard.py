@@ -18,6 +18,7 @@ OLDEST_SGLANG = "0.5.16"
 NEWEST_SGLANG = "0.5.23"
 
 _ATTENTION = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "...")
+_PRODUCT = ("self", "layer", "x", "bias")
 
 # Dotted path -> parameter names, as in every release of the supported range. A trailing "..."
 # accepts further parameters, for what is only wrapped with *args and **kwargs. Of names with "|"
@@ -86,6 +87,26 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         *("self", "layer", "loc_info", "cache_k", "cache_v", "..."),
     ),
     "sglang.srt.utils.common.support_triton": ("backend",),
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ("self",),
+    "sglang.srt.model_executor.model_runner_components.weight_updater._model_load_weights_direct": (
+        "model",
+        "named_tensors",
+    ),
+    "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply": _PRODUCT,
+    "sglang.srt.layers.quantization.unquant.UnquantizedEmbeddingMethod.apply": _PRODUCT,
+    "sglang.srt.layers.activation.SiluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm.RMSNorm.forward_native": ("self", "x", "residual", "..."),
+    "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
+        "...",
+    ),
+    "sglang.srt.layers.logits_processor.should_apply_lm_head_quant_method": (
+        "lm_head",
+        "quant_method",
+    ),
 }
 HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (

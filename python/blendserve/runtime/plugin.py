@@ -43,12 +43,18 @@ def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from blendserve.runtime import arguments, attention, radix_cache
+    from blendserve.runtime.cpu_platform import needs_cpu_engine
     from blendserve.runtime.prefill_adder import BlendPrefillAdder
     from blendserve.runtime.scheduler import BlendScheduler
 
     radix_cache.register()
 
     attention.register()
+    if needs_cpu_engine():
+        from blendserve.runtime import packed_weights, row_kernels
+
+        packed_weights.register()
+        row_kernels.register()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )

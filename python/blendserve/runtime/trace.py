@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class TraceStep(msgspec.Struct):
             the decodes.
         left_tokens, right_tokens: KV memory booked per side.
         free_tokens: free and evictable KV tokens.
-        target_density: of what is left of the job.
+        target_density: of what is left of the job; None where no memory seconds are left.
     """
 
     step: int
@@ -39,7 +40,7 @@ class TraceStep(msgspec.Struct):
     left_tokens: float
     right_tokens: float
     free_tokens: int
-    target_density: float
+    target_density: float | None
 
 
 class StepTrace:
@@ -81,6 +82,11 @@ class StepTrace:
                 scheduler.token_to_kv_pool_allocator.available_size()
                 + scheduler.tree_cache.evictable_size()
             ),
-            target_density=scheduler.blend_target_density,
+            target_density=_finite(scheduler.blend_target_density),
         )
         self._file.write(msgspec.json.encode(line).decode() + "\n")
+
+
+def _finite(density: float) -> float | None:
+    # JSON has no infinity.
+    return density if math.isfinite(density) else None
