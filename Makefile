@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.cpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions lint bench paper docs clean
+.PHONY: setup setup-gpu demo test test-versions test-reliability lint bench paper docs clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,16 @@ test-sglang-%: setup
 		"import importlib.metadata as m; assert m.version('sglang') == '$*', m.version('sglang')"
 	PYTHONPATH=$(CURDIR)/$(VENV)/sglang-$* $(BIN)/python -m pytest \
 		test/runtime/test_guard.py test/runtime/test_scheduler.py test/runtime/test_side_queues.py
+
+# What takes an hour: kills at random instants, storms of batches, odd requests, a backlog, a locked
+# database. Each ends with a status of its own and leaves its result in benchmark/results.
+test-reliability: setup
+	$(BIN)/python benchmark/batch/kill_rounds.py --kills 1000 --real-kills 60 --workers 3 \
+		--json benchmark/results/batch-kill.json
+	$(BIN)/python benchmark/batch/storm.py --json benchmark/results/batch-storm.json
+	$(BIN)/python benchmark/batch/fuzz_api.py --requests 20000 --json benchmark/results/batch-fuzz.json
+	$(BIN)/python benchmark/batch/backlog.py --json benchmark/results/batch-backlog.json
+	$(BIN)/python benchmark/batch/locked.py --json benchmark/results/batch-locked.json
 
 lint: setup
 	$(BIN)/ruff check .
