@@ -8,8 +8,7 @@ STAMP := $(VENV)/.cpu-setup
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.gpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions test-overlap test-candidates \
-	test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean
+.PHONY: setup setup-gpu demo test test-versions test-overlap test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability
 
 setup: $(STAMP)
 
@@ -71,6 +70,15 @@ test-campaign: setup
 # Every setting that the Triton kernels try, compiled for three architectures.
 test-candidates: setup
 	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
+# What takes an hour: kills at random instants, storms of batches, odd requests, a backlog, a locked
+# database. Each ends with a status of its own and leaves its result in benchmark/results.
+test-reliability: setup
+	$(BIN)/python benchmark/batch/kill_rounds.py --kills 1000 --real-kills 60 --workers 3 \
+		--json benchmark/results/batch-kill.json
+	$(BIN)/python benchmark/batch/storm.py --json benchmark/results/batch-storm.json
+	$(BIN)/python benchmark/batch/fuzz_api.py --requests 20000 --json benchmark/results/batch-fuzz.json
+	$(BIN)/python benchmark/batch/backlog.py --json benchmark/results/batch-backlog.json
+	$(BIN)/python benchmark/batch/locked.py --json benchmark/results/batch-locked.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -93,8 +93,9 @@ def test_lines_that_a_pass_leaves_out_are_tried_alone_before_they_are_given_up(
 
 def test_the_engine_process_tells_the_front_why_a_pass_failed(tmp_path: Path) -> None:
     app = FastAPI()
-    app.include_router(build_engine_router(PoisonedExecutor(), dict))
-    path = tmp_path / "job.jsonl"
+    app.include_router(build_engine_router(PoisonedExecutor(), dict, tmp_path))
+    path = tmp_path / "files" / "job.jsonl"
+    path.parent.mkdir()
     path.write_bytes(job(3, {1: "poison"}))
     run = {"job_id": "b", "path": str(path), "max_line_bytes": 10_000, "pending": [[0, 3]]}
 

@@ -170,9 +170,9 @@ def test_one_poor_line_hurts_nobody_else(blend: Server) -> None:
     [
         (b"not json\n", "invalid_json_line", "1"),
         (
-            b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"messages":[]}}\n',
+            b'{"method":"POST","url":"/v1/chat/completions","body":{"messages":[]}}\n',
             "missing_required_parameter",
-            "model",
+            "custom_id",
         ),
         (
             b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions",'

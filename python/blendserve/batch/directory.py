@@ -131,6 +131,7 @@ class BatchDirectory:
         """Keeps some space, so that the next start need not find any."""
         path = self.root / "reserve"
         if path.exists():
+            keep_private(path)
             return
         try:
             with open(path, "xb", opener=private_opener) as file:

@@ -9,7 +9,7 @@ of this module. A ValueError becomes a 400 on each of these ways.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,14 +179,22 @@ def _check_number(name: str, value: Any, bounds: Bounds, limits: ModelLimits) ->
 
 
 def _check_tokens(
-    name: str, tokens: Iterable[Any], limits: ModelLimits, bounded: bool = True
+    name: str, tokens: Collection[Any], limits: ModelLimits, bounded: bool = True
 ) -> None:
+    # Passes in C: a prompt may have a hundred thousand of them.
+    whole = all(issubclass(kind, int) for kind in set(map(type, tokens)))
+    if whole and (not bounded or not tokens or _in_vocabulary(tokens, limits)):
+        return
     for token in tokens:
         if not isinstance(token, int) or (bounded and not 0 <= token < limits.vocab_size):
             raise ValueError(
                 f"{name} has {token!r:.80}, which is no token of this model: token ids go from 0 "
                 f"to {limits.vocab_size - 1}."
             )
+
+
+def _in_vocabulary(tokens: Collection[int], limits: ModelLimits) -> bool:
+    return min(tokens) >= 0 and max(tokens) < limits.vocab_size
 
 
 def _check_prompt(request: Any, limits: ModelLimits) -> None:
