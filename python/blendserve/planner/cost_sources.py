@@ -42,10 +42,12 @@ STEP_SECONDS = 1e-3
 
 @dataclass(frozen=True)
 class Attained:
-    """Parts of the datasheet's figures that kernels attain, medians over A100, H100, H200, B200 and
-    L40S (`benchmark/planner/step_costs.py`). smooth: exponent p of the ridge,
-    (compute^p + memory^p)^(1/p). prefill_tokens, decode_tokens: length of a prompt, contexts of a
-    step in all, for which attention attains half of what it can."""
+    """Parts of the datasheet's figures that kernels attain, chosen by hand beside the tables of
+    A100, H100, H200, B200 and L40S (how near they come: docs/planner.md).
+
+    smooth: exponent p of the ridge, (compute^p + memory^p)^(1/p). prefill_tokens, decode_tokens:
+    length of a prompt, contexts of a step in all, for which attention attains half of what it can.
+    """
 
     gemm: float = 0.75
     weights: float = 0.83
