@@ -142,7 +142,7 @@ def test_a_flag_without_its_value_is_refused(capsys, machine):
     [
         (["--sample-fraction", "7"], "sample_fraction = '7': "),
         (["--max-batch-lines", "many"], "max_batch_lines = 'many': "),
-        (["--hardware", "h100"], "hardware = 'h100': "),
+        (["--hardware", "h100-81g-sxm"], "hardware = 'h100-81g-sxm': "),
     ],
 )
 def test_a_bad_setting_ends_serve_with_its_name_and_value(capsys, machine, argv, message):

@@ -302,7 +302,7 @@ def test_an_unsupported_sglang_ends_the_process_with_the_message(registered, mon
         ("BLENDSERVE_ENABLED", "maybe", "enabled = 'maybe'"),
         ("BLENDSERVE_SAMPLE_FRACTION", "2", "sample_fraction = '2'"),
         ("BLENDSERVE_ENABLE", "1", "Did you mean 'enabled'?"),
-        ("BLENDSERVE_HARDWARE", "h100", "did you mean 'h100-80g-sxm'?"),
+        ("BLENDSERVE_HARDWARE", "h100-81g-sxm", "did you mean 'h100-80g-sxm'?"),
         ("BLENDSERVE_CONFIG", "no-such.toml", "no-such.toml, which is not a file"),
     ],
 )
