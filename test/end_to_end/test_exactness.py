@@ -12,9 +12,6 @@ import pytest
 from conftest import MODEL_NAME, Server
 from jobs import finish, mixed_requests, results, submit
 
-from blendserve.planner import Side
-from blendserve.runtime.plan_tag import PlanTag
-
 # Output tokens of the requests that are aborted on the way.
 LONG = 300
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -62,31 +59,30 @@ def test_batched_answers_are_the_bodies_that_stock_sglang_gives_online(
         assert comparable(answer["response"]["body"]) == comparable(online[custom_id])
 
 
-def call_generate(server: Server, rank: int, line: dict[str, Any], planned: bool) -> dict[str, Any]:
+def prompt_of(line: dict[str, Any]) -> str:
+    return str(line["body"].get("prompt") or line["body"]["messages"][0]["content"])
+
+
+def call_generate(server: Server, rank: int, line: dict[str, Any]) -> dict[str, Any]:
     """One line through the engine's own route, where the token ids themselves can be seen."""
     body = line["body"]
-    prompt = body.get("prompt") or body["messages"][0]["content"]
     sampling = {
         "temperature": 0,
         "max_new_tokens": body["max_tokens"],
         "ignore_eos": body["ignore_eos"],
     }
-    if planned:
-        density = len(prompt) / body["max_tokens"]
-        tag = PlanTag(
-            side=Side.LEFT if density > 60 else Side.RIGHT,
-            rank=rank,
-            density=density,
-            output_tokens=body["max_tokens"] * 0.8,
-            likely_output_tokens=(body["max_tokens"] * 0.5, body["max_tokens"] * 1.0),
-            rest_compute_seconds=60.0,
-            rest_memory_seconds=1.0,
-        )
-        sampling["custom_params"] = tag.to_params()
-    request = {"text": prompt, "sampling_params": sampling, "rid": f"rid-{rank:04d}"}
+    request = {"text": prompt_of(line), "sampling_params": sampling, "rid": f"rid-{rank:04d}"}
     response = httpx.post(f"{server.url}/generate", json=request, timeout=300)
     # An abort that meets a request before it has run is answered as a client's error.
     return dict(response.json())
+
+
+def as_completion(rank: int, line: dict[str, Any]) -> dict[str, Any]:
+    """The same request as a line of a batch; only those are planned."""
+    body = line["body"]
+    kept = {name: body[name] for name in ("model", "max_tokens", "ignore_eos")}
+    completion = {**kept, "prompt": prompt_of(line), "temperature": 0}
+    return {**line, "custom_id": str(rank), "url": ENDPOINTS[1], "body": completion}
 
 
 def test_planned_requests_give_stock_sglangs_tokens_one_for_one(
@@ -98,25 +94,38 @@ def test_planned_requests_give_stock_sglangs_tokens_one_for_one(
     for rank in aborted:
         lines[rank]["body"] |= {"max_tokens": LONG, "ignore_eos": True}
 
-    def run(server: Server, blended: bool) -> list[dict[str, Any]]:
+    # Every fifth one is online, and takes SGLang's own path.
+    online_ranks = [rank for rank in range(300) if rank % 5 == 2]
+    planned = [rank for rank in range(300) if rank % 5 != 2]
+
+    def run(server: Server, ranks: list[int], aborts: bool) -> dict[int, dict[str, Any]]:
         def abort(rank: int) -> None:
             httpx.post(f"{server.url}/abort_request", json={"rid": f"rid-{rank:04d}"}, timeout=60)
 
         def call(rank: int) -> dict[str, Any]:
-            if blended and rank in aborted:
+            if aborts and rank in aborted:
                 # A little later each: some still wait then, some run.
                 threading.Timer(0.05 + 0.01 * aborted.index(rank), abort, [rank]).start()
-            # Every fifth one is online, and takes SGLang's own path.
-            return call_generate(server, rank, lines[rank], planned=blended and rank % 5 != 2)
+            return call_generate(server, rank, lines[rank])
 
         with concurrent.futures.ThreadPoolExecutor(64) as threads:
-            return list(threads.map(call, range(300)))
+            return dict(zip(ranks, threads.map(call, ranks), strict=True))
 
     before = httpx.get(f"{blend.url}/blendserve/status").json()["schedulers"]
     taken = sum(before[0]["taken"].values()) if before else 0
-    expected, actual = run(stock, blended=False), run(blend, blended=True)
+    expected = run(stock, list(range(300)), aborts=False)
+    job = [as_completion(rank, lines[rank]) for rank in planned]
+    batch = submit(blend.client, job, ENDPOINTS[1])
+    actual = run(blend, online_ranks, aborts=True)
+    batch = finish(blend.client, batch)
+    answers = results(blend.client, batch.output_file_id)
+    for rank in planned:
+        body = answers[str(rank)]["response"]["body"]
+        assert body["choices"][0]["text"] == expected[rank]["text"], lines[rank]
+        count = len(expected[rank]["output_ids"])
+        assert body["usage"]["completion_tokens"] == count, lines[rank]
     cut_short = 0
-    for rank in range(300):
+    for rank in online_ranks:
         if rank in aborted:
             tokens = actual[rank].get("output_ids", [])
             cut_short += len(tokens) < LONG
