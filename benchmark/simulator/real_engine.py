@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import tempfile
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "runtime"))
 import engine
 from tokenizers import Tokenizer
 
-from blendserve.planner import (
-    HARDWARE,
-    CostModel,
-    FlatTokens,
-    StepCosts,
-    linear_costs,
-    model_spec,
-)
+from blendserve.planner import HARDWARE, CostModel, FlatTokens, model_spec
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 from blendserve.simulator.blend import BlendOptions
 from blendserve.simulator.simulate import Policy, Setting, Simulation
-from blendserve.simulator.step_time import Overlap
+from blendserve.simulator.step_time import Overlap, StepCosts
 from blendserve.simulator.workloads import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +79,7 @@ def step_seconds(trace: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.diff([step["seconds"] for step in lines]), np.array(work, dtype=np.float64)
 
 
-def fit_steps(trace: Path) -> tuple[dict[str, float], dict[str, float]]:
+def fit_steps(trace: Path) -> tuple[StepCosts, dict[str, float]]:
     """Terms of a step as the simulator charges it, max(weight, tokens x token) + context x context
     + pairs x pair, by least squares, and how well they explain step times.
 
@@ -118,13 +112,7 @@ def fit_steps(trace: Path) -> tuple[dict[str, float], dict[str, float]]:
         "variance_explained": 1 - float(np.var(left) / np.var(seconds[usual])),
         "mean_error": float(np.abs(left).sum() / seconds[usual].sum()),
     }
-    terms = {
-        "token_seconds": token,
-        "pair_seconds": pair,
-        "context_seconds": context,
-        "weight_seconds": weight,
-    }
-    return terms, quality
+    return StepCosts(token, pair, context, weight), quality
 
 
 def workload(lines: list[dict[str, Any]], model: str, name: str) -> Workload:
@@ -201,14 +189,12 @@ def measure(step: str, model: str, folder: Path, record: dict[str, Any]) -> None
         "command": "python benchmark/simulator/real_engine.py",
         "device": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "model": MODEL_NAME,
-        "calibration": {**found, "pool_tokens": pool, **costs, **quality},
+        "calibration": {**found, "pool_tokens": pool, **asdict(costs), **quality},
     }
 
 
 def compare(model: str, record: dict[str, Any]) -> None:
-    names = ("token_seconds", "pair_seconds", "context_seconds", "weight_seconds")
-    terms = (record["calibration"][name] for name in names)
-    costs = linear_costs(*terms, source="this CPU", one_memory=False)
+    costs = StepCosts(**{term.name: record["calibration"][term.name] for term in fields(StepCosts)})
     lines, pool = job("B", model)
     record["pool_tokens"] = pool
     record["predicted"] = found = predict(workload(lines, model, "B"), pool, costs, model)

@@ -31,6 +31,7 @@ class StepPacer:
 
     Args:
         pace: costs of a step.
+        multiple: the tokens of a step, decodes included, are rounded to a multiple of this.
 
     Attributes:
         target_density: of all that is left: not sent yet, waiting, and running.
@@ -38,8 +39,8 @@ class StepPacer:
             should start until a new plan knows more.
     """
 
-    def __init__(self, pace: StepPace) -> None:
-        self._pace = pace
+    def __init__(self, pace: StepPace, multiple: int) -> None:
+        self._pace, self._multiple = pace, multiple
         self.target_density = self._density = math.inf
         self.hold_right = False
         self._look_in = 0
@@ -63,7 +64,10 @@ class StepPacer:
         if self._look_in < 0:
             self._look_in = PACE_STEPS - 1
             self._look_ahead(blend, rest_seconds, backlog_tokens)
-        return self._pace.prefill_tokens(self._density, blend.context_tokens, decodes)
+        pace = self._pace
+        tokens = pace.prefill_tokens(self._density, blend.context_tokens, decodes)
+        batch = max(round((tokens + decodes) / self._multiple), 1) * self._multiple
+        return max(min(batch, pace.chunk_tokens) - decodes, 1)
 
     def _look_ahead(
         self, blend: SideQueues, rest_seconds: tuple[float, float], backlog_tokens: int
@@ -81,7 +85,7 @@ class StepPacer:
             memory,
             tail_seconds,
             alive * account.bin_steps,
-            pace.floor_seconds,
+            pace.weight_seconds,
             FULL_PART * account.total_tokens * pace.context_seconds,
         )
         surprises = [

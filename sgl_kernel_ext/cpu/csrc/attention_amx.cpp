@@ -12,10 +12,8 @@
 namespace amx {
 namespace {
 #include "attention.inl"
-#include "rows.inl"
 }
 }  // namespace amx
 
-const BlendKernels blend_kernels_amx = {
-    "amx", amx::attend, amx::merge, amx::silu_and_multiply, amx::normalise, amx::rotate};
+const BlendKernels blend_kernels_amx = {"amx", amx::attend, amx::merge};
 #endif
