@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.cpu-setup
+GPU_VENV := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.gpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions test-reliability lint bench paper docs clean
+.PHONY: setup setup-gpu demo test test-versions test-overlap test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability
 
 setup: $(STAMP)
 
@@ -20,9 +22,15 @@ $(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml $(wildcard sg
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-setup-gpu:
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --requirement requirements/gpu.txt --editable '.[gpu]'
+# SGLang with CUDA, in an environment of its own: 9 GB. Needs a driver for CUDA 13 and, because
+# FlashInfer compiles at first use, nvcc.
+setup-gpu: $(GPU_STAMP)
+
+$(GPU_STAMP): requirements/gpu.txt pyproject.toml
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet --no-deps --requirement requirements/gpu.txt
+	$(GPU_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -42,6 +50,26 @@ test-sglang-%: setup
 	PYTHONPATH=$(CURDIR)/$(VENV)/sglang-$* $(BIN)/python -m pytest \
 		test/runtime/test_guard.py test/runtime/test_scheduler.py test/runtime/test_side_queues.py
 
+# What a GPU's defaults change: overlapped steps, mixed chunks, pages, two ranks; on the CPU engine.
+test-overlap: setup
+	$(BIN)/python test/end_to_end/overlap_engines.py --log test/logs/overlap-engines.log
+
+# SGLang's CUDA build with everything of ours, without a GPU: a driver that fails every call.
+test-cuda-imports: setup-gpu
+	$(GPU_VENV)/bin/pip install --quiet --no-deps --requirement requirements/dev.txt
+	$(GPU_VENV)/bin/python test/gpu/cuda_imports.py --log test/logs/cuda-imports.log
+
+# FlashInfer's own planner never asks for more workspace than we give it; needs nvcc.
+test-flashinfer-workspace: setup-gpu
+	$(GPU_VENV)/bin/python test/gpu/flashinfer_workspace.py --log test/logs/flashinfer-workspace.log
+
+# The GPU campaign on a CPU: tiny sizes, kernels in Triton's interpreter.
+test-campaign: setup
+	$(BIN)/python benchmark/gpu/campaign.py --dry-run --out $$(mktemp -d)
+
+# Every setting that the Triton kernels try, compiled for three architectures.
+test-candidates: setup
+	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
 # What takes an hour: kills at random instants, storms of batches, odd requests, a backlog, a locked
 # database. Each ends with a status of its own and leaves its result in benchmark/results.
 test-reliability: setup
@@ -64,6 +92,7 @@ bench: setup
 
 # The paper's evaluation on the modelled engine: what is in the results already is not run again.
 paper: setup
+	$(BIN)/python benchmark/simulator/worlds.py
 	$(BIN)/python benchmark/simulator/run.py
 	$(BIN)/python benchmark/simulator/paper.py
 
@@ -72,4 +101,4 @@ docs: setup
 	$(BIN)/python -m pytest test/test_docs_map.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(GPU_VENV)

@@ -168,7 +168,7 @@ def test_a_name_like_no_other_is_refused_with_all_the_names():
         ("max_batch_lines", "2.5"),
         ("max_file_bytes", "200MB"),
         ("hardware", ""),
-        ("hardware", "h100"),
+        ("hardware", "h1000-sxm"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_setting_and_itself(setting, value):
@@ -189,7 +189,7 @@ def test_a_bad_value_on_the_command_line_is_refused_with_its_setting_and_itself(
 
 
 def test_hardware_that_is_not_in_the_planners_table_is_refused_with_what_is(toml):
-    toml('hardware = "h100"\n')
+    toml('hardware = "h100-81g-sxm"\n')
     with pytest.raises(ConfigError) as refusal:
         load_settings()
     assert all(name in str(refusal.value) for name in HARDWARE)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from blendserve.cli import main
-from blendserve.runtime.trace import TraceStep
+from blendserve.runtime.trace import StepTrace, TraceStep
 
 
 def step(number: int, compute: float, memory: float) -> bytes:
@@ -61,6 +63,31 @@ def test_the_cut_off_last_line_of_a_killed_server_is_left_out(
     trace.write_bytes(trace.read_bytes()[:-20])
     assert main(["trace", str(trace)]) == 0
     assert "2 steps" in capsys.readouterr().out
+
+
+def test_a_step_after_which_no_memory_work_is_left_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its density is infinite, which JSON cannot say."""
+    scheduler = SimpleNamespace(
+        blend_pace=SimpleNamespace(seconds=lambda tokens, context: (1.0, 0.0)),
+        blend=SimpleNamespace(account=SimpleNamespace(left_tokens=5.0, right_tokens=0.0)),
+        blend_report=SimpleNamespace(steps=1),
+        blend_target_density=math.inf,
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 10),
+        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+    )
+    request = SimpleNamespace(origin_input_ids=[1, 2], output_ids=[])
+    batch = SimpleNamespace(
+        reqs=[request],
+        prefix_lens=[0],
+        extend_lens=[2],
+        decoding_reqs=None,
+        forward_mode=SimpleNamespace(is_decode=lambda: False),
+    )
+    StepTrace(tmp_path / "steps.jsonl").step(scheduler, batch, prefilled=2, decoded=0)
+    assert main(["trace", str(tmp_path / "steps.jsonl")]) == 0
+    assert "2 prompt tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

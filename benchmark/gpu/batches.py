@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from report import DEVICE, DRY, multiprocessors
 
 from sgl_kernel_ext import gpu
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
@@ -13,7 +14,11 @@ from sgl_kernel_ext.gpu.steps import Step
 from sgl_kernel_ext.groups import Segment, shared_segments
 from sgl_kernel_ext.plan import plan_segments
 
-SHAPE = AttentionShape(heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
+# Of an 8B Llama; smaller, and of an element type that it computes right, for the interpreter.
+SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=16, scale=0.25) if DRY else AttentionShape(
+    heads=32, kv_heads=8, head_dim=128, scale=128**-0.5
+)  # fmt: skip
+DTYPE = torch.float32 if DRY else torch.bfloat16
 TOKEN_BYTES = 2 * SHAPE.kv_heads * SHAPE.head_dim * 2  # bfloat16
 
 
@@ -25,7 +30,7 @@ class Layer:
         prefills: list[tuple[int, int]],
         decodes: list[int],
         shared: int = 0,
-        device: torch.device | str = "cuda",
+        device: torch.device | str = DEVICE,
     ) -> None:
         """prefills: (cached, new) tokens of each chunk. decodes: KV length of each decode, of which
         the first `shared` positions are common to all decodes."""
@@ -45,7 +50,7 @@ class Layer:
         generator = torch.Generator(device=device).manual_seed(0)
 
         def random(*size: int) -> torch.Tensor:
-            return torch.randn(size, dtype=torch.bfloat16, device=device, generator=generator)
+            return torch.randn(size, dtype=DTYPE, device=device, generator=generator)
 
         self.batch = PagedBatch.of(list(range(len(kv_lens))), kv_lens, query_lens)
         self.table = table.to(device)
@@ -69,8 +74,8 @@ class Layer:
     def triton(self, share: bool = True) -> Callable[[], None]:
         """The Triton kernels over everything at once."""
         step = self.step(share)
-        workers = torch.cuda.get_device_properties(self.device).multi_processor_count
-        plan = plan_segments(self.batch, SHAPE, gpu.tiling(SHAPE), workers, step.segments)
+        tiling = gpu.tiling(SHAPE)
+        plan = plan_segments(self.batch, SHAPE, tiling, multiprocessors(), step.segments)
         on_device = gpu.to_device(plan, SHAPE, self.device)
         pools = (self.key_pool, self.value_pool)
         return lambda: gpu.run(on_device, SHAPE, self.query, *pools, self.table, self.output)

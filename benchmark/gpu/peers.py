@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from batches import SHAPE, Layer
+from report import multiprocessors
 
 from sgl_kernel_ext import reference
-from sgl_kernel_ext.gpu.flashinfer_steps import WORKSPACE_BYTES, level, mixed_levels
+from sgl_kernel_ext.gpu.flashinfer_steps import level, mixed_levels, plan_bytes
 
 Call = Callable[[], None]
 KV_SPLITS = (4, 8, 16)  # SGLang's default is 8
@@ -28,9 +29,8 @@ def flashinfer_apart(layer: Layer, module: Any | None) -> Call | None:
     """FlashInfer's paged prefill, then its paged decode: what SGLang's backend launches."""
     if module is None:
         return None
-    workspaces = [
-        torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=layer.device) for _ in "pd"
-    ]
+    needed = max(plan_bytes(SHAPE, multiprocessors()), 128 * 2**20)
+    workspaces = [torch.empty(needed, dtype=torch.uint8, device=layer.device) for _ in "pd"]
     prefill = module.BatchPrefillWithPagedKVCacheWrapper(workspaces[0], "NHD")
     # As SGLang decides for grouped heads.
     decode = module.BatchDecodeWithPagedKVCacheWrapper(
@@ -54,6 +54,32 @@ def flashinfer_apart(layer: Layer, module: Any | None) -> Call | None:
             prefill.run(layer.query[:split], pool, out=layer.output[:split])
         if split < len(layer.query):
             decode.run(layer.query[split:], pool, out=layer.output[split:])
+
+    return call
+
+
+def flash_attention_3(layer: Layer) -> Call | None:
+    """FlashAttention-3 as SGLang has it, its default on Hopper: the whole step in one launch."""
+    try:
+        with_kv_cache = importlib.import_module("sgl_kernel.flash_attn").flash_attn_with_kvcache
+    except ImportError:
+        return None
+    batch, device = layer.batch, layer.device
+    lens, starts = (
+        torch.from_numpy(x.astype(np.int32)).to(device)
+        for x in (batch.kv_lens, np.concatenate([[0], np.cumsum(batch.query_lens)]))
+    )
+    longest = int(batch.query_lens.max())
+    pools = (layer.key_pool[:, None], layer.value_pool[:, None])
+    table = layer.table.contiguous()
+
+    def call() -> None:
+        layer.output.copy_(
+            with_kv_cache(
+                layer.query, *pools, page_table=table, cache_seqlens=lens, cu_seqlens_q=starts,
+                max_seqlen_q=longest, softmax_scale=SHAPE.scale, causal=True,
+            )
+        )  # fmt: skip
 
     return call
 
@@ -82,7 +108,10 @@ def sglang_triton(layer: Layer, splits: int = KV_SPLITS[1]) -> Call | None:
     logits = torch.empty(count, SHAPE.heads, splits, SHAPE.head_dim, device=device)
     sums = torch.empty(count, SHAPE.heads, splits, device=device)
     split_counts = torch.full((count,), splits, dtype=torch.int32, device=device)
-    indptrs = [p.to(device) for p in (before.query_indptr, before.kv_indptr, decodes.kv_indptr)]
+    indptrs = [
+        p.to(device, non_blocking=True)
+        for p in (before.query_indptr, before.kv_indptr, decodes.kv_indptr)
+    ]
     scales = {"k_scale": 1.0, "v_scale": 1.0}
     extend_scales, decode_scales = (
         {k: v for k, v in scales.items() if k in inspect.signature(f).parameters} for f in found

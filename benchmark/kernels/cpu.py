@@ -30,7 +30,6 @@ if "--threads" in sys.argv:
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 from sgl_kernel_ext import cpu, reference
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
 from sgl_kernel_ext.plan import make_plan
@@ -189,39 +188,21 @@ def accuracy(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
 
 def engine(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     """A whole decode step, batch 32 over 512 tokens each, and a prefill of 1,024 tokens."""
-    from sglang.benchmark import one_batch
-    from sglang.srt.plugins import load_plugins
+    from in_process_engine import load_runner, random_requests
 
-    load_plugins()
-    from sglang.srt.server_args import PortArgs, prepare_server_args
-
-    flags = "--device cpu --dtype float32 --max-total-tokens 18500 --mem-fraction-static 0.4"
-    args = prepare_server_args(
-        ["--model-path", resolve_model_path(MODEL_NAME), "--attention-backend", "blend",
-         *flags.split()]
-    )  # fmt: skip
-    one_batch._set_envs_and_config(args)
-    rank = one_batch.spawn_world_rank(args, tp_rank=0, pp_rank=0)
-    one_batch.publish(args, role="scheduler", ranks=one_batch.SpawnRanks(world_rank=rank, gpu_id=0))
-    one_batch.initialize_moe_config()
-    runner = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)[0]
+    runner = load_runner("float32", "blend")
     model = runner.torch_runner
     backends = {
         "blend": model.attn_backend,
         "torch_native": TorchNativeAttnBackend(model),
     }
     generator = torch.Generator().manual_seed(0)
-
-    def requests(count: int, length: int) -> Any:
-        ids = torch.randint(0, 10_000, (count, length), generator=generator).tolist()
-        return one_batch.prepare_synthetic_inputs_for_latency_test(count, length, ids)
-
     prefill: dict[str, list[float]] = {name: [] for name in backends}
     for sample in range(max(2, samples // 3) + 1):
         for name, backend in backends.items():
             model.attn_backend = backend
             runner.clear()
-            batch = requests(1, 1024)
+            batch = random_requests(1, 1024, generator)
             start = clock()
             runner.extend(batch)
             if sample:
@@ -230,7 +211,7 @@ def engine(samples: int, clock: Callable[[], float]) -> dict[str, Any]:
     # One batch, whose steps the two take by turns.
     model.attn_backend = backends["blend"]
     runner.clear()
-    tokens, _, batch = runner.extend(requests(32, 512))
+    tokens, _, batch = runner.extend(random_requests(32, 512, generator))
     decode: dict[str, list[float]] = {name: [] for name in backends}
     for sample in range(samples + 1):
         for name, backend in backends.items():

@@ -4,7 +4,8 @@ Real: the questions (5-shot prompts of 24 subjects, 4 questions each), the model
 engine. Chosen: 24 open prompts with answers forced to 160 tokens. Input order is random; the KV
 pool is a part of what the shared prefixes need. Stock SGLang is measured on the same lines with
 each of its schedule policies, and on input that was sorted beforehand so that equal prefixes are
-neighbours, each with the same flags otherwise. One server at a time.
+neighbours, each with the same flags otherwise; and with our kernels, so that the gain of the order
+stands apart. One server at a time.
 
     python benchmark/runtime/engine.py --json benchmark/results/engine-quarter.json
 
@@ -26,7 +27,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -43,17 +44,29 @@ SUBJECTS, QUESTIONS, OPEN_PROMPTS, OPEN_TOKENS, ANSWER_TOKENS = 24, 4, 24, 160, 
 COMMON = ("--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.1")
 COMMON += ("--chunked-prefill-size", "512", "--enable-cache-report", "--sleep-on-idle")
 COMMON += ("--disable-overlap-schedule",)  # As `serve` sets it; on a CPU there is no overlap.
-# name: SGLang's flags, whether the input is sorted beforehand.
+
+
+class Stock(NamedTuple):
+    """One way to run SGLang's own server."""
+
+    flags: tuple[str, ...]
+    presorted: bool = False  # the input, so that equal prefixes are neighbours
+    kernels: bool = False  # with our attention, packed weights and row kernels
+
+
+FCFS, LPM = ("--schedule-policy", "fcfs"), ("--schedule-policy", "lpm")
 STOCK = {
-    "fcfs": (("--schedule-policy", "fcfs"), False),
-    "lpm": (("--schedule-policy", "lpm"), False),
-    "dfs-weight": (("--schedule-policy", "dfs-weight"), False),
-    "fcfs, sorted": (("--schedule-policy", "fcfs"), True),
-    "fcfs, sorted, conservativeness 0.3": (
-        ("--schedule-policy", "fcfs", "--schedule-conservativeness", "0.3"),
-        True,
+    "fcfs": Stock(FCFS),
+    "lpm": Stock(LPM),
+    "dfs-weight": Stock(("--schedule-policy", "dfs-weight")),
+    "fcfs, sorted": Stock(FCFS, presorted=True),
+    "fcfs, sorted, conservativeness 0.3": Stock(
+        (*FCFS, "--schedule-conservativeness", "0.3"), presorted=True
     ),
-    "lpm, sorted": (("--schedule-policy", "lpm"), True),
+    "lpm, sorted": Stock(LPM, presorted=True),
+    "fcfs, our kernels": Stock(FCFS, kernels=True),
+    "fcfs, sorted, our kernels": Stock(FCFS, presorted=True, kernels=True),
+    "lpm, sorted, our kernels": Stock(LPM, presorted=True, kernels=True),
 }
 
 
@@ -213,9 +226,14 @@ def main() -> None:
         results["blendserve"] = run_blended(lines, flags, Path(name))
         report("blendserve", results["blendserve"], best, results)
         for policy in options.stock:
-            policy_flags, presorted = STOCK[policy]
-            given = sorted(lines, key=lambda line: line["body"]["prompt"]) if presorted else lines
-            results[policy] = run_stock(given, model, (*flags, *policy_flags), Path(name))
+            stock = STOCK[policy]
+            given = lines
+            if stock.presorted:
+                given = sorted(lines, key=lambda line: line["body"]["prompt"])
+            its_flags = (*flags, *stock.flags)
+            if stock.kernels:
+                its_flags += ("--attention-backend", "blend")
+            results[policy] = run_stock(given, model, its_flags, Path(name), stock.kernels)
             report(policy, results[policy], best, results)
     if options.json:
         record = {

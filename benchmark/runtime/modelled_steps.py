@@ -120,8 +120,8 @@ def pace(engine: Any, paced: bool, cost_model: Any) -> None:
     from blendserve.planner import StepPace
     from blendserve.runtime.step_pacer import StepPacer
 
-    pace = StepPace.of(cost_model, CHUNK)
-    engine.live.blend_pacer = StepPacer(pace, multiple=1) if paced else None
+    pace = StepPace.of(cost_model.step_costs, CHUNK)
+    engine.live.blend_pacer = StepPacer(pace) if paced else None
 
 
 def run_stock(engine: Any, policy: str, prompts: list[Any], output: Any) -> dict[str, Any]:
@@ -141,9 +141,9 @@ class Clock:
     """Counts what every step of a scheduler would take."""
 
     def __init__(self, engine: Any, cost_model: Any) -> None:
-        from blendserve.simulator.step_time import Overlap, OverlapModel, StepCosts
+        from blendserve.simulator.step_time import Overlap, OverlapModel
 
-        self._costs = StepCosts.of(cost_model)
+        self._costs = cost_model.step_costs
         self._models = {overlap.value: OverlapModel.of(overlap) for overlap in Overlap}
         self.seconds = dict.fromkeys(self._models, 0.0)
         self._steps = self._prefill = self._decode = 0
@@ -158,7 +158,7 @@ class Clock:
 
     def _count(self, batch: Any) -> None:
         costs = self._costs
-        pairs = prefill = 0
+        pairs = prefill = chunks = prefix = 0
         if batch.forward_mode.is_decode():
             decodes, context = len(batch.reqs), int(batch.seq_lens_cpu.sum())
         else:
@@ -168,13 +168,17 @@ class Clock:
                 batch.prefix_lens[:split], batch.extend_lens[:split], strict=True
             ):
                 prefill += tokens
+                chunks += 1
+                prefix += start
                 pairs += (start + tokens) ** 2 - start**2
             context = sum(batch.prefix_lens[split:]) + decodes
-        compute = (prefill + decodes) * costs.token_seconds
-        compute = max(compute, costs.weight_seconds) + pairs * costs.pair_seconds
-        memory = context * costs.context_seconds
+        tokens = prefill + decodes
+        compute = costs.token_seconds(tokens) + costs.sampled_seconds(decodes + chunks)
+        compute += costs.prefill_seconds(chunks, pairs, prefill, prefix)
+        memory = costs.decode_seconds(decodes, context)
+        traffic = costs.traffic_seconds(tokens, decodes, context, prefix)
         for name, model in self._models.items():
-            self.seconds[name] += model.seconds(compute, memory)
+            self.seconds[name] += model.seconds(compute, memory, traffic) + costs.step
         self._steps += 1
         self._prefill += prefill
         self._decode += decodes

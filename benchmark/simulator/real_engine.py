@@ -21,7 +21,6 @@ import os
 import platform
 import sys
 import tempfile
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,18 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "runtime"))
 import engine
 from tokenizers import Tokenizer
 
-from blendserve.planner import HARDWARE, CostModel, FlatTokens, model_spec
+from blendserve.planner import (
+    HARDWARE,
+    CostModel,
+    FlatTokens,
+    StepCosts,
+    linear_costs,
+    model_spec,
+)
 from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
 from blendserve.simulator.blend import BlendOptions
 from blendserve.simulator.simulate import Policy, Setting, Simulation
-from blendserve.simulator.step_time import Overlap, StepCosts
+from blendserve.simulator.step_time import Overlap
 from blendserve.simulator.workloads import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +85,7 @@ def step_seconds(trace: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.diff([step["seconds"] for step in lines]), np.array(work, dtype=np.float64)
 
 
-def fit_steps(trace: Path) -> tuple[StepCosts, dict[str, float]]:
+def fit_steps(trace: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Terms of a step as the simulator charges it, max(weight, tokens x token) + context x context
     + pairs x pair, by least squares, and how well they explain step times.
 
@@ -112,7 +118,13 @@ def fit_steps(trace: Path) -> tuple[StepCosts, dict[str, float]]:
         "variance_explained": 1 - float(np.var(left) / np.var(seconds[usual])),
         "mean_error": float(np.abs(left).sum() / seconds[usual].sum()),
     }
-    return StepCosts(token, pair, context, weight), quality
+    terms = {
+        "token_seconds": token,
+        "pair_seconds": pair,
+        "context_seconds": context,
+        "weight_seconds": weight,
+    }
+    return terms, quality
 
 
 def workload(lines: list[dict[str, Any]], model: str, name: str) -> Workload:
@@ -189,12 +201,14 @@ def measure(step: str, model: str, folder: Path, record: dict[str, Any]) -> None
         "command": "python benchmark/simulator/real_engine.py",
         "device": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "model": MODEL_NAME,
-        "calibration": {**found, "pool_tokens": pool, **asdict(costs), **quality},
+        "calibration": {**found, "pool_tokens": pool, **costs, **quality},
     }
 
 
 def compare(model: str, record: dict[str, Any]) -> None:
-    costs = StepCosts(**{term.name: record["calibration"][term.name] for term in fields(StepCosts)})
+    names = ("token_seconds", "pair_seconds", "context_seconds", "weight_seconds")
+    terms = (record["calibration"][name] for name in names)
+    costs = linear_costs(*terms, source="this CPU", one_memory=False)
     lines, pool = job("B", model)
     record["pool_tokens"] = pool
     record["predicted"] = found = predict(workload(lines, model, "B"), pool, costs, model)

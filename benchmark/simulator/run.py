@@ -129,12 +129,14 @@ class Task:
     runs: list[Run] = field(default_factory=list)
 
 
+@functools.cache
 def cost_model(name: str | None) -> CostModel:
+    """On kernels measured on an A100."""
     if name is None:
-        return REFERENCE
+        return CostModel.attained(REFERENCE.model, REFERENCE.hardware)
     ranks, config = OTHER_MODELS[name]
     spec = model_spec(name) if not config else ModelSpec.from_config(_llama_like(name, config))
-    return CostModel(spec, HARDWARE["a100-80g-sxm"].scaled(ranks))
+    return CostModel.attained(spec, HARDWARE["a100-80g-sxm"], ranks)
 
 
 def _llama_like(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +236,8 @@ def run_task(task: Task) -> list[dict[str, Any]]:
 
 
 def describe(workload: Workload, simulation: Simulation, setting: Setting) -> dict[str, Any]:
-    bound = simulation.bound(setting, Overlap.IDEAL)
+    # Densities are named by the datasheet, whatever the job runs on.
+    bound = simulation.bound(replace(setting, cost_model=REFERENCE, costs=None), Overlap.IDEAL)
     return {
         "requests_by_source": dict(
             zip(

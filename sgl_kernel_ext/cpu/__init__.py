@@ -1,4 +1,4 @@
-"""Attention on a CPU: kernels in C++ (``csrc``), called once per layer for the whole batch."""
+"""Kernels for a CPU, in C++ (``csrc``): attention, once per layer for the whole batch, and rows."""
 
 from sgl_kernel_ext.cpu.attention import DTYPES, TILING, run
 from sgl_kernel_ext.cpu.library import INSTRUCTION_SETS, instruction_set, unavailable_reason

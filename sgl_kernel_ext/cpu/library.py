@@ -7,6 +7,7 @@ import functools
 import importlib.machinery
 import os
 from pathlib import Path
+from typing import Any
 
 # The best that the machine has is taken; this variable asks for an older one.
 LIMIT = "SGL_KERNEL_EXT_ISA"
@@ -42,6 +43,44 @@ class AttentionArguments(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
     )
+
+
+def _structure(name: str, pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
+    """A struct of csrc/rows.h, field by field."""
+    kinds: tuple[tuple[str, Any], ...] = (
+        (pointers, ctypes.c_void_p),
+        (integers, ctypes.c_int64),
+        (floats, ctypes.c_float),
+    )
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+ActivationArguments = _structure(
+    "ActivationArguments", "input output", "input_stride rows width bfloat16"
+)
+NormArguments = _structure(
+    "NormArguments",
+    "input residual weight sum output",
+    "input_stride residual_stride rows width bfloat16",
+    "epsilon",
+)
+RotationArguments = _structure(
+    "RotationArguments",
+    "query key cos_sin positions",
+    "query_stride key_stride rows heads kv_heads head_dim rotary_dim cached_positions bfloat16",
+)
+StoreArguments = _structure(
+    "StoreArguments",
+    "key value key_pool value_pool slots",
+    "key_stride_bytes value_stride_bytes rows row_bytes slot_count",
+)
+_ROW_FUNCTIONS = {
+    "blend_silu_and_multiply": ActivationArguments,
+    "blend_normalise": NormArguments,
+    "blend_rotate": RotationArguments,
+    "blend_store": StoreArguments,
+}
 
 
 def _path() -> Path | None:
@@ -87,6 +126,13 @@ def load() -> ctypes.CDLL:
     library.blend_attention_bytes.restype = ctypes.c_int64
     if library.blend_attention_bytes() != ctypes.sizeof(AttentionArguments):
         raise OSError("they were built from other sources than these")
+    library.blend_rows_bytes.restype = ctypes.c_int64
+    if library.blend_rows_bytes() != sum(map(ctypes.sizeof, _ROW_FUNCTIONS.values())):
+        raise OSError("they were built from other sources than these")
+    for name, arguments in _ROW_FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = (ctypes.POINTER(arguments), ctypes.c_int)
+        function.restype = ctypes.c_int if name in ("blend_rotate", "blend_store") else None
     library.blend_attention.argtypes = (ctypes.POINTER(AttentionArguments), ctypes.c_int)
     library.blend_attention.restype = None
     library.blend_instruction_set.restype = ctypes.c_char_p

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sgl_kernel_ext.batch import AttentionShape
 from sgl_kernel_ext.gpu import kernels
+from sgl_kernel_ext.gpu.upload import upload
 from sgl_kernel_ext.plan import Plan, Tiling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,17 +78,15 @@ def expand(plan: Plan, shape: AttentionShape) -> NDArray[np.int32]:
 
 
 def to_device(plan: Plan, shape: AttentionShape, device: torch.device | str) -> DevicePlan:
-    """Upload a plan into arrays of its own size."""
+    """Upload a plan into arrays of its own size, without waiting for the device."""
     items = expand(plan, shape)
-
-    def upload(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
-
+    arrays = (items, plan.rows, plan.merged_query, plan.merge_begin)
+    on_device = upload(arrays, torch.device(device))
     return DevicePlan(
-        items=upload(items),
-        rows=upload(plan.rows),
-        merged_query=upload(plan.merged_query),
-        merge_begin=upload(plan.merge_begin),
+        items=on_device[0],
+        rows=on_device[1],
+        merged_query=on_device[2],
+        merge_begin=on_device[3],
         partials=torch.empty(plan.partial_count, shape.heads, shape.head_dim, device=device),
         partial_stats=torch.empty(plan.partial_count, shape.heads, 2, device=device),
         kinds=frozenset(np.unique(items[:, 6]).tolist()),

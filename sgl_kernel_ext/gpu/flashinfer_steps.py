@@ -6,6 +6,7 @@ can be read as. What is computed for its plan calls is plain numpy and torch, te
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +15,42 @@ import torch
 
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
 from sgl_kernel_ext.gpu.steps import Runner, Step
+from sgl_kernel_ext.gpu.upload import host_tensor, upload
 from sgl_kernel_ext.groups import IntArray, Segment
 
-WORKSPACE_BYTES = 128 * 2**20
+logger = logging.getLogger(__name__)
+
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
+# CTAs per multiprocessor that FlashInfer's planner cuts KV for, and the query rows of its tiles.
+_CTAS, _TILE_ROWS, _WIDE_TILE_ROWS = 2, 128, 64
+
+
+def plan_bytes(shape: AttentionShape, multiprocessors: int) -> int:
+    """The most float workspace that one plan of FlashInfer's paged prefill asks for.
+
+    It cuts the KV only where that makes at most `_CTAS` tiles per multiprocessor, over all KV
+    heads; each tile then holds float32 partial outputs and their log sums for the query heads
+    (`PrefillPlanImpl` in its scheduler.cuh, 0.6 and 0.7).
+    """
+    tiles = _CTAS * multiprocessors // shape.kv_heads
+    rows = _TILE_ROWS if shape.head_dim < 256 else _WIDE_TILE_ROWS
+    # Both arrays are aligned to 16 bytes.
+    return shape.heads * tiles * rows * (shape.head_dim + 1) * 4 + 32
 
 
 @dataclass(frozen=True)
 class Level:
-    """One stretch of KV for each group of neighbouring query rows, in FlashInfer's CSR form."""
+    """One stretch of KV for each group of neighbouring query rows, in FlashInfer's CSR form.
 
-    query_indptr: torch.Tensor  # [groups + 1], int32
-    kv_indptr: torch.Tensor  # [groups + 1], int32
-    kv_indices: torch.Tensor  # [kv_indptr[-1]], int32: slots
-    last_page_len: torch.Tensor  # [groups], int32: 1, for pages of one slot
+    What FlashInfer reads on the host to plan stays there: on the device it would be copied back,
+    and the host would wait.
+    """
+
+    query_indptr: torch.Tensor  # [groups + 1], int32, on the host
+    kv_indptr: torch.Tensor  # [groups + 1], int32, on the host
+    kv_indices: torch.Tensor  # [kv_indptr[-1]], int32, on the device: slots
+    last_page_len: torch.Tensor  # [groups], int32, on the host: 1, for pages of one slot
 
 
 def level(
@@ -39,24 +61,58 @@ def level(
     queries: IntArray,
 ) -> Level:
     """The level in which group i has `queries[i]` rows and KV positions [begins[i], ends[i])."""
+    device = slot_table.device
     lens = ends - begins
-    starts = np.cumsum(lens) - lens
-    rows = torch.from_numpy(np.repeat(table_rows, lens)).to(slot_table.device)
-    positions = np.arange(int(lens.sum())) + np.repeat(begins - starts, lens)
-    columns = torch.from_numpy(positions).to(slot_table.device)
+    total = int(lens.sum())
+    rows, shifts, repeats = upload([table_rows, begins - (np.cumsum(lens) - lens), lens], device)
+    # The size is told, or PyTorch would ask the device for it.
+    group = torch.repeat_interleave(repeats, output_size=total)
+    positions = torch.arange(total, dtype=torch.int32, device=device) + shifts[group]
 
     def indptr(counts: IntArray) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        return host_tensor(np.concatenate([[0], np.cumsum(counts)]), device)
 
     return Level(
         query_indptr=indptr(queries),
         kv_indptr=indptr(lens),
-        kv_indices=slot_table[rows, columns].to(torch.int32),
-        last_page_len=torch.ones(len(lens), dtype=torch.int32),
+        kv_indices=slot_table[rows[group], positions].to(torch.int32),
+        last_page_len=host_tensor(np.ones(len(lens)), device),
     )
 
 
-def cascade_levels(step: Step) -> tuple[IntArray, Level, Level] | None:
+def cascade_groups(step: Step) -> list[Segment]:
+    """Prefixes from position 0, each read once for its members, that save the most reads.
+
+    A cascade of two levels has one prefix per request, where prefixes may lie within each other:
+    a node is taken whole, or the best of what is below it.
+    """
+    shared = [s for s in step.segments if len(s.members) > 1]
+    by_member_and_begin: dict[tuple[int, int], list[int]] = {}
+    for number, segment in enumerate(shared):
+        for member in segment.members.tolist():
+            by_member_and_begin.setdefault((member, segment.begin), []).append(number)
+    below = [
+        sorted({n for m in s.members.tolist() for n in by_member_and_begin.get((m, s.end), ())})
+        for s in shared
+    ]
+    saved = [0] * len(shared)
+    for number in reversed(range(len(shared))):  # Parents stand first.
+        segment = shared[number]
+        whole = (len(segment.members) - 1) * segment.end
+        saved[number] = max(whole, sum(saved[child] for child in below[number]))
+    groups = []
+    stack = [n for n, s in enumerate(shared) if s.begin == 0]
+    while stack:
+        number = stack.pop()
+        segment = shared[number]
+        if saved[number] > (len(segment.members) - 1) * segment.end:
+            stack.extend(below[number])
+        else:
+            groups.append(Segment(0, segment.end, segment.members))
+    return groups
+
+
+def cascade_levels(step: Step, groups: list[Segment]) -> tuple[IntArray, Level, Level] | None:
     """Two levels for decodes under shared prefixes, and the order of the query rows in them.
 
     The first level holds each group's shared stretch from position 0, or, for a request without a
@@ -65,7 +121,6 @@ def cascade_levels(step: Step) -> tuple[IntArray, Level, Level] | None:
     batch, decodes = step.batch, step.decodes
     if (batch.kv_lens[decodes] < 2).any():
         return None
-    groups = [s for s in step.segments if s.begin == 0 and len(s.members) > 1]
     grouped = set(np.concatenate([s.members for s in groups]).tolist()) if groups else set()
     alone = [d for d in decodes.tolist() if d not in grouped]
     first = groups + [Segment(0, int(batch.kv_lens[d]) - 1, np.array([d])) for d in alone]
@@ -103,15 +158,34 @@ def mixed_levels(batch: PagedBatch, slot_table: torch.Tensor) -> tuple[int, Leve
 
 
 class FlashInferSteps:
-    """Full attention in half precision; POD attention has no soft cap."""
+    """Full attention in half precision; POD attention has no soft cap.
+
+    A wrapper holds one plan, so each shape of a model's layers has its own; what they write on the
+    way lies in one workspace, because layers run one after the other.
+    """
 
     name = "flashinfer"
 
-    def __init__(self, flashinfer: Any, device: torch.device | str) -> None:
+    def __init__(
+        self, flashinfer: Any, device: torch.device | str, multiprocessors: int = 1
+    ) -> None:
         self.device = torch.device(device)
-        self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
-        self.pod = flashinfer.BatchPODWithPagedKVCacheWrapper(self.workspace, "NHD")
-        self.cascade = flashinfer.MultiLevelCascadeAttentionWrapper(2, self.workspace, "NHD")
+        self._flashinfer, self._multiprocessors = flashinfer, multiprocessors
+        self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._pods: dict[AttentionShape, Any] = {}
+        self._cascades: dict[AttentionShape, Any] = {}
+        self._groups: tuple[Step | None, list[Segment]] = (None, [])
+
+    def saved_tokens(self, step: Step) -> int:
+        """Positions of KV that its kernels need not read: POD reads all, the cascade one level."""
+        if step.is_mixed:
+            return 0
+        return sum((len(s.members) - 1) * s.end for s in self._groups_of(step))
+
+    def _groups_of(self, step: Step) -> list[Segment]:
+        if self._groups[0] is not step:
+            self._groups = (step, cascade_groups(step))
+        return self._groups[1]
 
     def plan(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         if dtype not in DTYPES or shape.head_dim not in HEAD_DIMS or shape.window >= 0:
@@ -120,12 +194,24 @@ class FlashInferSteps:
             return self._plan_mixed(step, shape, dtype) if shape.soft_cap == 0 else None
         return self._plan_cascade(step, shape, dtype)
 
+    def workspace(self, shape: AttentionShape) -> torch.Tensor:
+        """Room for both plans of POD attention, which gives each a half, or for a cascade."""
+        needed = 2 * plan_bytes(shape, self._multiprocessors)
+        if len(self._workspace) < needed:
+            self._workspace = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        return self._workspace
+
     def _plan_mixed(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         levels = mixed_levels(step.batch, step.slot_table)
         if levels is None:
             return None
+        if shape not in self._pods:
+            self._pods[shape] = self._flashinfer.BatchPODWithPagedKVCacheWrapper(
+                self.workspace(shape), "NHD"
+            )
+        pod = self._pods[shape]
         split, prefill, decode = levels
-        self.pod.plan(
+        pod.plan(
             prefill.query_indptr,
             prefill.kv_indptr,
             prefill.kv_indices,
@@ -151,22 +237,27 @@ class FlashInferSteps:
         ) -> None:
             pool = (key_pool[:, None], value_pool[:, None])  # [slots, page of 1, kv_heads, dim]
             query = query.contiguous()
-            output[:split], output[split:] = self.pod.run(
+            output[:split], output[split:] = pod.run(
                 query[:split], pool, query[split:], pool, causal_p=True
             )
 
         return run_layer
 
     def _plan_cascade(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
-        levels = cascade_levels(step)
+        levels = cascade_levels(step, self._groups_of(step))
         if levels is None:
             return None
+        if shape not in self._cascades:
+            self._cascades[shape] = self._flashinfer.MultiLevelCascadeAttentionWrapper(
+                2, self.workspace(shape), "NHD"
+            )
+        cascade = self._cascades[shape]
         members, shared, private = levels
-        self.cascade.plan(
-            [shared.query_indptr.to(self.device), private.query_indptr.to(self.device)],
-            [shared.kv_indptr.to(self.device), private.kv_indptr.to(self.device)],
+        cascade.plan(
+            [shared.query_indptr, private.query_indptr],
+            [shared.kv_indptr, private.kv_indptr],
             [shared.kv_indices, private.kv_indices],
-            [shared.last_page_len.to(self.device), private.last_page_len.to(self.device)],
+            [shared.last_page_len, private.last_page_len],
             shape.heads,
             shape.kv_heads,
             shape.head_dim,
@@ -177,7 +268,7 @@ class FlashInferSteps:
             q_data_type=dtype,
             kv_data_type=dtype,
         )
-        order = torch.from_numpy(step.batch.query_starts[members]).to(self.device)
+        (order,) = upload([step.batch.query_starts[members]], self.device)
 
         def run_layer(
             query: torch.Tensor,
@@ -186,6 +277,6 @@ class FlashInferSteps:
             output: torch.Tensor,
         ) -> None:
             pool = (key_pool[:, None], value_pool[:, None])
-            output[order] = self.cascade.run(query[order], pool)
+            output[order] = cascade.run(query[order], pool)
 
         return run_layer

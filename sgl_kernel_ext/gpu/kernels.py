@@ -9,8 +9,7 @@ the bandwidth that the compute-bound ones leave idle.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import os
 from typing import Any
 
 import triton
@@ -18,21 +17,51 @@ import triton.language as tl
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
+TUNES = os.environ.get("SGL_KERNEL_EXT_TUNE", "1") != "0"
+LOG2_E = tl.constexpr(1.4426950408889634)
 FEW_ROWS = 16  # the smallest tile that tensor cores take
 # Column of the item array that says which tile shape an item needs.
 KIND_NOTHING, KIND_FEW, KIND_MANY = 0, 1, 2
 
 
-def _tuned(few_tiles: Sequence[int], many_tiles: Sequence[int], warps: Sequence[int],
-           stages: Sequence[int]) -> Any:  # fmt: skip
-    """`_items` with candidates for Ampere and Hopper. Each takes seconds to compile, so there are
-    few, and the choice is kept on disk; the interpreter cannot time, and takes the first."""
-    configs = [
-        triton.Config({"FEW_TILE": few, "MANY_TILE": many}, num_warps=w, num_stages=s)
-        for few, many, w, s in itertools.product(few_tiles, many_tiles, warps, stages)
+KINDS = ("decode_only", "prefill_only", "blended")
+# (few tile, many tile, warps, stages) by kind, for heads of up to 128 elements and for wider ones.
+# Each takes seconds to compile, so there are few. All fit Ampere, Hopper and Blackwell and spill
+# less than 1 KB; the stages are those from which on Triton keeps a second tile of keys and values,
+# whose addresses it must load first (test/kernels/candidate_resources.py).
+_CANDIDATES = {
+    ("decode_only", False): [(64, 64, 4, 5), (32, 64, 2, 5), (32, 64, 4, 8), (64, 64, 4, 8)],
+    ("prefill_only", False): [(64, 64, 8, 2), (64, 64, 8, 5), (64, 128, 8, 2)],
+    ("blended", False): [(64, 64, 8, 2), (64, 64, 8, 5), (64, 128, 8, 2)],
+    ("decode_only", True): [(32, 32, 4, 5), (32, 32, 8, 5), (64, 32, 8, 5)],
+    ("prefill_only", True): [(32, 32, 8, 2), (32, 64, 8, 2)],
+    ("blended", True): [(32, 32, 8, 2), (32, 64, 8, 2)],
+}
+
+
+def candidates(kind: str, head_dim: int) -> list[Any]:
+    """The settings that are tried for a kernel, the first one where nothing can be timed."""
+    return [
+        triton.Config({"FEW_TILE": few, "MANY_TILE": many}, num_warps=warps, num_stages=stages)
+        for few, many, warps, stages in _CANDIDATES[kind, head_dim > 128]
     ]
-    key = ["HEADS", "KV_HEADS", "HEAD_DIM", "MANY_ROWS"]
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key, cache_results=True)(_items)
+
+
+def _tuned(kind: str) -> Any:
+    """`_items` under the candidates of its kind. The choice is kept on disk; the interpreter cannot
+    time, and takes the first; so does a run that is told to (`SGL_KERNEL_EXT_TUNE=0`)."""
+
+    def usable(configs: list[Any], named: dict[str, Any], **constants: Any) -> list[Any]:
+        found = candidates(kind, {**named, **constants}["HEAD_DIM"])
+        return found if TUNES else found[:1]
+
+    every = [config for dim in (128, 256) for config in candidates(kind, dim)]
+    return triton.autotune(
+        every[:1] if INTERPRETED else every,
+        ["HEADS", "KV_HEADS", "HEAD_DIM", "MANY_ROWS"],
+        prune_configs_by=None if INTERPRETED else {"early_config_prune": usable},
+        cache_results=True,
+    )(_items)
 
 
 @triton.jit
@@ -113,16 +142,17 @@ def _attend(  # type: ignore[no-untyped-def]
             mask=there[None, :] & in_head[:, None],
             other=0.0,
         )
-        scores = _dot(q, k, UPCAST) * scale
+        # Powers of two, which is what the hardware computes.
+        scores = _dot(q, k, UPCAST) * (scale * LOG2_E)
         if soft_cap > 0:
-            scores = soft_cap * _tanh(scores / soft_cap)
+            scores = (soft_cap * LOG2_E) * _tanh(scores / (soft_cap * LOG2_E))
         seen = there[None, :] & (position[None, :] < visible[:, None])
         if window >= 0:
             seen = seen & (position[None, :] >= visible[:, None] - 1 - window)
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.maximum(maximum, tl.max(scores, 1))
-        shrink = tl.exp(maximum - top)
-        weights = tl.exp(scores - top[:, None])
+        shrink = tl.exp2(maximum - top)
+        weights = tl.exp2(scores - top[:, None])
         total = total * shrink + tl.sum(weights, 1)
         maximum = top
         v = tl.load(
@@ -197,9 +227,7 @@ def _items(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-decode_only = _tuned((64, 128), (64,), warps=(2, 4), stages=(2, 3, 4))
-prefill_only = _tuned((64,), (64, 128), warps=(4, 8), stages=(2, 3))
-blended = _tuned((64,), (64, 128), warps=(4, 8), stages=(2, 3))
+decode_only, prefill_only, blended = map(_tuned, KINDS)
 
 
 @triton.jit
@@ -213,7 +241,7 @@ def merge(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Join the partial results of one query token and head by the log-sum-exp rule."""
+    """Join the partial results of one query token and head by the log-sum-exp rule, base 2."""
     number = tl.program_id(0)
     head = tl.program_id(1)
     begin = tl.load(merge_begin + number)
@@ -227,7 +255,7 @@ def merge(  # type: ignore[no-untyped-def]
     for _ in range(begin, end):
         part_maximum = tl.load(partial_stats + at * 2)
         top = tl.maximum(maximum, part_maximum)
-        old, new = tl.exp(maximum - top), tl.exp(part_maximum - top)
+        old, new = tl.exp2(maximum - top), tl.exp2(part_maximum - top)
         values = tl.load(partials + at * HEAD_DIM + dims, mask=in_head, other=0.0)
         gathered = gathered * old + values * new
         total = total * old + tl.load(partial_stats + at * 2 + 1) * new

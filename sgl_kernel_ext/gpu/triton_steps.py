@@ -15,11 +15,13 @@ class TritonSteps:
 
     name = "triton"
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, multiprocessors: int = 1) -> None:
         self.device = torch.device(device)
-        self.workers = 1
-        if self.device.type == "cuda":
-            self.workers = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.workers = multiprocessors
+
+    def saved_tokens(self, step: Step) -> int:
+        """Prefixes of any depth are read once."""
+        return step.saved_tokens
 
     def plan(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Runner | None:
         if dtype not in DTYPES or shape.group > many_rows(shape):

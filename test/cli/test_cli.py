@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from blendserve import __version__
 from blendserve.cli import front, main, serve
@@ -69,8 +70,8 @@ def test_no_command_prints_the_usage_and_fails(capsys):
     [
         ("sevre", "Did you mean 'serve'?"),
         ("run_batch", "Did you mean 'run-batch'?"),
-        ("benchmark", "Known: plan, run-batch, serve, simulate, trace."),
-        ("--verison", "Known: plan, run-batch, serve, simulate, trace."),
+        ("benchmark", "Known: doctor, plan, run-batch, serve, simulate, trace."),
+        ("--verison", "Known: doctor, plan, run-batch, serve, simulate, trace."),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_nearest_one(capsys, word, hint):
@@ -141,7 +142,7 @@ def test_a_flag_without_its_value_is_refused(capsys, machine):
     [
         (["--sample-fraction", "7"], "sample_fraction = '7': "),
         (["--max-batch-lines", "many"], "max_batch_lines = 'many': "),
-        (["--hardware", "h100"], "hardware = 'h100': "),
+        (["--hardware", "h100-81g-sxm"], "hardware = 'h100-81g-sxm': "),
     ],
 )
 def test_a_bad_setting_ends_serve_with_its_name_and_value(capsys, machine, argv, message):
@@ -243,6 +244,25 @@ def test_prefill_and_decode_share_steps_on_a_gpu_only(machine):
     machine(False)
     assert "--enable-mixed-chunk" not in serve.prepare([])[1]
     assert value_of(serve.prepare([])[1], "--device") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "dtype"),
+    [
+        (False, False, "float32"),
+        (True, False, "bfloat16"),
+        (False, True, "bfloat16"),
+        (True, True, "bfloat16"),
+    ],
+)
+def test_a_cpu_computes_in_the_type_that_it_has_units_for(
+    machine, monkeypatch, avx512_bf16, amx, dtype
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert value_of(serve.prepare([])[1], "--dtype") == dtype
+    machine(True)
+    assert "--dtype" not in serve.prepare([])[1]
 
 
 @pytest.mark.parametrize("flag", ["--schedule-policy", "--max-total-tokens", "--dtype"])

@@ -71,6 +71,8 @@ def test_json_is_one_object_with_the_promised_keys(capsys, token_file):
         "sharing",
         "density",
         "predicted_seconds",
+        "predicted_world",
+        "costs",
         "plan_seconds",
     ]
     assert list(found["sharing"]) == ["best", "random", "planned"]
@@ -80,7 +82,8 @@ def test_json_is_one_object_with_the_promised_keys(capsys, token_file):
     assert found["prompt_tokens"] == 60 * 502 + 12 * 50
     assert found["unique_tokens"] == 500 + 60 * 2 + 12 * 50
     assert found["sharing"]["best"] == pytest.approx(59 * 500 / (60 * 502 + 12 * 50))
-    assert found["predicted_seconds"]["bound"] <= found["predicted_seconds"]["blend"]
+    seconds = found["predicted_seconds"]
+    assert seconds["bound"] <= seconds["blend"] * (1 + 1e-9)
 
 
 def test_scoring_alone_has_no_density_and_the_json_is_still_json(capsys, tmp_path):
@@ -300,7 +303,7 @@ def test_wrong_input_is_refused_with_a_remedy(capsys, tmp_path, token_file):
         (["-i", text, *ON_A100], 1, "known here by its sizes only: name a folder with"),
         (["-i", text, *ON_A100, "--tokenizer", tmp_path], 1, "has no tokenizer.json"),
         (["-i", token_file, "--model-spec", missing, "--hardware", "l40s"], 2, "no such file"),
-        (["-i", token_file, *ON_A100[:3], "a100"], 2, "did you mean 'a100-80g-sxm'?"),
+        (["-i", token_file, *ON_A100[:3], "a100-80g-sxn"], 2, "did you mean 'a100-80g-sxm'?"),
         (["-i", token_file, *ON_A100[:3], "x.json"], 2, "x.json: No such file or directory"),
         (["-i", token_file, "--model-spec", "llama-3.1-70b", *ON_A100[2:]], 1, "--tp"),
         (["-i", token_file, *ON_A100, "--order", token_file], 1, "must be different files"),
@@ -316,11 +319,14 @@ def test_wrong_input_is_refused_with_a_remedy(capsys, tmp_path, token_file):
 
 def test_measured_ceilings_change_what_is_predicted(capsys, token_file, tmp_path):
     figures = tmp_path / "measured.json"
-    figures.write_text('{"base": "a100-80g-sxm", "compute_flops": 3.12e13, "source": "a test"}')
-    promised = json.loads(plan(capsys, "-i", token_file, *ON_A100, "--json")[1])
-    status, out, _ = plan(capsys, "-i", token_file, *ON_A100[:3], figures, "--json")
-    assert status == 0
-    assert json.loads(out)["density"]["job"] == pytest.approx(10 * promised["density"]["job"])
+    found = []
+    for flops in (2.5e14, 2.5e13):
+        figures.write_text(f'{{"base": "a100", "compute_flops": {flops}, "source": "a test"}}')
+        status, out, _ = plan(capsys, "-i", token_file, *ON_A100[:3], figures, "--json")
+        assert status == 0
+        found.append(json.loads(out)["density"]["job"])
+    # Norms and activations wait for the memory, which is the same.
+    assert 8 < found[1] / found[0] < 10
 
 
 def test_a_quantised_cache_halves_the_memory_traffic(capsys, token_file):

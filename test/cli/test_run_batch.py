@@ -333,6 +333,9 @@ def test_a_foreign_model_is_named_before_one_is_loaded(capsys, engine, files):
 )
 def test_a_model_that_may_be_served_is_left_to_the_engine(engine, files, flags):
     (files / "in.jsonl").write_text(json.dumps(FOREIGN) + "\n")
+    if "--config" in flags:
+        flags = ["--config", str(files / "server.yaml")]
+        (files / "server.yaml").write_text("served-model-name: gpt-4o\n")
     assert run(files, *flags) == 3
     assert len(engine) == 1
 

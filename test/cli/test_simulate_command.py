@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_json_has_one_object_per_policy(job: Path, capsys: pytest.CaptureFixture
     assert main([*BASE, "--workload", str(job), "--policy", "all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [run["policy"] for run in found][:3] == ["fcfs", "random", "dfs"]
-    assert len(found) == 8
+    assert len(found) == 10
     for run in found:
         assert list(run) == KEYS
         assert run["requests"] == 30
@@ -59,6 +60,61 @@ def test_a_table_of_lengths_is_a_workload(
     assert main([*BASE, "--workload", str(path), "--plot", str(picture)]) == 0
     assert "2 requests, 421 tokens" in capsys.readouterr().out
     assert picture.stat().st_size > 5_000
+
+
+def test_limits_are_what_a_user_gave(tmp_path: Path) -> None:
+    from blendserve.cli.workload_file import read_workload
+
+    path = tmp_path / "job.jsonl"
+    lines = [
+        {"id": "a", "input_ids": [1, 2], "output_len": 5, "max_tokens": 40},
+        {"id": "b", "input_ids": [3], "output_len": 50, "max_tokens": 20},
+        {"id": "c", "input_ids": [4], "output_len": 7},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workload = read_workload(path, 1_000)
+    assert workload.output_tokens.tolist() == [5, 20, 7]
+    assert workload.max_output_tokens.tolist() == [40, 20, 98_304]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--hardware", "missing.json"], 2, "missing.json: No such file"),
+        (["--hardware", "h101"], 2, "did you mean 'h100'"),
+        (["--requests", "1"], 1, "1 requests are too few"),
+    ],
+)
+def test_no_traceback(
+    arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*BASE, "--workload", "trace2", *arguments]) == status
+    assert says in capsys.readouterr().err
+
+
+def test_empty_prompts_share_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.jsonl"
+    path.write_text('{"id": "a", "input_ids": [], "output_len": 3}\n')
+    assert main([*BASE, "--workload", str(path), "--policy", "dfs", "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    assert run["sharing"] == 0
+
+
+def test_ranks_keep_copies_of_kv_heads_in_simulate_as_in_plan(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 16 ranks eight KV heads are kept twice: half of the tokens that sixteen devices have."""
+    from blendserve.cli.engine_flags import add_engine_flags, engine_of
+
+    capacities = []
+    for ranks in ("8", "16"):
+        parser = argparse.ArgumentParser()
+        add_engine_flags(parser)
+        flags = ["--model-spec", "llama-3.1-70b", "--hardware", "a100", "--tp", ranks]
+        capacities.append(engine_of(parser.parse_args([*flags, "--page-size", "64"]))[1])
+    weights, layer = 2 * 70_553_706_496, 8 * 128 * 2 * 2 * 80
+    expected = [(8 * 72e9 - weights) / layer, (16 * 72e9 - weights) / layer / 2]
+    assert capacities == [int(tokens) // 64 * 64 for tokens in expected]
 
 
 def test_a_named_workload_on_two_replicas(

@@ -66,9 +66,9 @@ def test_run_batch_answers_a_file_and_reports_failed_lines(model: str, tmp_path:
 
 
 def test_an_unknown_flag_names_the_nearest_one() -> None:
-    run = blendserve("serve", "--max-total-token", "100")
+    run = blendserve("serve", "--max-total-tokenz", "100")
     assert run.returncode == 2
-    assert "unknown flag --max-total-token; did you mean --max-total-tokens?" in run.stderr
+    assert "unknown flag --max-total-tokenz; did you mean --max-total-tokens?" in run.stderr
 
 
 def test_a_model_folder_without_config_is_refused(tmp_path: Path) -> None:

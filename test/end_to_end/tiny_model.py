@@ -19,7 +19,7 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 64, 3, 4, 2, 128
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, seed: int = 0) -> Path:
     """Write the model into a folder, in Hugging Face form, and return the folder."""
     source = Path(resolve_model_path("smollm2-135m"))
     config = json.loads((source / "config.json").read_text())
@@ -38,12 +38,12 @@ def build(folder: Path) -> Path:
             shutil.copy(source / name, folder / name)
     for template in source.glob("*.jinja"):
         shutil.copy(template, folder / template.name)
-    save_file(_weights(config["vocab_size"]), folder / "model.safetensors", {"format": "pt"})
+    save_file(_weights(config["vocab_size"], seed), folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def _weights(vocab_size: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _weights(vocab_size: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         # Wide enough that attention looks at more than the last token.

@@ -86,11 +86,11 @@ class FakeCascade:
         return sum(w * out for w, (out, _) in zip(weights, both, strict=True)).to(query.dtype)
 
 
-def flashinfer_steps() -> FlashInferSteps:
+def flashinfer_steps(multiprocessors: int = 1) -> FlashInferSteps:
     module = SimpleNamespace(
         BatchPODWithPagedKVCacheWrapper=FakePod, MultiLevelCascadeAttentionWrapper=FakeCascade
     )
-    return FlashInferSteps(module, "cpu")
+    return FlashInferSteps(module, "cpu", multiprocessors)
 
 
 def bfloat_case(kv_lens: list[int], query_lens: list[int], shared: list[int]) -> tuple[Case, Step]:
@@ -171,18 +171,19 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeSGLangBackend:
-    """What BlendedSteps stands in front of: answers with its own name."""
+    """What BlendedSteps stands in front of: answers with its own name, if it has planned."""
 
     def __init__(self, model_runner: Any) -> None:
-        pass
+        self.plans: list[Any] = []
 
-    def init_forward_metadata(self, forward_batch: Any) -> None: ...
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.plans.append(forward_batch)
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: Any, in_capture: bool = False
-    ) -> None: ...
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self.plans.append(forward_batch)
 
-    def forward_extend(self, *args: Any, **kwargs: Any) -> str:
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, **_: Any) -> str:
+        assert self.plans[-1] is batch
         return "sglang"
 
     forward_decode = forward_extend
@@ -191,17 +192,23 @@ class FakeSGLangBackend:
 class FakeKernels:
     name = "fake"
 
+    def saved_tokens(self, step: Step) -> int:
+        return step.saved_tokens
+
     def plan(self, step: Step, shape: AttentionShape, dtype: torch.dtype) -> Any:
         return lambda query, key_pool, value_pool, output: output.fill_(7.0)
 
 
 class Backend(BlendedSteps, FakeSGLangBackend):
-    pass
+    def __init__(self, model_runner: Any, takes_mixed: bool = True) -> None:
+        super().__init__(model_runner)
+        self.blend_init(model_runner, steps.Planner([FakeKernels()]), takes_mixed)
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_gpu, "choose_kernels", lambda device: ([FakeKernels()], "a test"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(
         attention_gpu,
         "cost_model_of",
@@ -209,18 +216,37 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+class FakePool:
+    """SGLang's KV pool of one layer."""
+
+    def __init__(self, slots: int = 500, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.keys, self.values = (torch.zeros(slots, 2, 64).to(dtype) for _ in "kv")
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.keys
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.values
+
+    def set_kv_buffer(self, layer: Any, loc: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.keys[loc], self.values[loc] = k, v
+
+
 def runner(**extra: Any) -> SimpleNamespace:
-    pool = torch.zeros(500, 2, 64)
-    return SimpleNamespace(
-        device="cpu",
-        token_to_kv_pool=SimpleNamespace(
-            get_key_buffer=lambda _: pool, get_value_buffer=lambda _: pool
+    described: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": torch.float32,
+        "token_to_kv_pool": FakePool(),
+        "req_to_token_pool": SimpleNamespace(req_to_token=torch.zeros(2, 200, dtype=torch.int32)),
+        "model_config": SimpleNamespace(
+            num_hidden_layers=32, num_attention_heads=6, head_dim=64,
+            get_num_kv_heads=lambda ranks: 2 // ranks,
         ),
-        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(2, 200, dtype=torch.int32)),
-        model_config=SimpleNamespace(num_hidden_layers=32),
-        server_args=SimpleNamespace(tp_size=1, enable_dp_attention=False),
-        **extra,
-    )
+        "server_args": SimpleNamespace(tp_size=1, dp_size=1, enable_dp_attention=False),
+        "use_mla_backend": False,
+    }  # fmt: skip
+    return SimpleNamespace(**{**described, **extra})
 
 
 def batch_of(
@@ -247,7 +273,13 @@ def batch_of(
 
 
 def forward(
-    mode: str, *, shared: int = 100, known: bool = True, graph: bool = False, **layer: Any
+    mode: str,
+    *,
+    shared: int = 100,
+    known: bool = True,
+    graph: bool = False,
+    rows: int | None = None,
+    **layer: Any,
 ) -> Any:
     backend = Backend(runner())
     query_lens = {"decode": [1, 1], "mixed": [5, 1], "extend": [5, 4]}[mode]
@@ -260,7 +292,7 @@ def forward(
         "v_head_dim": 64, "scaling": 0.125, "logit_cap": 0.0, "sliding_window_size": -1,
         "is_cross_attention": False, "attn_type": "decoder", **layer,
     }  # fmt: skip
-    tokens = sum(query_lens)
+    tokens = rows or sum(query_lens)
     q, k = torch.zeros(tokens, 6 * 64), torch.ones(tokens, 2 * 64)
     method = backend.forward_decode if mode == "decode" else backend.forward_extend
     return method(q, k, k, SimpleNamespace(**described), batch)
@@ -281,6 +313,7 @@ def test_steps_that_gain_are_taken_over(mode: str) -> None:
         ("mixed", {"v_head_dim": 32}),
         ("mixed", {"is_cross_attention": True}),
         ("mixed", {"attn_type": "encoder_only"}),
+        ("mixed", {"rows": 8}),  # SGLang has padded the step
     ],
 )
 def test_everything_else_is_sglangs(mode: str, options: dict[str, Any]) -> None:
@@ -319,19 +352,3 @@ def test_sglang_has_the_method_that_decides_about_graphs() -> None:
     ]
     assert len(found) == 1
     assert list(inspect.signature(found[0]).parameters)[:2] == ["self", "forward_batch"]
-
-
-def test_under_flashinfer_each_backend_gets_the_workspace_that_sglang_means_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """PD multiplexing runs two backends at once; one workspace for both would be overwritten."""
-    from sglang.srt.layers.attention import flashinfer_backend
-
-    class Parent:
-        def __init__(self, runner: Any, init_new_workspace: bool = False) -> None:
-            self.own_workspace = init_new_workspace
-
-    monkeypatch.setattr(flashinfer_backend, "FlashInferAttnBackend", Parent, raising=False)
-    monkeypatch.setattr(attention_gpu.importlib.util, "find_spec", lambda name: object())
-    for own in (True, False):
-        assert attention_gpu.make_backend(runner(init_new_workspace=own)).own_workspace is own

@@ -1,4 +1,5 @@
-"""The Triton kernels compile for Ampere and Hopper, which needs no GPU, only Triton's compiler."""
+"""The Triton kernels compile for GPUs, which needs none, only Triton's compiler; some of what is
+tried there, all of it in `make test-candidates`."""
 
 from __future__ import annotations
 
@@ -33,24 +34,49 @@ def compile_kernel(
     )
 
 
-@pytest.mark.skipif(kernels.INTERPRETED, reason="the interpreter replaces the compiler")
+compiled = pytest.mark.skipif(kernels.INTERPRETED, reason="the interpreter replaces the compiler")
+
+
+@compiled
 @pytest.mark.parametrize(
-    ("capability", "element", "head_dim"),
-    [(80, "bf16", 64), (90, "bf16", 128), (90, "fp16", 256)],
+    ("kind", "head_dim", "arch", "number"),
+    [
+        ("decode_only", 128, 90, 0),
+        ("decode_only", 256, 80, 0),
+        ("blended", 128, 80, 0),
+    ],
 )
-def test_the_kernels_compile(capability: int, element: str, head_dim: int) -> None:
-    shape = {"HEADS": 32, "HEAD_DIM": head_dim, "WIDTH": head_dim}
-    compile_kernel(
-        kernels.blended.fn,
-        element,
-        capability,
-        KV_HEADS=8,
-        UPCAST=False,
-        HAS_FEW=True,
-        HAS_MANY=True,
-        MANY_ROWS=64 if head_dim > 128 else 128,
-        FEW_TILE=64,
-        MANY_TILE=32 if head_dim > 128 else 64,
-        **shape,
-    )
-    compile_kernel(kernels.merge, element, capability, **shape)
+def test_a_candidate_fits_spills_little_and_pipelines(
+    kind: str, head_dim: int, arch: int, number: int
+) -> None:
+    from candidate_resources import resources
+
+    found = resources(kind, head_dim, arch, kernels.candidates(kind, head_dim)[number])
+    assert found.faults() == []
+
+
+@compiled
+@pytest.mark.parametrize(("capability", "element"), [(80, "bf16"), (90, "fp16")])
+def test_the_merge_compiles(capability: int, element: str) -> None:
+    compile_kernel(kernels.merge, element, capability, HEADS=32, HEAD_DIM=128, WIDTH=128)
+
+
+def test_few_candidates_are_tried_and_none_twice() -> None:
+    for kind in kernels.KINDS:
+        for head_dim in (64, 128, 256):
+            tried = [(c.kwargs, c.num_warps, c.num_stages) for c in
+                     kernels.candidates(kind, head_dim)]  # fmt: skip
+            assert 1 <= len(tried) <= 4
+            assert all(tried.count(one) == 1 for one in tried)
+
+
+@compiled
+def test_only_the_candidates_of_a_head_size_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    prune = kernels.blended.early_config_prune
+    for head_dim in (128, 256):
+        found = prune(kernels.blended.configs, {}, HEAD_DIM=head_dim)
+        assert [c.kwargs for c in found] == [
+            c.kwargs for c in kernels.candidates("blended", head_dim)
+        ]
+    monkeypatch.setattr(kernels, "TUNES", False)
+    assert len(prune(kernels.blended.configs, {}, HEAD_DIM=128)) == 1

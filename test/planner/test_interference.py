@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendserve.planner import INTERFERENCE, StepPace, best_split, separate_parts
+from blendserve.planner import INTERFERENCE, StepPace, best_split, linear_costs, separate_parts
 
 SPLITS = [(108 - decode, decode) for decode in range(4, 108, 4)]
-PACE = StepPace(token_seconds=2.0, context_seconds=0.5, weight_seconds=100.0, chunk_tokens=0)
+PACE = StepPace(linear_costs(2.0, 0.0, 0.5, 100.0), chunk_tokens=0)
 seconds = st.floats(0.001, 1000)
 
 

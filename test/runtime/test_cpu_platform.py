@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 from blendserve.runtime import cpu_platform
 
 REPLACED = ("sgl_kernel", "torchvision")
+VARIABLES = (
+    *("SGLANG_USE_CPU_ENGINE", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"),
+    *("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,7 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delattr(torch, "npu", raising=False)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with mock.patch.dict(os.environ):
-        for variable in ("SGLANG_USE_CPU_ENGINE", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"):
+        for variable in VARIABLES:
             os.environ.pop(variable, None)
         loaded = {name: sys.modules.pop(name, None) for name in REPLACED}
         yield
@@ -107,6 +111,18 @@ def test_variables_that_the_user_set_are_kept(monkeypatch):
     assert (os.environ["TORCHDYNAMO_DISABLE"], os.environ["OMP_NUM_THREADS"]) == ("0", "7")
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_openmp_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch, given, spins):
+    monkeypatch.setattr(cpu_platform, "_install_sgl_kernel", lambda: None)
+    monkeypatch.setattr(cpu_platform, "_install_torchvision", lambda: None)
+    os.environ.update(given)
+    cpu_platform.activate()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_package_that_is_there_is_left_alone(name):
     real = sys.modules[name] = ModuleType(name)
@@ -121,6 +137,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cpu_platform, "_is_installed", lambda name: False)
     cpu_platform._install_sgl_kernel()
     return importlib.import_module("sgl_kernel")
+
+
+def test_a_cuda_build_that_the_driver_is_missing_for_is_stood_in_for(tmp_path, monkeypatch):
+    """After an installation for a GPU, on a machine without one."""
+    package = tmp_path / "sgl_kernel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libcuda.so.1: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sgl_kernel", raising=False)
+    cpu_platform._install_sgl_kernel()
+    kernel = importlib.import_module("sgl_kernel").assign_req_to_token_pool_cpu
+    assert kernel is cpu_platform.assign_req_to_token_pool_cpu
 
 
 @pytest.mark.parametrize("name", cpu_platform._UNSUPPORTED_KERNELS)

@@ -127,6 +127,34 @@ def test_a_missing_function_is_named(path):
     assert difference.startswith(f"{path} is missing")
 
 
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("raise ImportError('libcuda.so.1: cannot open shared object file')", "libcuda.so.1"),
+        ("import a_package_that_is_not_there", "a_package_that_is_not_there"),
+        ("raise OSError('undefined symbol: cuInit')", "undefined symbol"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_with_its_own_error(
+    tmp_path, monkeypatch, source, cause
+):
+    """Not as a difference of SGLang's: the driver may be missing."""
+    package = tmp_path / "broken_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "scheduler.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("broken_engine", "broken_engine.scheduler"):
+        sys.modules.pop(name, None)
+    with pytest.raises(UnsupportedSGLang) as refusal:
+        guard.check_sglang({"broken_engine.scheduler.Scheduler.run": ("self",)}, version="0.5.20")
+    message = str(refusal.value)
+    assert "broken_engine.scheduler cannot be imported here" in message
+    assert cause in message
+    assert "nvidia-smi" in message
+    assert "Reinstall" not in message
+
+
 def test_a_refusal_lists_every_difference_and_how_to_go_on():
     expected = {ABORT: ("self",), "fake_engine.Scheduler.gone": ("self",)}
     with pytest.raises(UnsupportedSGLang) as refusal:
@@ -274,7 +302,7 @@ def test_an_unsupported_sglang_ends_the_process_with_the_message(registered, mon
         ("BLENDSERVE_ENABLED", "maybe", "enabled = 'maybe'"),
         ("BLENDSERVE_SAMPLE_FRACTION", "2", "sample_fraction = '2'"),
         ("BLENDSERVE_ENABLE", "1", "Did you mean 'enabled'?"),
-        ("BLENDSERVE_HARDWARE", "h100", "did you mean 'h100-80g-sxm'?"),
+        ("BLENDSERVE_HARDWARE", "h100-81g-sxm", "did you mean 'h100-80g-sxm'?"),
         ("BLENDSERVE_CONFIG", "no-such.toml", "no-such.toml, which is not a file"),
     ],
 )

@@ -14,12 +14,12 @@ import pytest
 from bare_scheduler import FIRST_TOKEN, KV_TOKENS, VOCABULARY, BareScheduler, the_scheduler
 from sglang.srt.multiplex import multiplexing_mixin, pdmux_context
 
-from blendserve.planner import Side, StepPace, best_split, separate_parts
+from blendserve.planner import Side, StepPace, best_split, linear_costs, separate_parts
 from blendserve.runtime.plan_tag import PlanTag
 
 # As for a GPU of 108 multiprocessors; the first and the last are those of one part alone.
 SM_COUNTS = [(108, 0), (88, 20), (76, 32), (54, 54), (32, 76), (0, 108)]
-PACE = StepPace(token_seconds=1.0, context_seconds=1 / 30, weight_seconds=2.0, chunk_tokens=0)
+PACE = StepPace(linear_costs(1.0, 0.0, 1 / 30, 2.0), chunk_tokens=0)
 
 
 class JobDone(Exception):

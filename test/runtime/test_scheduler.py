@@ -21,7 +21,7 @@ from bare_scheduler import (
     the_scheduler,
 )
 
-from blendserve.planner import Side, StepPace
+from blendserve.planner import Side, StepPace, linear_costs
 from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.step_pacer import StepPacer
 from blendserve.runtime.trace import StepTrace, TraceStep
@@ -140,7 +140,7 @@ def test_with_known_lengths_the_pool_is_filled_and_nobody_loses_memory(
 
 
 # Steps of this model balance where the decodes' contexts, 3,000 tokens, meet 100 prompt tokens.
-PACE = StepPace(token_seconds=1.0, context_seconds=1 / 30, weight_seconds=20.0, chunk_tokens=CHUNK)
+PACE = StepPace(linear_costs(1.0, 0.0, 1 / 30, 20.0), CHUNK)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -151,7 +151,7 @@ def test_mixed_steps_carry_the_prefill_that_their_decodes_balance(
     lengths = {request.rid: request.length for side in Side for request in job[side]}
     seconds: dict[str, float] = {}
     monkeypatch.setattr(live, "is_mixed_chunk", True)
-    for name, pacer in (("paced", StepPacer(PACE, multiple=1)), ("as SGLang does", None)):
+    for name, pacer in (("paced", StepPacer(PACE)), ("as SGLang does", None)):
         monkeypatch.setattr(live, "blend_pacer", pacer)
         taken = 0.0
 
@@ -162,7 +162,7 @@ def test_mixed_steps_carry_the_prefill_that_their_decodes_balance(
             type(live).process_batch_result(live, batch, result)
             tokens = report.prefill_tokens + report.decode_tokens - before
             assert tokens <= CHUNK
-            compute = max(tokens * PACE.token_seconds, PACE.weight_seconds)
+            compute = PACE.costs.token_seconds(tokens)
             taken += max(compute, contexts * PACE.context_seconds)
 
         monkeypatch.setattr(live, "process_batch_result", process)

@@ -1,5 +1,6 @@
 """docs/paper.md is what the committed results give."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def paper(monkeypatch):
     for module in (sections_main, sections_more):
         monkeypatch.setattr(module, "save", lambda _, name: f"![{name}](paper/{name}.png)\n")
     yield paper
-    for name in ("paper", "page", "sections_main", "sections_more"):
+    for name in ("paper", "page", "sections_main", "sections_more", "sections_worlds"):
         sys.modules.pop(name, None)
 
 
@@ -30,3 +31,21 @@ def test_the_page_is_what_the_results_give(paper):
 
 def test_the_table_of_kept_sharing_is_what_the_results_give(paper):
     assert paper.PLANNER_PAGE.read_text() == paper.planner_page()
+
+
+def test_the_readme_quotes_the_range_over_seeds() -> None:
+    path = ROOT / "benchmark" / "results" / "simulator" / "worlds.json"
+    runs = [
+        run
+        for run in json.loads(path.read_text())["runs"]
+        if (run["chip"], run["workload"], run["terms"]) == ("a100", "trace2", "nothing")
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for overlap in ("sequential", "interference"):
+        seconds = {
+            (run["policy"], run["seed"]): run["seconds"]
+            for run in runs
+            if run["overlap"] == overlap
+        }
+        gains = [seconds["dfs", seed] / seconds["blend", seed] for seed in range(5)]
+        assert f"{min(gains):.2f} to {max(gains):.2f} times" in readme

@@ -112,7 +112,7 @@ def test_a_common_prefix_is_read_once_a_step_where_decode_shares_it():
     # The others wait a step for the prefix, so the first is alone at first, and they at last.
     read_again = ((requests - 1) * (steps - 1) + requests - 2) * len(prefix)
     saved = apart.memory_seconds - shared.memory_seconds
-    assert saved == pytest.approx(read_again * setting().step_costs.context_seconds)
+    assert saved == pytest.approx(read_again * setting().step_costs.rates.context)
 
 
 @pytest.mark.parametrize("shared_memory", [False, True])

@@ -11,9 +11,11 @@ from blendserve.simulator.engine import Engine
 from blendserve.simulator.kv_cache import KVCache
 from blendserve.simulator.lengths import LengthBook
 from blendserve.simulator.orders import OrderScheduler
-from blendserve.simulator.step_time import Overlap, OverlapModel, StepCosts
+from blendserve.simulator.step_time import Overlap, OverlapModel
 
-COSTS = StepCosts.of(LLAMA_ON_A100)
+COSTS = LLAMA_ON_A100.step_costs
+RATES = COSTS.rates
+FLOOR = COSTS.token_seconds(1)
 seconds = st.floats(0, 10)
 
 
@@ -38,22 +40,13 @@ def ids(*counts):
     return [rng.integers(k * 10_000, (k + 1) * 10_000, n) for k, n in enumerate(counts)]
 
 
-def test_the_terms_are_the_cost_models():
-    model, device = LLAMA_ON_A100.model, LLAMA_ON_A100.hardware
-    assert COSTS.token_seconds == pytest.approx(2 * model.params_per_token / device.compute_flops)
-    assert COSTS.pair_seconds == pytest.approx(
-        4 * model.attention_width * model.num_layers / device.compute_flops
-    )
-    assert COSTS.context_seconds == pytest.approx(model.kv_bytes_per_token / 2.039e12)
-    assert COSTS.weight_seconds == pytest.approx(model.weight_bytes / 2.039e12)
-
-
 def test_a_prompt_alone_takes_its_chunks():
     p = 5_000
     totals = run(ids(p), [1])
     assert totals.steps == 3  # Chunks of 2,048 tokens.
-    whole = p * COSTS.token_seconds + p * p * COSTS.pair_seconds
-    assert totals.seconds == [pytest.approx(whole)]
+    chunks = (2_048, 2_048, p - 4_096)
+    whole = sum(COSTS.token_seconds(chunk) for chunk in chunks) + p * p * RATES.pair
+    assert totals.seconds == [pytest.approx(whole + COSTS.sampled_seconds(1))]
     assert totals.memory_seconds == 0
 
 
@@ -62,23 +55,26 @@ def test_a_decode_alone_reads_the_weights_and_its_context_every_step():
     totals = run(ids(p), [d])
     assert totals.steps == d  # One prefill, which gives the first token, then d - 1 decodes.
     contexts = p + np.arange(1, d)
-    memory = contexts.sum() * COSTS.context_seconds
+    memory = contexts.sum() * RATES.context
     assert totals.memory_seconds == pytest.approx(memory)
-    attention = p * p * COSTS.pair_seconds
-    assert totals.seconds == [pytest.approx(d * COSTS.weight_seconds + attention + memory)]
-    assert totals.floor_seconds == pytest.approx(
-        d * COSTS.weight_seconds - (p + d - 1) * COSTS.token_seconds, rel=1e-3
-    )
+    compute = d * (FLOOR + COSTS.sampled_seconds(1)) + p * p * RATES.pair
+    # The norms' weights come through the memory, too; no GEMM has them.
+    assert totals.seconds == [pytest.approx(compute + memory, rel=1e-4)]
+    waiting = d * FLOOR - (p + d - 1) * RATES.token
+    assert totals.floor_seconds == pytest.approx(waiting)
 
 
 def test_requests_that_start_together_share_their_steps():
     totals = run(ids(100, 300, 500), [10, 50, 200])
     assert totals.steps == 200
     contexts = sum((p + np.arange(1, d)).sum() for p, d in ((100, 10), (300, 50), (500, 200)))
-    assert totals.memory_seconds == pytest.approx(contexts * COSTS.context_seconds)
+    assert totals.memory_seconds == pytest.approx(contexts * RATES.context)
     assert totals.decode_tokens == 9 + 49 + 199
-    prefill = 900 * COSTS.token_seconds + (100**2 + 300**2 + 500**2) * COSTS.pair_seconds
-    assert totals.compute_seconds == pytest.approx(prefill + 199 * COSTS.weight_seconds, rel=1e-6)
+    prefill = COSTS.token_seconds(900) + (100**2 + 300**2 + 500**2) * RATES.pair
+    # The weights of the logits are read for three as for one.
+    logits = 200 * COSTS.sampled_seconds(1)
+    decodes = 199 * COSTS.token_seconds(1)
+    assert totals.compute_seconds == pytest.approx(prefill + decodes + logits, rel=1e-6)
 
 
 def test_a_shared_prefix_is_computed_once():

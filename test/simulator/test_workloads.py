@@ -7,7 +7,7 @@ from blendserve.planner import PrefixTree
 from blendserve.simulator import traces
 from blendserve.simulator.bounds import lower_bound
 from blendserve.simulator.exam import exam
-from blendserve.simulator.step_time import Overlap, OverlapModel, StepCosts
+from blendserve.simulator.step_time import Overlap, OverlapModel
 from blendserve.simulator.workloads import (
     GRID_DENSITIES,
     GRID_SHARINGS,
@@ -22,7 +22,7 @@ from blendserve.simulator.workloads import (
 def density_and_sharing(workload):
     tree = workload.job().build_tree()
     ideal = OverlapModel.of(Overlap.IDEAL)
-    bound = lower_bound(tree, workload.output_tokens, StepCosts.of(REFERENCE), ideal)
+    bound = lower_bound(tree, workload.output_tokens, REFERENCE.step_costs, ideal)
     return bound.compute_seconds / bound.memory_seconds, tree.sharing_ratio
 
 

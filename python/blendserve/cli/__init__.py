@@ -16,6 +16,7 @@ commands:
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
   trace       sum up, and draw, what the steps of a server did
+  doctor      say what this machine is, what `serve` would use on it, and what is missing
 
 Every SGLang flag works under its own name with `serve` and `run-batch`.
 `blendserve COMMAND --help` lists all.
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "simulate": _simulate,
         "trace": _trace,
+        "doctor": _doctor,
     }
     command = commands.get(args[0])
     if command is None:
@@ -84,3 +86,9 @@ def _trace(argv: list[str]) -> int:
     from blendserve.cli.trace import main as trace
 
     return trace(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from blendserve.cli.doctor import main as doctor
+
+    return doctor(argv)

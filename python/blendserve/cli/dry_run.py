@@ -12,6 +12,7 @@ from blendserve.batch.lines import iter_lines
 from blendserve.cli import plan
 from blendserve.cli.batch_input import InputError, path_of, spool
 from blendserve.cli.input_check import CheckedInput
+from blendserve.cli.stock_flags import read
 
 
 def dry_run(
@@ -35,7 +36,7 @@ def dry_run(
     parser.add_argument("--dp-size", "--data-parallel-size", "--dp", default="1")
     parser.add_argument("--max-total-tokens")
     parser.add_argument("--sample-fraction")
-    known, _ = parser.parse_known_args(list(server_flags))
+    known, _ = read(parser, server_flags)
     if len(checked.refused) == checked.total:
         raise InputError("no line of the file can run")
     try:

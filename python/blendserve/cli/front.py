@@ -43,6 +43,7 @@ from blendserve.cli.connections import PatientProtocol, raise_descriptor_limit
 from blendserve.cli.engine_process import EngineFailed, EngineProcess, WatchSettings
 from blendserve.cli.proxy import EngineProxy
 from blendserve.cli.status import StatusBoard
+from blendserve.cli.stock_flags import ConfigFileError, read
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 ENGINE_COMMAND = (sys.executable, "-m", "blendserve.cli.serve")
@@ -132,12 +133,12 @@ class Front:
 
 def serve_front(argv: Sequence[str]) -> int:
     """Serve until stopped. Exit status: that of an engine that never came up, 2 for a setting."""
-    options, engine_flags = split_flags(argv)
     try:
+        options, engine_flags = split_flags(argv)
         settings = settings_of(options)
         keys = _keys(settings, options.api_key)
         store = BatchStore(settings.batch_dir)
-    except (ConfigError, KeyFileError, BatchDirectoryError) as error:
+    except (ConfigError, ConfigFileError, KeyFileError, BatchDirectoryError) as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
     command = [*ENGINE_COMMAND, *engine_flags, "--host", "127.0.0.1"]
@@ -202,7 +203,17 @@ def around_proxies(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What is the front's; the rest is for the engine, which names what it does not know."""
+    """What is the front's, also in the file of --config; the rest is for the engine, which names
+    what it does not know. Raises ConfigFileError."""
+    return read(_parser(), argv)
+
+
+def front_flags() -> frozenset[str]:
+    """The flags that this process reads."""
+    return frozenset(_parser()._option_string_actions)
+
+
+def _parser() -> argparse.ArgumentParser:
     from blendserve.cli.serve import add_setting_flags
 
     parser = argparse.ArgumentParser(prog="blendserve serve", add_help=False, allow_abbrev=False)
@@ -212,7 +223,7 @@ def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--api-key")
     for name in ("--ssl-keyfile", "--ssl-certfile", "--ssl-keyfile-password"):
         parser.add_argument(name)
-    return parser.parse_known_args(list(argv))
+    return parser
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -15,6 +15,7 @@ from blendserve.batch.lines import iter_lines
 from blendserve.batch.refusals import RefusedLine
 from blendserve.batch.validation import validate_file
 from blendserve.cli.batch_input import InputError
+from blendserve.cli.stock_flags import read
 
 _MAX_LISTED_FAULTS = 50
 _ANY_ENDPOINT = "/v1/chat/completions"
@@ -84,7 +85,7 @@ def served_models(flags: Sequence[str]) -> frozenset[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-path", "--model", default=MODEL_NAME)
     parser.add_argument("--served-model-name")
-    known, _ = parser.parse_known_args(list(flags))
+    known, _ = read(parser, flags)
     return frozenset({known.model_path, known.served_model_name or known.model_path})
 
 

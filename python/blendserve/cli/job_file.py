@@ -15,7 +15,7 @@ from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 
 _MAX_LINE_BYTES = 1 << 30
-_TOKEN_FIELDS = ("id", "input_ids", "output_len")
+_TOKEN_FIELDS = ("id", "input_ids", "output_len", "max_tokens")
 # OpenAI's default for completions without max_tokens, and SGLang's.
 _COMPLETION_TOKENS = 16
 
@@ -39,7 +39,8 @@ class JobFile:
     """The requests of a file, as parallel lists; a line with n > 1 or several prompts is several.
 
     ids, lines: its id and line number. token_ids: int32 prompts. max_output_tokens: limits.
-    known_output_tokens: lengths that are certain, -1 elsewhere.
+    known_output_tokens: lengths that are certain, -1 elsewhere. given_limits: max_tokens of lines
+    of token ids, -1 without.
     too_long, media: (id, line) of lines left out: no room for an answer within the context
     length; content that is not text.
     """
@@ -49,17 +50,20 @@ class JobFile:
     token_ids: list[NDArray[np.int32]] = field(default_factory=list)
     max_output_tokens: list[int] = field(default_factory=list)
     known_output_tokens: list[int] = field(default_factory=list)
+    given_limits: list[int] = field(default_factory=list)
     too_long: list[tuple[str, int]] = field(default_factory=list)
     media: list[tuple[str, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One line: its prompts, its limit (None: the context length), and whether it is exact."""
+    """One line: its prompts, its limit (None: the context length), whether it is exact, and the
+    limit that was given beside an exact length."""
 
     prompts: list[NDArray[np.int32]]
     limit: int | None
     exact: bool
+    given_limit: int = -1
 
 
 class _BadLine(ValueError):
@@ -133,6 +137,7 @@ def _add(
         job.token_ids.append(prompt)
         job.max_output_tokens.append(limit)
         job.known_output_tokens.append(limit if request.exact else -1)
+        job.given_limits.append(request.given_limit)
 
 
 def _request(data: bytes | None, tokenizer: Callable[[], Encoder]) -> tuple[str, _Request | None]:
@@ -163,8 +168,10 @@ def _token_line(entry: dict[str, Any]) -> tuple[str, _Request]:
             raise _BadLine(f"unknown key {key!r}; {hint}")
     name = _name(entry, "id")
     prompt = _token_array(entry["input_ids"], "input_ids")
-    output = _count(entry, "output_len", 0)
-    return name, _Request([prompt], output, exact=output is not None)
+    output, limit = _count(entry, "output_len", 0), _count(entry, "max_tokens", 1)
+    if output is None or limit is None:
+        return name, _Request([prompt], limit if output is None else output, output is not None)
+    return name, _Request([prompt], min(output, limit), exact=True, given_limit=limit)
 
 
 def _name(entry: Mapping[str, Any], key: str) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from blendserve.cli.arguments import positive
+from blendserve.cli.engine_flags import KNOWN, add_engine_flags, engine_of
 from blendserve.cli.job_file import Encoder, JobFile, JobFileError, read_job_file
 from blendserve.planner import (
-    HARDWARE,
     MODEL_SPECS,
     CostModel,
     HardwareError,
@@ -27,18 +27,17 @@ from blendserve.planner import (
     Plan,
     PlannerConfig,
     Prediction,
-    hardware,
-    kv_capacity_tokens,
     make_plan,
-    model_spec,
     partition,
     predict,
 )
 from blendserve.planner.prediction import dual_scan_sequence
 
 _QUARTILES = ((25, "p25"), (50, "p50"), (75, "p75"))
-# SGLang's names for what it can keep in the KV cache, with bytes per element.
-_KV_CACHE_DTYPES = {"auto": None, "bfloat16": 2.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
+
+
+# What `predict` assumes; `simulate` has other worlds.
+PREDICTED_WORLD = "perfect overlap, large steps, no tail of lone decodes"
 
 
 class PlanError(RuntimeError):
@@ -92,8 +91,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="blendserve plan",
         description="Plan a job without running it: sharing, density, predicted time, order.",
-        epilog=f"Models by name: {', '.join(sorted(MODEL_SPECS))}. "
-        f"Hardware: {', '.join(sorted(HARDWARE))}.",
+        epilog=KNOWN,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -103,28 +101,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         required=True,
         help='OpenAI batch file, or lines {"id", "input_ids", "output_len"?}',
     )
-    parser.add_argument(
-        "--model-spec", required=True, metavar="NAME|PATH", help="model, config.json or its folder"
-    )
-    parser.add_argument(
-        "--hardware",
-        required=True,
-        metavar="NAME|FILE.json",
-        help="device of a replica, or a file of its measured ceilings",
-    )
-    parser.add_argument("--tp", type=positive, default=1, help="devices per replica (default: 1)")
+    add_engine_flags(parser)
     parser.add_argument("--dp", type=positive, default=1, help="replicas (default: 1)")
-    parser.add_argument(
-        "--kv-cache-dtype",
-        choices=_KV_CACHE_DTYPES,
-        default="auto",
-        help="as for the server (default: auto, the model's dtype)",
-    )
-    parser.add_argument(
-        "--kv-tokens",
-        type=positive,
-        help="tokens of KV cache per replica (default: 0.9 of the memory, less the weights)",
-    )
     parser.add_argument(
         "--tokenizer",
         metavar="FOLDER|NAME",
@@ -170,15 +148,12 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> Report:
-    cost_model = CostModel.tensor_parallel(
-        model_spec(options.model_spec, _KV_CACHE_DTYPES[options.kv_cache_dtype]),
-        hardware(options.hardware),
-        options.tp,
-    )
     try:
-        capacity = options.kv_tokens or kv_capacity_tokens(cost_model)
+        cost_model, capacity = engine_of(options)
+    except (ModelSpecError, HardwareError):
+        raise
     except ValueError as error:
-        raise PlanError(f"{error} (--tp, or --kv-tokens for a size of your own)") from error
+        raise PlanError(str(error)) from error
     context = cost_model.model.context_length
     job_file = read_job_file(options.input, context, lambda: _encoder(options))
     if not job_file.ids:
@@ -193,7 +168,9 @@ def _report(options: argparse.Namespace) -> Report:
         known_output_tokens=np.array(job_file.known_output_tokens),
     )
     started = time.perf_counter()
-    plan = make_plan(job, cost_model, PlannerConfig(sample_fraction=options.sample_fraction))
+    config = PlannerConfig(sample_fraction=options.sample_fraction)
+    tree = job.build_tree().paged(options.page_size)
+    plan = make_plan(job, cost_model, config, tree=tree)
     parts = partition(plan, options.dp, cost_model)
     plan_seconds = time.perf_counter() - started
     return Report(
@@ -247,6 +224,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "blend": prediction.blend_seconds,
             "bound": prediction.bound_seconds,
         },
+        "predicted_world": PREDICTED_WORLD,
+        "costs": report.cost_model.step_costs.source,
         "plan_seconds": report.plan_seconds,
     }
 
@@ -265,7 +244,7 @@ def _finite(value: float) -> float | None:
 def warnings(report: Report) -> list[str]:
     """What is likely to surprise in this run, each a sentence with its first example."""
     job, plan, model = report.job, report.plan, report.cost_model.model
-    found = []
+    found = list(model.caveats)
     for lines, reason in (
         (job.too_long, f"leave no room for an answer in {model.context_length} tokens of context"),
         (job.media, "carry something else than text"),
@@ -315,7 +294,7 @@ def alone_seconds(report: Report) -> np.ndarray:
     plan, cost_model = report.plan, report.cost_model
     tree = plan.tree
     output = plan.estimated_output_tokens[tree.requests]
-    weights = cost_model.model.weight_bytes / cost_model.hardware.bandwidth_bytes
+    weights = cost_model.step_costs.token_seconds(1) + cost_model.step_costs.step
     seconds = np.empty(tree.num_leaves)
     seconds[tree.requests] = (
         cost_model.prefill_seconds_saved(tree.length)

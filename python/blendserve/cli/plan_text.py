@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from blendserve.cli.plan import Report, quartiles, warnings
+from blendserve.cli.plan import PREDICTED_WORLD, Report, quartiles, warnings
 
 _LARGEST_PREFIXES = 5
 
@@ -20,6 +20,7 @@ def as_text(report: Report) -> str:
             [
                 f"{model.name} on {report.cost_model.hardware.name}, "
                 f"{report.capacity_tokens:,} tokens of KV cache per replica",
+                f"costs: {report.cost_model.step_costs.source}",
             ],
             [
                 _row("requests", f"{len(plan.order):,}"),
@@ -65,7 +66,7 @@ def _basis(report: Report) -> str:
 
 def _seconds(report: Report) -> list[str]:
     prediction = report.prediction
-    rows = ["predicted time"]
+    rows = [f"predicted time ({PREDICTED_WORLD})"]
     for name, seconds in (
         ("FCFS", prediction.fcfs_seconds),
         ("DFS", prediction.dfs_seconds),

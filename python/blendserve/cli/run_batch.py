@@ -29,6 +29,7 @@ from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_
 from blendserve.cli.offline_job import JobRefused, OfflineJob
 from blendserve.cli.outcome import causes, keep_log
 from blendserve.cli.run_state import RunState, StateBusy
+from blendserve.cli.stock_flags import ConfigFileError
 from blendserve.config import ConfigError
 
 # Limits protect a shared server; this one is the user's own.
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(stderr=True)
     try:
         return _checked_run(options, server_flags, console)
-    except (RunBatchError, InputError, JobRefused, ConfigError) as error:
+    except (RunBatchError, InputError, JobRefused, ConfigError, ConfigFileError) as error:
         _say(console, f"blendserve run-batch: {error}")
         return REFUSED
     except EngineFailed as error:

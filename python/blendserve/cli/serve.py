@@ -11,6 +11,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
+from blendserve.cli.stock_flags import (
+    ConfigFileError,
+    config_flags,
+    in_full,
+    read,
+    stock_flags,
+    switches_set,
+    without_config,
+)
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
 # What a job wants of SGLang everywhere; a flag given by the user comes later and wins.
@@ -22,10 +31,14 @@ _DEFAULT_FLAGS = (
 # Prefill and decode in one step overlap compute with memory traffic. A CPU has no idle units to
 # gain: SGLang's attention computes a mixed step more slowly than the two apart, ours no faster.
 _GPU_FLAGS = ("--enable-mixed-chunk",)
+# With these, SGLang may have no mixed steps, and ends where it is told to make them.
+_NO_MIXED_STEPS = (
+    *("--speculative-algorithm", "--cuda-graph-backend-prefill", "--cuda-graph-config"),
+    *("--enable-pdmux", "--dllm-algorithm", "--disable-mixed-chunk"),
+)
 # Without a size SGLang would take most of the machine's memory for KV, and minutes to clear it.
 _CPU_FLAGS = (
     "--device", "cpu",
-    "--dtype", "float32",
     "--max-total-tokens", "16384",
     "--mem-fraction-static", "0.1",
     "--chunked-prefill-size", "512",
@@ -78,6 +91,16 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all of BlendServe's own flags."""
+    add_setting_flags(parser)
+    parser.add_argument(
+        "--disable-mixed-chunk",
+        action="store_true",
+        help="Compute prefill and decode in steps of their own, as SGLang does by default.",
+    )
+
+
 def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     """Split the command line into BlendServe's settings and the flags for SGLang.
 
@@ -86,9 +109,10 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
 
     Raises:
         ConfigError, ModelPathError: a setting or a model folder that cannot be used.
+        HardwareError: a device or file of figures that cannot be used, before weights are loaded.
     """
     ours = _Parser(prog="blendserve serve", add_help=False, allow_abbrev=False)
-    add_setting_flags(ours)
+    add_own_flags(ours)
     model = ours.add_argument_group("model")
     model.add_argument("--model-path", "--model", default=None)
     model.add_argument("--served-model-name", default=None)
@@ -98,15 +122,27 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     settings = load_settings(enabled=True, **overrides)
     os.environ.update(to_environment(settings))
 
-    from blendserve.runtime.cpu_platform import needs_cpu_engine
+    from blendserve.runtime.cpu_platform import best_dtype, needs_cpu_engine
     from blendserve.runtime.default_model import MODEL_NAME, resolve_model_path
+    from blendserve.runtime.device import choose_hardware
 
     name = options.model_path or MODEL_NAME
-    flags = [*_DEFAULT_FLAGS, *(_CPU_FLAGS if needs_cpu_engine() else _GPU_FLAGS)]
+    if needs_cpu_engine():
+        flags = [*_DEFAULT_FLAGS, *_CPU_FLAGS, "--dtype", best_dtype()]
+    else:
+        flags = [*_DEFAULT_FLAGS, *gpu_flags(argv)]
     wants_help = "-h" in rest or "--help" in rest
+    if not wants_help:
+        choose_hardware(settings.hardware)
     flags += ["--model-path", name if wants_help else resolve_model_path(name)]
     flags += ["--served-model-name", options.served_model_name or name]
     return settings, [*flags, *rest]
+
+
+def gpu_flags(argv: Sequence[str]) -> tuple[str, ...]:
+    """Our defaults on a GPU beside these flags of the user."""
+    given = {word.partition("=")[0] for word in argv}
+    return () if given.intersection(_NO_MIXED_STEPS) else _GPU_FLAGS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -115,8 +151,12 @@ def main(argv: Sequence[str]) -> int:
 
     nodes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     nodes.add_argument("--node-rank", type=int, default=0)
-    # Only the first of several nodes has an HTTP server to stand in front of.
-    has_front = nodes.parse_known_args(list(argv))[0].node_rank == 0
+    try:
+        # Only the first of several nodes has an HTTP server to stand in front of.
+        has_front = read(nodes, argv)[0].node_rank == 0
+    except ConfigFileError as error:
+        print(f"blendserve serve: {error}", file=sys.stderr)
+        return 2
     if not has_front or "-h" in argv or "--help" in argv:
         return run_engine(argv)
     return serve_front(argv)
@@ -124,29 +164,23 @@ def main(argv: Sequence[str]) -> int:
 
 def run_engine(argv: Sequence[str]) -> int:
     """SGLang's server, in this process; `serve` and `run-batch` start it as a child."""
-    from blendserve.runtime.default_model import ModelPathError
-
     token = os.environ.pop(TOKEN_VARIABLE, None)
     if token is not None:
         follow_parent()
     try:
-        _, flags = prepare(argv)
-    except (ConfigError, ModelPathError) as error:
+        flags, parser = engine_flags(argv, behind_front=token is not None)
+    except expected_errors() as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
 
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
     # SGLang's parser would name an unknown flag without a hint, and only print its own usage.
-    parser = _Parser(prog="blendserve serve", allow_abbrev=False)
-    add_setting_flags(parser)
-    ServerArgs.add_cli_args(parser)
-    if "--config" not in flags:
-        parser.parse_args(flags)
+    parser.parse_args(flags)
     if token is not None:
         # Not on the command line, which every user of the machine may read.
         flags += ["--api-key", token]
@@ -156,6 +190,40 @@ def run_engine(argv: Sequence[str]) -> int:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What `engine_flags` raises; the message is for the user as it stands."""
+    from blendserve.planner import HardwareError
+    from blendserve.runtime.default_model import ModelPathError
+    from blendserve.runtime.guard import UnsupportedSGLang
+
+    return (ConfigError, ConfigFileError, ModelPathError, HardwareError, UnsupportedSGLang)
+
+
+def engine_flags(
+    argv: Sequence[str], behind_front: bool
+) -> tuple[list[str], argparse.ArgumentParser]:
+    """Flags for SGLang, and a parser that names a wrong one. Imports SGLang.
+
+    Raises:
+        ConfigFileError, UnsupportedSGLang; and what `prepare` raises.
+    """
+    from blendserve.cli.front import front_flags
+
+    # What the front reads of a file of flags, it has told this process.
+    read = front_flags() if behind_front else frozenset()
+    parser = _Parser(prog="blendserve serve", allow_abbrev=False)
+    add_own_flags(parser)
+    own = frozenset(parser._option_string_actions)
+    stock, switches = stock_flags()
+    words = [*config_flags(argv, lambda flag: flag not in read), *without_config(argv)]
+    words = switches_set(in_full(words, stock, own), switches)
+    _, flags = prepare(words)
+    from sglang.srt.server_args import ServerArgs
+
+    ServerArgs.add_cli_args(parser)
+    return flags, parser
 
 
 def _keep_out_of_logs(secret: str) -> None:

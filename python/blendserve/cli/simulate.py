@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.cli.arguments import positive
+from blendserve.cli.engine_flags import KNOWN, add_engine_flags, engine_of
 from blendserve.cli.job_file import JobFileError
 from blendserve.cli.workload_file import read_workload
 from blendserve.planner import (
-    HARDWARE,
-    MODEL_SPECS,
     CostModel,
+    HardwareError,
     ModelSpecError,
-    UnknownHardwareError,
-    hardware,
-    kv_capacity_tokens,
-    model_spec,
 )
 from blendserve.simulator.engine import EngineStuck
 from blendserve.simulator.simulate import Policy, Result, Setting, Simulation
@@ -60,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     except (SimulateError, JobFileError, EngineStuck, OSError, ImportError) as error:
         print(f"blendserve simulate: {error}", file=sys.stderr)
         return 1
-    except (ModelSpecError, UnknownHardwareError, UnknownWorkloadError) as error:
+    except (ModelSpecError, HardwareError, UnknownWorkloadError) as error:
         print(f"blendserve simulate: {error}", file=sys.stderr)
         return 2
     if options.json:
@@ -75,8 +71,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="blendserve simulate",
         description="Simulate a job on a modelled engine, under one policy after the other.",
         epilog=f"Workloads by name: {', '.join(WORKLOADS)}, or COMPUTE[+MEMORY]:DENSITY:SHARING. "
-        f"Policies: {', '.join(Policy)}. Models: {', '.join(sorted(MODEL_SPECS))}. Hardware: "
-        f"{', '.join(sorted(HARDWARE))}.",
+        f"Policies: {', '.join(Policy)}. {KNOWN}",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -86,12 +81,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help='a name, lines {"id", "input_ids", "output_len"}, or a .csv of lengths',
     )
     parser.add_argument("--requests", type=positive, default=40_000, help="of a named workload")
-    parser.add_argument(
-        "--model-spec", required=True, metavar="NAME|PATH", help="model, config.json or its folder"
-    )
-    parser.add_argument("--hardware", required=True, metavar="NAME", help="device of a replica")
-    parser.add_argument("--tp", type=positive, default=1, help="devices per replica (default: 1)")
-    parser.add_argument("--kv-tokens", type=positive, help="tokens of KV cache per replica")
+    add_engine_flags(parser)
     parser.add_argument(
         "--policy",
         type=_policies,
@@ -153,14 +143,15 @@ def _simulate(options: argparse.Namespace) -> list[Result]:
             raise SimulateError(f"--plot {options.plot}: the picture is a PNG; name it so")
         if not options.plot.parent.is_dir():
             raise SimulateError(f"the folder of {options.plot} does not exist; make it first")
-    cost_model = CostModel(
-        model_spec(options.model_spec), hardware(options.hardware).scaled(options.tp)
-    )
     try:
-        capacity = options.kv_tokens or kv_capacity_tokens(cost_model)
+        cost_model, capacity = engine_of(options)
+    except (ModelSpecError, HardwareError):
+        raise
     except ValueError as error:
-        raise SimulateError(f"{error} (--tp, or --kv-tokens for a size of your own)") from error
-    simulation = Simulation(_workload(options, cost_model))
+        raise SimulateError(str(error)) from error
+    for caveat in cost_model.model.caveats:
+        print(f"warning: {caveat}", file=sys.stderr)
+    simulation = Simulation(_workload(options, cost_model), options.page_size)
     steps = len(simulation.workload) * 8 // _TRACE_POINTS if options.plot else 0
     results = []
     for policy in options.policy:

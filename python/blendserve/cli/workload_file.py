@@ -18,7 +18,8 @@ _OUTPUT_COLUMNS = ("output_tokens", "generatedtokens", "output_length", "respons
 
 def read_workload(path: Path, context_length: int) -> Workload:
     """The requests of a file: `.csv` with a column of prompt and one of output lengths (token ids
-    are then random, so that nothing is shared), else lines {"id", "input_ids", "output_len"}.
+    are then random, so that nothing is shared), else lines {"id", "input_ids", "output_len",
+    "max_tokens"?}; the limit is all that a policy knows of a length before it has sampled.
 
     Raises JobFileError that names the file, the line and the remedy.
     """
@@ -37,7 +38,10 @@ def read_workload(path: Path, context_length: int) -> Workload:
             f"{path}, line {line}: {name!r} does not fit the model's context of {context_length} "
             "tokens; shorten or remove it"
         )
-    return _workload(path, FlatTokens.of(job.token_ids), np.array(job.known_output_tokens))
+    limits = np.array(job.given_limits, dtype=np.int64)
+    limits[limits < 0] = MAX_OUTPUT_TOKENS
+    output = np.array(job.known_output_tokens)
+    return _workload(path, FlatTokens.of(job.token_ids), output, limits)
 
 
 def _no_text() -> Encoder:
@@ -84,14 +88,19 @@ def _from_table(path: Path) -> Workload:
     return _workload(path, FlatTokens(tokens, offsets), table[:, 1])
 
 
-def _workload(path: Path, prompts: FlatTokens, output: np.ndarray) -> Workload:
+def _workload(
+    path: Path, prompts: FlatTokens, output: np.ndarray, limits: np.ndarray | None = None
+) -> Workload:
+    """limits: max_tokens of each; without them no limit tells a short request from a long one."""
     n = len(output)
+    if limits is None:
+        limits = np.full(n, MAX_OUTPUT_TOKENS)
     return Workload(
         name=path.name,
         prompts=prompts,
         # A request without output still ends with the step that prefills it.
         output_tokens=np.maximum(output, 1).astype(np.int64),
-        max_output_tokens=np.maximum(output, MAX_OUTPUT_TOKENS).astype(np.int64),
+        max_output_tokens=np.maximum(output, limits).astype(np.int64),
         source=np.zeros(n, dtype=np.int64),
         sources=(path.name,),
     )

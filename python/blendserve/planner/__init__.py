@@ -5,9 +5,18 @@ Pure: numpy and the standard library, deterministic for a seed. Knows neither to
 
 from .admission import Admission, KVView, PacedAdmission
 from .cost_model import CostModel
+from .cost_sources import DATASHEET, fitted_costs, linear_costs, step_costs
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
-from .hardware import HARDWARE, Hardware, HardwareError, UnknownHardwareError, hardware
+from .hardware import (
+    HARDWARE,
+    Hardware,
+    HardwareError,
+    UnknownHardwareError,
+    hardware,
+    known_device,
+    nearest_device,
+)
 from .interference import INTERFERENCE, best_split, separate_parts
 from .kv_account import Candidate, KVAccount
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
@@ -28,9 +37,11 @@ from .prediction import (
     predict,
 )
 from .prefix_tree import PrefixTree
+from .step_costs import Rates, StepCosts
 from .transform import Transformed, transform
 
 __all__ = [
+    "DATASHEET",
     "DEFAULT_OUTPUT_TOKENS",
     "HARDWARE",
     "INTERFERENCE",
@@ -61,7 +72,9 @@ __all__ = [
     "PlannerConfig",
     "Prediction",
     "PrefixTree",
+    "Rates",
     "Side",
+    "StepCosts",
     "StepPace",
     "Timetable",
     "Transformed",
@@ -72,11 +85,15 @@ __all__ = [
     "dual_scan_sequence",
     "estimate",
     "first_part",
+    "fitted_costs",
     "hardware",
+    "known_device",
     "kv_capacity_tokens",
+    "linear_costs",
     "make_plan",
     "make_timetable",
     "model_spec",
+    "nearest_device",
     "next_uses",
     "partition",
     "partition_memory",
@@ -84,5 +101,6 @@ __all__ = [
     "rest_density",
     "sample_size",
     "separate_parts",
+    "step_costs",
     "transform",
 ]

@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .chips import CHIPS
 
 _FIGURES = ("compute_flops", "bandwidth_bytes", "memory_bytes")
 _FILE_KEYS = (*_FIGURES, "base", "name", "source")
@@ -25,6 +28,10 @@ class Hardware:
     bandwidth_bytes: main-memory bandwidth, bytes/s.
     memory_bytes: capacity of that memory, bytes.
     source: where the figures are from.
+    fp8_flops: dense 8-bit matrix rate, FLOP/s; 0 where there is none.
+    link_bytes: what one direction of its links to other devices carries, bytes/s; 0 if unknown.
+    kernels: name of its measured kernels (`kernel_tables`); empty without.
+    attained: the figures are what kernels attain, not what a datasheet promises.
     """
 
     name: str
@@ -32,6 +39,10 @@ class Hardware:
     bandwidth_bytes: float
     memory_bytes: float
     source: str
+    fp8_flops: float = 0.0
+    link_bytes: float = 0.0
+    kernels: str = ""
+    attained: bool = False
 
     def __post_init__(self) -> None:
         for field in _FIGURES:
@@ -54,6 +65,7 @@ class Hardware:
             compute_flops=self.compute_flops * ranks,
             bandwidth_bytes=self.bandwidth_bytes * ranks,
             memory_bytes=self.memory_bytes * ranks,
+            fp8_flops=self.fp8_flops * ranks,
         )
 
 
@@ -66,54 +78,49 @@ class UnknownHardwareError(HardwareError):
 
 
 HARDWARE: dict[str, Hardware] = {
-    row.name: row
-    for row in (
-        Hardware(
-            name="a100-80g-sxm",
-            compute_flops=312e12,
-            bandwidth_bytes=2.039e12,
-            memory_bytes=80e9,
-            source="NVIDIA A100 datasheet, 80GB SXM: BF16 dense 312 TFLOP/s, 2,039 GB/s",
-        ),
-        Hardware(
-            name="h100-80g-sxm",
-            compute_flops=989e12,
-            bandwidth_bytes=3.35e12,
-            memory_bytes=80e9,
-            source="NVIDIA H100 datasheet, SXM: BF16 1,979 TFLOP/s with sparsity (half dense), "
-            "3.35 TB/s",
-        ),
-        Hardware(
-            name="h200-141g-sxm",
-            compute_flops=989e12,
-            bandwidth_bytes=4.8e12,
-            memory_bytes=141e9,
-            source="NVIDIA H200 datasheet, SXM: BF16 1,979 TFLOP/s with sparsity (half dense), "
-            "4.8 TB/s",
-        ),
-        Hardware(
-            name="l40s",
-            compute_flops=362e12,
-            bandwidth_bytes=864e9,
-            memory_bytes=48e9,
-            source="NVIDIA L40S datasheet: BF16 dense 362.05 TFLOP/s, 864 GB/s",
-        ),
-        Hardware(
-            name="cpu",
-            compute_flops=100e9,
-            bandwidth_bytes=20e9,
-            memory_bytes=16e9,
-            source="stand-in for a 2-core AVX-512 server in float32: two cores at 2.5 GHz with one "
-            "16-lane FMA unit each peak at 160 GFLOP/s, of which about 60 % is assumed; one DDR4 "
-            "channel's 20 GB/s. Not a measurement",
-        ),
+    chip.name: Hardware(
+        name=chip.name,
+        compute_flops=chip.tera_flops * 1e12,
+        bandwidth_bytes=chip.bandwidth * 1e9,
+        memory_bytes=chip.memory * 1e9,
+        source=chip.source,
+        fp8_flops=chip.fp8_tera_flops * 1e12,
+        link_bytes=chip.links * 1e9,
+        kernels=chip.kernels,
+    )
+    for chip in CHIPS
+} | {
+    "cpu": Hardware(
+        name="cpu",
+        compute_flops=100e9,
+        bandwidth_bytes=20e9,
+        memory_bytes=16e9,
+        source="stand-in for a 2-core AVX-512 server in float32: two cores at 2.5 GHz with one "
+        "16-lane FMA unit each peak at 160 GFLOP/s, of which about 60 % is assumed; one DDR4 "
+        "channel's 20 GB/s. Not a measurement",
+        attained=True,
     )
 }
+_ALIASES = {alias: chip.name for chip in CHIPS for alias in chip.aliases}
+
+
+def known_device(device: str) -> Hardware | None:
+    """The row of the device that a driver reports by this name; None if there is none."""
+    for chip in CHIPS:
+        if re.search(chip.device, device, re.IGNORECASE):
+            return HARDWARE[chip.name]
+    return None
+
+
+def nearest_device(memory_bytes: float) -> Hardware:
+    """The GPU of the table whose memory is nearest: the best guess for one that it lacks."""
+    rows = [HARDWARE[chip.name] for chip in CHIPS]
+    return min(rows, key=lambda row: abs(math.log(row.memory_bytes / memory_bytes)))
 
 
 def hardware(name: str) -> Hardware:
-    """The row of `HARDWARE` with this name (case does not matter), or the device that a file
-    describes, if the name ends in .json.
+    """The row of `HARDWARE` with this name, or one that people use for it ("h100"; case does not
+    matter), or the device that a file describes, if the name ends in .json.
 
     The file holds an object with any of compute_flops, bandwidth_bytes and memory_bytes (units as
     in `Hardware`), `base`, the row that the missing ones are taken from, `name` and `source`; or
@@ -123,10 +130,11 @@ def hardware(name: str) -> Hardware:
     """
     if name.lower().endswith(".json"):
         return _measured(Path(name))
-    row = HARDWARE.get(name.lower())
+    plain = re.sub(r"[\s_]+", "-", name.strip().lower())
+    row = HARDWARE.get(_ALIASES.get(plain, plain))
     if row is not None:
         return row
-    near = difflib.get_close_matches(name.lower(), HARDWARE, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(plain, [*HARDWARE, *_ALIASES], n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UnknownHardwareError(
         f"unknown hardware {name!r}: valid names are {', '.join(sorted(HARDWARE))}, or a .json "
@@ -153,18 +161,21 @@ def _measured(path: Path) -> Hardware:
     for key in ("base", "name", "source"):
         if not isinstance(found.get(key, ""), str):
             raise HardwareError(f"{path}: {key} is {found[key]!r}; it must be a text")
-    base = HARDWARE.get(found.get("base", "").lower())
+    given = found.get("base", "").lower()
+    base = HARDWARE.get(_ALIASES.get(given, given))
     if base is None and "base" in found:
         raise HardwareError(
             f"{path}: base {found['base']!r} is unknown; use one of {', '.join(sorted(HARDWARE))}"
         )
-    figures = {key: _figure(path, found, key, base) for key in _FIGURES}
+    flops, bandwidth, memory = (_figure(path, found, key, base) for key in _FIGURES)
     source = found.get("source", "measured")
     taken = [key for key in _FIGURES if key not in found]
     if base is not None and taken:
         source += f"; {', '.join(taken)}: {base.source}"
     default = f"{base.name}, measured" if base else path.stem
-    return Hardware(name=found.get("name", default), source=f"{source} ({path})", **figures)
+    return Hardware(
+        found.get("name", default), flops, bandwidth, memory, f"{source} ({path})", attained=True
+    )
 
 
 def _figure(path: Path, found: dict[str, Any], key: str, base: Hardware | None) -> float:

@@ -36,7 +36,7 @@ def separate_parts(
     attention = context_tokens * pace.context_seconds
     own = decodes * pace.token_seconds
     prefill = math.inf if math.isinf(density) else max(density * attention - own, 0.0)
-    return prefill, attention + max(own, pace.weight_seconds)
+    return prefill, attention + max(own, pace.floor_seconds)
 
 
 def best_split(

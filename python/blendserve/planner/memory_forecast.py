@@ -168,15 +168,6 @@ class MemoryForecast:
         span = math.ceil(more.ends[-1] / self._width) - now // self._width
         return float(self._demand(now)[:span].max())
 
-    def mean_tokens_with(self, now: int, private_tokens: float, lengths: Sequence[float]) -> float:
-        """What is expected to be held, one more request included, on average over the steps that
-        this one is expected to take."""
-        self._forget_asked()
-        life = sum(lengths) / len(lengths)
-        span = math.ceil((now + life) / self._width) - now // self._width
-        held = float(self._demand(now)[:span].sum()) / span if self._running else 0.0
-        return held + private_tokens + life / 2
-
     def peak_tokens(self, now: int, steps: float = np.inf) -> float:
         """The most that is expected to be held at once from now on, or for so many steps, one at
         least."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .model_shape import ConfigReader, ModelSpecError, parameter_counts
+from .model_shape import ConfigReader, ModelShape, ModelSpecError, parameter_counts
 
 __all__ = ["MODEL_SPECS", "ModelSpec", "ModelSpecError", "model_spec"]
 
@@ -23,6 +23,9 @@ _DTYPE_BYTES = {
     "float8_e5m2": 1.0,
     "int8": 1.0,
 }
+# SGLang's pool for windows has 0.8 times the tokens of the other (--swa-full-tokens-ratio).
+_WINDOW_POOL = 0.8
+_STATE_BYTES = 4.0  # SGLang keeps the states of linear attention in float32.
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,19 @@ class ModelSpec:
     weight_bytes: memory that the weights take.
     attention_width: query heads x head_dim, the H of the attention FLOPs; equals hidden_size for
         most models. With MLA the mean of the query-key and the value width.
-    kv_bytes_per_token: KV cache of one token over all layers. With MLA the compressed latent.
+    kv_bytes_per_token: KV cache of one token over the layers whose attention reaches the whole
+        context. With MLA the compressed latent.
+    window_kv_bytes_per_token, window_tokens: of the layers whose attention reaches only so many
+        tokens back (sliding windows, chunks); 0 where there are none.
+    pool_bytes_per_token: memory of the KV pool per token that it is said to hold.
+    state_bytes: what linear-attention layers keep of a request, however long it is.
     kv_shards: ranks that tensor parallelism can divide that cache among: one per KV head; 1 with
         MLA, as every head needs the whole latent.
     context_length: the longest prompt plus output, in tokens.
     dtype_bytes: bytes per element of the serving dtype.
+    weight_dtype, kv_dtype: of the matrices and of the KV cache, as kernel tables name them.
+    shape: the integers that all this follows from.
+    caveats: what of the config this reading does not know; to be shown to whoever relies on it.
     """
 
     name: str
@@ -53,9 +64,17 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     kv_bytes_per_token: float
+    window_kv_bytes_per_token: float
+    window_tokens: int
+    pool_bytes_per_token: float
+    state_bytes: float
     kv_shards: int
     context_length: int
     dtype_bytes: float
+    weight_dtype: str
+    kv_dtype: str
+    shape: ModelShape
+    caveats: tuple[str, ...] = ()
 
     @classmethod
     def from_config(
@@ -91,6 +110,9 @@ class ModelSpec:
         else:
             weight_bytes = total * weight_bytes_per_param
         kv_element = dtype_bytes if kv_bytes_per_element is None else kv_bytes_per_element
+        per_layer = shape.kv_elements_per_layer * kv_element
+        window = shape.window
+        windowed = window.layers * per_layer if window else 0.0
         return cls(
             name=reader.name(),
             params_per_token=active,
@@ -102,10 +124,28 @@ class ModelSpec:
             num_attention_heads=shape.heads,
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            kv_bytes_per_token=shape.kv_elements_per_token * kv_element,
+            kv_bytes_per_token=shape.full_layers * per_layer,
+            window_kv_bytes_per_token=windowed,
+            window_tokens=window.tokens if window else 0,
+            pool_bytes_per_token=shape.full_layers * per_layer
+            + (_WINDOW_POOL if window and window.pooled else 1.0) * windowed,
+            state_bytes=shape.linear.state_elements * _STATE_BYTES if shape.linear else 0.0,
             kv_shards=shape.kv_heads if shape.mla is None else 1,
             context_length=reader.context_length(),
             dtype_bytes=dtype_bytes,
+            weight_dtype=_weight_dtype(reader),
+            kv_dtype="fp8" if kv_element == 1 else "bfloat16",
+            shape=shape,
+            caveats=reader.caveats(),
+        )
+
+    def with_kv_bytes(self, factor: float) -> ModelSpec:
+        """The same with so many times the KV bytes: another KV dtype, or copies on ranks."""
+        return replace(
+            self,
+            kv_bytes_per_token=self.kv_bytes_per_token * factor,
+            window_kv_bytes_per_token=self.window_kv_bytes_per_token * factor,
+            pool_bytes_per_token=self.pool_bytes_per_token * factor,
         )
 
 
@@ -163,6 +203,18 @@ def _quantized_bytes(reader: ConfigReader) -> float | None:
     return None if bits is None else float(bits) / 8
 
 
+def _weight_dtype(reader: ConfigReader) -> str:
+    """As the kernel tables name it: "bfloat16" stands for both 16-bit types."""
+    quantization = reader.section("quantization_config")
+    if quantization is None:
+        return "bfloat16"
+    method = str(quantization.get("quant_method", "")).lower()
+    if quantization.get("weight_block_size"):
+        return "fp8_block"
+    bits = _quantized_bytes(reader)
+    return method if method == "mxfp4" else "fp8" if bits == 1.0 else f"{method} {bits} bytes"
+
+
 _KNOWN: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "model_type": "llama",
@@ -210,10 +262,10 @@ MODEL_SPECS: dict[str, ModelSpec] = {
 def model_spec(name_or_path: str | Path, kv_bytes_per_element: float | None = None) -> ModelSpec:
     """A model of `MODEL_SPECS` by name, else `ModelSpec.from_config` of the path; the KV cache in
     the model's dtype, or of elements of the given size."""
-    known = MODEL_SPECS.get(str(name_or_path).lower())
-    if known is None:
+    name = str(name_or_path).lower()
+    if name not in MODEL_SPECS:
         return ModelSpec.from_config(name_or_path, kv_bytes_per_element=kv_bytes_per_element)
     if kv_bytes_per_element is None:
-        return known
-    per_token = known.kv_bytes_per_token / known.dtype_bytes * kv_bytes_per_element
-    return replace(known, kv_bytes_per_token=per_token)
+        return MODEL_SPECS[name]
+    spec = ModelSpec.from_config(_KNOWN[name], kv_bytes_per_element=kv_bytes_per_element)
+    return replace(spec, name=name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from .cost_model import CostModel
 from .prefix_tree import Floats
+from .step_costs import StepCosts
 
 # While something runs longer than anything has so far, the memory work that is left is a guess on
 # the low side. Until then no step takes more compute than this per memory second (but what the
@@ -22,12 +23,6 @@ UNCERTAIN_DENSITY = 0.8
 UNCERTAIN_GROWTH = 4
 UNCERTAIN_TOKENS = 1_024
 UNCERTAIN_SHARE = 0.4
-# The memory side fills memory, on average over the life of the next request, until the compute that
-# balances it is so many times the weight read: half more than it must be to lose nothing, for what
-# varies from step to step. With more, steps only get longer: so do the lives of the requests
-# that run longest, which a job ends with, waiting for the weights; and less memory is left to take
-# in what outgrows its estimate.
-FILLING_WEIGHTS = 1.5
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
 # From this density on a step gets the full chunk. Above 3.6, the last measured point of
@@ -45,47 +40,53 @@ _BISECTIONS = 20
 
 @dataclass(frozen=True)
 class StepPace:
-    """token_seconds: GEMMs of a token. context_seconds: decode attention to one token of context.
-    weight_seconds: reading the weights, which a step's GEMMs cannot undercut. chunk_tokens: most
-    tokens of a step."""
+    """How steps are filled, by what they cost. chunk_tokens: most tokens of a step. sizes: counts
+    of tokens, decodes included, that a step should have, ascending; empty where any will do."""
 
-    token_seconds: float
-    context_seconds: float
-    weight_seconds: float
+    costs: StepCosts
     chunk_tokens: int
+    sizes: tuple[int, ...] = ()
 
     @staticmethod
-    def of(cost_model: CostModel, chunk_tokens: int) -> StepPace:
-        device, model = cost_model.hardware, cost_model.model
-        return StepPace(
-            token_seconds=float(cost_model.compute_seconds(0, 1)),
-            context_seconds=model.kv_bytes_per_token / device.bandwidth_bytes,
-            weight_seconds=model.weight_bytes / device.bandwidth_bytes,
-            chunk_tokens=chunk_tokens,
-        )
+    def of(costs: StepCosts, chunk_tokens: int) -> StepPace:
+        """With the sizes at which tokens are cheap."""
+        return StepPace(costs, chunk_tokens, tuple(costs.step_sizes(chunk_tokens).tolist()))
+
+    @property
+    def token_seconds(self) -> float:
+        """GEMMs of a token in large steps."""
+        return self.costs.rates.token
+
+    @property
+    def context_seconds(self) -> float:
+        """Decode attention to one token of context."""
+        return self.costs.rates.context
+
+    @cached_property
+    def floor_seconds(self) -> float:
+        """What tokens in large steps take for the time of the smallest step: no less compute is
+        ever spent on one."""
+        least = self.sizes[0] * self.token_seconds if self.sizes else 0.0
+        return least or self.costs.token_seconds(1)
 
     def seconds(self, tokens: int, context_tokens: int) -> tuple[float, float]:
         """(compute, memory) seconds of a step with so many tokens in its GEMMs, whose decodes
         attend to context_tokens in all; prefill attention left out."""
-        compute = max(tokens * self.token_seconds, self.weight_seconds) if tokens else 0.0
-        return compute, context_tokens * self.context_seconds
+        return self.costs.token_seconds(tokens), context_tokens * self.context_seconds
 
     def prefill_tokens(self, density: float, context_tokens: int, decodes: int) -> int:
         """Prompt tokens that give a step of so many decodes, which attend to context_tokens in
-        all, this density (a full chunk where they all hide behind compute); as many as the weight
-        read hides at least, and at least one."""
+        all, this density (a full chunk where they all hide behind compute), with its tokens in all
+        of the nearest size; as many as the weight read hides at least, and at least one."""
         if density >= HIDDEN_DENSITY:
             return max(self.chunk_tokens - decodes, 1)
-        memory_seconds = context_tokens * self.context_seconds
-        compute_seconds = max(density * memory_seconds, self.weight_seconds)
+        compute_seconds = max(density * context_tokens * self.context_seconds, self.floor_seconds)
         tokens = min(compute_seconds / self.token_seconds, float(self.chunk_tokens))
+        if self.sizes:
+            tokens = float(min(self.sizes, key=lambda size: abs(size - max(tokens, decodes))))
+            if tokens <= decodes:  # The next size has room for prefill, if there is one.
+                tokens = next((size for size in self.sizes if size > decodes), tokens)
         return max(int(tokens) - decodes, 1)
-
-    def filling_tokens(self, density: float) -> float:
-        """KV tokens beyond which the memory side gains nothing, at this density; inf for 0."""
-        if density <= 0:
-            return math.inf
-        return FILLING_WEIGHTS * self.weight_seconds / density / self.context_seconds
 
 
 def enough_unknown(running: int, longest_tokens: int, total_tokens: int) -> bool:
@@ -112,7 +113,8 @@ def rest_density(
 
         memory / full * max(weight, rho full) + sum of steps * max(weight, rho tail) = compute
 
-    0 when the compute does not even fill the weight reads; inf when there is no memory work.
+    0 when the compute does not even fill the weight reads; inf when there is no memory work. Where
+    all of it hides anyway, what the tail takes at least is nothing to save for.
     """
     steps = np.append(tail_steps, memory_seconds / full_seconds if full_seconds > 0 else 0.0)
     each = np.append(tail_seconds, full_seconds)
@@ -120,6 +122,8 @@ def rest_density(
     if total <= 0:
         return math.inf
     low, high = 0.0, compute_seconds / total  # At this one without any weight read.
+    if high >= HIDDEN_DENSITY:
+        return high
     for _ in range(_BISECTIONS):
         rho = (low + high) / 2
         if float((steps * np.maximum(weight_seconds, rho * each)).sum()) > compute_seconds:

@@ -29,6 +29,9 @@ from .prefix_tree import Floats, Ints, PrefixTree
 
 # Part of the device memory that weights and KV cache get; engines leave the rest to activations.
 MEMORY_FRACTION = 0.9
+# Part of it for KV where there are states of linear attention, too: SGLang's
+# --mamba-full-memory-ratio 0.9 gives these nine tenths of what the KV pool gets.
+_KV_PART = 1 / 1.9
 
 
 def kv_capacity_tokens(cost_model: CostModel) -> int:
@@ -38,7 +41,9 @@ def kv_capacity_tokens(cost_model: CostModel) -> int:
     """
     model, device = cost_model.model, cost_model.hardware
     left = device.memory_bytes * MEMORY_FRACTION - model.weight_bytes
-    tokens = int(left / model.kv_bytes_per_token)
+    if model.state_bytes:
+        left *= _KV_PART  # The rest holds the states of linear attention.
+    tokens = int(left / model.pool_bytes_per_token)
     if tokens < 1:
         raise ValueError(
             f"{model.name} takes {model.weight_bytes / 1e9:.1f} GB for its weights; "

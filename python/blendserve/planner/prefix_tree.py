@@ -106,6 +106,13 @@ class PrefixTree:
             shared[1:] = np.minimum.reduceat(self.shared[:stop], kept[:-1] + 1)
         return PrefixTree.from_lcp(self.requests[kept], self.length[kept], shared)
 
+    def paged(self, page_tokens: int) -> PrefixTree:
+        """The tree of what a cache of whole pages can share."""
+        if page_tokens == 1:
+            return self
+        shared = self.shared // page_tokens * page_tokens
+        return PrefixTree.from_lcp(self.requests, self.length, shared)
+
     @property
     def num_leaves(self) -> int:
         return len(self.requests)

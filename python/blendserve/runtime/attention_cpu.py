@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sgl_kernel_ext import cpu
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
+from sgl_kernel_ext.cpu import rows
 from sgl_kernel_ext.plan import Plan, make_plan
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,9 @@ class BlendCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]
         key_pool = self.kv_pool.get_key_buffer(layer.layer_id)
         value_pool = self.kv_pool.get_value_buffer(layer.layer_id)
         if save_kv_cache and k is not None and v is not None:
+            width = shape.kv_heads * shape.head_dim
             slots = forward_batch.out_cache_loc
-            key_pool[slots] = k.view(-1, shape.kv_heads, shape.head_dim)
-            value_pool[slots] = v.view(-1, shape.kv_heads, shape.head_dim)
+            rows.store(k.view(-1, width), v.view(-1, width), key_pool, value_pool, slots)
         query = q.view(-1, shape.heads, shape.head_dim)
         output = torch.empty(query.shape, dtype=query.dtype)
         cpu.run(self._plan(shape), shape, query, key_pool, value_pool, self.slot_table, output)
@@ -104,13 +105,13 @@ class BlendCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]
         plan = self.plans.get(shape)
         if plan is None:
             assert self.batch is not None
-            table, rows = self.slot_table.numpy(), self.batch.table_rows
+            table, table_rows = self.slot_table.numpy(), self.batch.table_rows
             plan = self.plans[shape] = make_plan(
                 self.batch,
                 shape,
                 cpu.TILING,
                 torch.get_num_threads(),
-                lambda members, positions: table[rows[members], positions],
+                lambda members, positions: table[table_rows[members], positions],
             )
         return plan
 

@@ -6,9 +6,9 @@ about to override with what BlendServe was written against, and ends with a mess
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +18,7 @@ OLDEST_SGLANG = "0.5.16"
 NEWEST_SGLANG = "0.5.23"
 
 _ATTENTION = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "...")
+_PRODUCT = ("self", "layer", "x", "bias")
 
 # Dotted path -> parameter names, as in every release of the supported range. A trailing "..."
 # accepts further parameters, for what is only wrapped with *args and **kwargs. Of names with "|"
@@ -78,7 +79,34 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.layers.attention.attention_registry.register_attention_backend": ("name",),
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward_extend": _ATTENTION,
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward_decode": _ATTENTION,
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata": (
+        "self",
+        "forward_batch",
+    ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer": (
+        *("self", "layer", "loc_info", "cache_k", "cache_v", "..."),
+    ),
     "sglang.srt.utils.common.support_triton": ("backend",),
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ("self",),
+    "sglang.srt.model_executor.model_runner_components.weight_updater._model_load_weights_direct": (
+        "model",
+        "named_tensors",
+    ),
+    "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply": _PRODUCT,
+    "sglang.srt.layers.quantization.unquant.UnquantizedEmbeddingMethod.apply": _PRODUCT,
+    "sglang.srt.layers.activation.SiluAndMul.forward_native": ("self", "x"),
+    "sglang.srt.layers.layernorm.RMSNorm.forward_native": ("self", "x", "residual", "..."),
+    "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native": (
+        "self",
+        "positions",
+        "query",
+        "key",
+        "...",
+    ),
+    "sglang.srt.layers.logits_processor.should_apply_lm_head_quant_method": (
+        "lm_head",
+        "quant_method",
+    ),
 }
 HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": (
@@ -89,6 +117,7 @@ HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "scheduler_infos",
         "...",
     ),
+    "sglang.srt.server_args.ServerArgs.check_server_args": ("self",),
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._validate_request": (
         "self",
         "...",
@@ -154,11 +183,48 @@ def differences(expected: Mapping[str, tuple[str, ...]]) -> list[str]:
     return found
 
 
+def resolve(path: str) -> Any:
+    """What a dotted path names.
+
+    Raises:
+        AttributeError: a module of the path, or what it should hold, is not there.
+        UnsupportedSGLang: a module is there but cannot be imported, with its own error.
+    """
+    parts = path.split(".")
+    found: Any = None
+    imported = 0
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise _broken(name, error) from error
+            break
+        except (ImportError, OSError) as error:
+            raise _broken(name, error) from error
+        imported = count
+    if not imported:
+        raise AttributeError(f"there is no module {parts[0]!r}")
+    for part in parts[imported:]:
+        found = getattr(found, part)
+    return found
+
+
+def _broken(module: str, error: Exception) -> UnsupportedSGLang:
+    return UnsupportedSGLang(
+        f"SGLang is installed but its module {module} cannot be imported here: "
+        f"{type(error).__name__}: {error}. SGLang's CUDA build needs NVIDIA's driver "
+        "(libcuda.so.1) and the packages that it names; `nvidia-smi` must list the GPU, and "
+        "`blendserve doctor` says what is missing. Without one, use `make setup`."
+    )
+
+
 def _difference(path: str, parameters: tuple[str, ...]) -> str:
     """How a function differs from what is expected; empty if it does not."""
     try:
-        function = inspect.unwrap(pkgutil.resolve_name(path))
-    except (ImportError, AttributeError) as error:
+        function = inspect.unwrap(resolve(path))
+    except AttributeError as error:
         return f"{path} is missing ({error})"
     actual = tuple(inspect.signature(function).parameters)
     prefix = parameters[:-1] if parameters[-1] == "..." else parameters
@@ -172,7 +238,8 @@ def check_sglang(expected: Mapping[str, tuple[str, ...]], version: str | None = 
     """Check version and signatures.
 
     Raises:
-        UnsupportedSGLang: with SGLang's version, the supported range and what differs.
+        UnsupportedSGLang: with SGLang's version, the supported range and what differs; or with the
+            error of a module that cannot be imported on this machine.
     """
     version = version or installed_sglang()
     check_version(version)

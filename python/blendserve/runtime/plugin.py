@@ -42,13 +42,19 @@ def activate() -> None:
 def _register(in_front_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from blendserve.runtime import attention, radix_cache
+    from blendserve.runtime import arguments, attention, radix_cache
+    from blendserve.runtime.cpu_platform import needs_cpu_engine
     from blendserve.runtime.prefill_adder import BlendPrefillAdder
     from blendserve.runtime.scheduler import BlendScheduler
 
     radix_cache.register()
 
     attention.register()
+    if needs_cpu_engine():
+        from blendserve.runtime import packed_weights, row_kernels
+
+        packed_weights.register()
+        row_kernels.register()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", BlendScheduler, HookType.REPLACE
     )
@@ -57,6 +63,9 @@ def _register(in_front_process: bool) -> None:
         "sglang.srt.managers.scheduler.PrefillAdder", BlendPrefillAdder, HookType.REPLACE
     )
     if in_front_process:
+        HookRegistry.register(
+            "sglang.srt.server_args.ServerArgs.check_server_args", arguments.check, HookType.AFTER
+        )
         HookRegistry.register(
             "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
             _mount_routes,

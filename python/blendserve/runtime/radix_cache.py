@@ -269,7 +269,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
             end=end,
             compute_seconds=compute,
             kv_bytes=kv_bytes,
-            density=compute / (kv_bytes / self._cost_model.hardware.bandwidth_bytes),
+            density=compute / ((end - start) * self._cost_model.rates.context),
             next_use=node.blend_future.due,
             distance=self._order.distance(node),
         )

@@ -45,8 +45,6 @@ from blendserve.runtime.trace import StepTrace
 _GC_THRESHOLDS = (50_000, 20, 100)
 # Steps after which a report is sent even if nothing was taken from the queues.
 _REPORT_STEPS = 16
-# On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
-_GPU_TOKEN_MULTIPLE = 128
 
 
 class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[misc]
@@ -90,12 +88,11 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
         cost_model = cost_model_of(self.model_config, self.server_args.tp_size, load_settings())
-        self.blend_pace = StepPace.of(cost_model, self.chunked_prefill_size or 0)
+        self.blend_pace = StepPace.of(cost_model.step_costs, self.chunked_prefill_size or 0)
         # Where steps are not mixed, prefill has no decodes to overlap with.
         self.blend_pacer: StepPacer | None = None
         if self.is_mixed_chunk:
-            multiple = _GPU_TOKEN_MULTIPLE if self.device == "cuda" else 1
-            self.blend_pacer = StepPacer(self.blend_pace, multiple)
+            self.blend_pacer = StepPacer(self.blend_pace)
 
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the front process refuses to serve without.
@@ -170,6 +167,9 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         return super().run_batch(batch, *args, **kwargs)
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
+        # Where SGLang overlaps steps, a request that has ended or was retracted is decoded once
+        # more, for nothing.
+        in_vain = sum(req.finished() or bool(req.is_retracted) for req in batch.reqs)
         super().process_batch_result(batch, result)
         report = self.blend_report
         report.steps += 1
@@ -177,12 +177,14 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         mode = batch.forward_mode
         prefilled = decoded = 0
         if mode.is_decode():
-            decoded = len(batch.reqs)
+            decoded = len(batch.reqs) - in_vain
         elif mode.is_extend():
-            decoded = len(batch.decoding_reqs or ())
-            # Verification steps of speculative decoding count as extend, without a prompt.
-            prefilled = max((batch.extend_num_tokens or 0) - decoded, 0)
-            for req in batch.reqs[: len(batch.reqs) - decoded]:
+            beside = len(batch.decoding_reqs or ())
+            decoded = max(beside - in_vain, 0)
+            # Verification steps of speculative decoding count as extend, without a prompt. The sum
+            # of the tokens is not in the copy of a batch that 0.5.16 makes to overlap steps.
+            prefilled = max(sum(batch.extend_lens or ()) - beside, 0)
+            for req in batch.reqs[: len(batch.reqs) - beside]:
                 # Only the last chunk of a prompt brings a token. (`chunked_req` would not do: where
                 # SGLang overlaps steps, it tells of the batch after this one.)
                 if req.output_ids and self.blend.prefilled(req.rid):

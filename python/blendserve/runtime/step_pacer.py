@@ -31,7 +31,6 @@ class StepPacer:
 
     Args:
         pace: costs of a step.
-        multiple: the tokens of a step, decodes included, are rounded to a multiple of this.
 
     Attributes:
         target_density: of all that is left: not sent yet, waiting, and running.
@@ -39,8 +38,8 @@ class StepPacer:
             should start until a new plan knows more.
     """
 
-    def __init__(self, pace: StepPace, multiple: int) -> None:
-        self._pace, self._multiple = pace, multiple
+    def __init__(self, pace: StepPace) -> None:
+        self._pace = pace
         self.target_density = self._density = math.inf
         self.hold_right = False
         self._look_in = 0
@@ -64,10 +63,7 @@ class StepPacer:
         if self._look_in < 0:
             self._look_in = PACE_STEPS - 1
             self._look_ahead(blend, rest_seconds, backlog_tokens)
-        pace = self._pace
-        tokens = pace.prefill_tokens(self._density, blend.context_tokens, decodes)
-        batch = max(round((tokens + decodes) / self._multiple), 1) * self._multiple
-        return max(min(batch, pace.chunk_tokens) - decodes, 1)
+        return self._pace.prefill_tokens(self._density, blend.context_tokens, decodes)
 
     def _look_ahead(
         self, blend: SideQueues, rest_seconds: tuple[float, float], backlog_tokens: int
@@ -85,7 +81,7 @@ class StepPacer:
             memory,
             tail_seconds,
             alive * account.bin_steps,
-            pace.weight_seconds,
+            pace.floor_seconds,
             FULL_PART * account.total_tokens * pace.context_seconds,
         )
         surprises = [

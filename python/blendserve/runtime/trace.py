@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class TraceStep(msgspec.Struct):
             the decodes.
         left_tokens, right_tokens: KV memory booked per side.
         free_tokens: free and evictable KV tokens.
-        target_density: of what is left of the job.
+        target_density: of what is left of the job; None where no memory seconds are left.
     """
 
     step: int
@@ -39,7 +40,7 @@ class TraceStep(msgspec.Struct):
     left_tokens: float
     right_tokens: float
     free_tokens: int
-    target_density: float
+    target_density: float | None
 
 
 class StepTrace:
@@ -53,13 +54,15 @@ class StepTrace:
 
     def step(self, scheduler: Any, batch: Any, prefilled: int, decoded: int) -> None:
         """Write what a batch did, after its result was processed."""
-        split = len(batch.reqs) - decoded
+        # Counted by the batch: some of its decodes may have been in vain.
+        split = len(batch.reqs) - len(batch.decoding_reqs or ())
+        split = 0 if batch.forward_mode.is_decode() else split
         decode_context = sum(
             len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs[split:]
         )
         # A batch of decodes still has the chunks that it was made from.
-        begins = batch.prefix_lens[:split] if split else []
-        ends = [a + n for a, n in zip(begins, batch.extend_lens, strict=False)] if split else []
+        begins = (batch.prefix_lens or [])[:split]
+        ends = [a + n for a, n in zip(begins, batch.extend_lens or [], strict=False)]
         compute, memory = scheduler.blend_pace.seconds(prefilled + decoded, decode_context)
         account = scheduler.blend.account
         line = TraceStep(
@@ -79,6 +82,11 @@ class StepTrace:
                 scheduler.token_to_kv_pool_allocator.available_size()
                 + scheduler.tree_cache.evictable_size()
             ),
-            target_density=scheduler.blend_target_density,
+            target_density=_finite(scheduler.blend_target_density),
         )
         self._file.write(msgspec.json.encode(line).decode() + "\n")
+
+
+def _finite(density: float) -> float | None:
+    # JSON has no infinity.
+    return density if math.isfinite(density) else None

@@ -13,6 +13,7 @@ from blendserve.planner import (
     Overtaking,
     PacedAdmission,
     Side,
+    StepCosts,
     StepPace,
     partition_memory,
     rest_density,
@@ -30,7 +31,6 @@ from blendserve.planner.pacing import (
 from .central_plan import CentralPlan
 from .engine import Engine
 from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
-from .step_time import StepCosts
 
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
@@ -121,16 +121,13 @@ class BlendScheduler:
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self._central = central
-        self._costs = costs
         self._options = options
         self._replica = replica
         self._chunk = chunk_tokens
         self._memory = MemoryTest(central.book)
         self._admission, self._paced = Admission(), PacedAdmission()
         self._overtaking = Overtaking()
-        self._pace = StepPace(
-            costs.token_seconds, costs.context_seconds, costs.weight_seconds, chunk_tokens
-        )
+        self._pace = StepPace.of(costs, chunk_tokens)
         self._retracted = {side: _Retracted([]) for side in Side}
         # Side and booked tokens of running requests; sums per side; when the left ones outlive
         # their estimates.
@@ -179,9 +176,7 @@ class BlendScheduler:
         hold = self._options.paced and self._hold_right(engine)
 
         def by_policy(left: Candidate | None, right: Candidate | None) -> Side | None:
-            nonlocal hold
             if self._options.paced:
-                hold = hold or self._filled(kv, left, right)
                 return self._paced.choose(left, right, kv, self._target, hold)
             return self._admission.choose(left, right, kv, self._target)
 
@@ -265,9 +260,9 @@ class BlendScheduler:
         rest = sum(lengths) / len(lengths)
         context = engine.prompt[request] + done
         return (
-            rest * self._costs.token_seconds,
+            rest * self._pace.token_seconds,
             max(sum((context + more / 2) * more for more in lengths) / len(lengths), 1.0)
-            * self._costs.context_seconds,
+            * self._pace.context_seconds,
             rest,
         )
 
@@ -276,17 +271,9 @@ class BlendScheduler:
             self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
         )
 
-    def _filled(self, kv: _Pool, left: Candidate | None, right: Candidate | None) -> bool:
-        """Whether the memory side fills memory as far as it helps, while there is another side."""
-        if left is None or right is None or right.density >= self._target:
-            return False
-        assert isinstance(right.request, int)
-        held = self._memory.mean_tokens(kv.engine, right.request, right.private_tokens)
-        return held > self._pace.filling_tokens(self._pace_density)
-
     def _look_ahead(self, engine: Engine) -> None:
         """The density to pace the next steps at, and whether it rests on guesses."""
-        costs, central = self._costs, self._central
+        costs, central = self._pace, self._central
         # Of a context, the part that is read: what others read as well counts once.
         read = engine.reads / engine.context if engine.context else 1.0
         compute, memory = engine.prefill_backlog * costs.token_seconds, 0.0
@@ -317,7 +304,7 @@ class BlendScheduler:
                 waiting_memory,
                 tokens * read * costs.context_seconds,
                 alive * BIN_STEPS,
-                costs.weight_seconds,
+                costs.floor_seconds,
                 FULL_PART * engine.capacity * costs.context_seconds,
             )
             if self._longest > LONG_TOKENS:

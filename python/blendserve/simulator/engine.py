@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.planner import PrefixTree
+from blendserve.planner import PrefixTree, StepCosts
 
 from .kv_cache import KVCache
-from .step_time import OverlapModel, StepCosts
+from .step_time import OverlapModel
 
 Ints = NDArray[np.int64]
 
@@ -59,11 +59,11 @@ class Totals:
 
     seconds: under each overlap model of the engine.
     compute_seconds, memory_seconds: of the operators alone, not overlapped. floor_seconds: the
-    part of compute_seconds in which GEMMs only waited for weights. cached_tokens: of prompts, at
-    their first start. prefill_tokens: computed at first starts; recomputed_tokens: computed again
-    after retraction; evicted_shared_tokens: dropped from the cache for want of memory, tails of
-    finished requests apart. decode_tokens: produced by decode steps; one more comes with every
-    start.
+    part of compute_seconds that GEMMs would not have taken in large steps. cached_tokens: of
+    prompts, at their first start. prefill_tokens: computed at first starts; recomputed_tokens:
+    computed again after retraction; evicted_shared_tokens: dropped from the cache for want of
+    memory, tails of finished requests apart. decode_tokens: produced by decode steps; one more
+    comes with every start.
     """
 
     steps: int = 0
@@ -131,7 +131,7 @@ class Engine:
         self._ends: dict[int, list[tuple[int, int]]] = {}
         self._end_steps: list[int] = []
         self._trace_every = trace_every
-        self._planes = [model.planes for model in overlaps]
+        self._token_seconds = costs.rates.token
         self.totals.seconds = [0.0] * len(overlaps)
 
     @property
@@ -212,7 +212,7 @@ class Engine:
                 "KV memory; take a device with more memory"
             )
         found, cached = self.cache.start(node, own)
-        first = min(cached, total - 1)
+        first = max(min(cached, total - 1), 0)
         totals.starts += 1
         if request in self.generated:
             totals.recomputed_tokens += total - first
@@ -230,7 +230,7 @@ class Engine:
             decoding, reads = self.decoding, self.reads
         prefills, costs, totals = self._prefills, self.costs, self.totals
         done = []
-        tokens = pairs = 0
+        tokens = pairs = prefix = chunks = 0
         room = budget
         while prefills and room > 0:
             item = prefills[0]
@@ -243,20 +243,26 @@ class Engine:
                 prefills.popleft()
                 done.append(item)
             pairs += take * (2 * position + take)
+            prefix += position
+            chunks += 1
             tokens += take
             room -= take
         self.prefill_backlog -= tokens
+        sampled = decoding + len(done)
         if self._received:
-            tokens = pairs = 0
-        gemm = (decoding + tokens) * costs.token_seconds
-        if gemm < costs.weight_seconds:
-            totals.floor_seconds += costs.weight_seconds - gemm
-            gemm = costs.weight_seconds
-        compute = gemm + pairs * costs.pair_seconds
-        memory = reads * costs.context_seconds
+            tokens = pairs = prefix = chunks = 0
+            sampled = decoding
+        batch = decoding + tokens
+        gemm = costs.token_seconds(batch)
+        totals.floor_seconds += gemm - batch * self._token_seconds
+        compute = gemm + costs.sampled_seconds(sampled)
+        compute += costs.prefill_seconds(chunks, pairs, tokens, prefix)
+        memory = costs.decode_seconds(decoding, reads)
+        traffic = costs.traffic_seconds(batch, decoding, reads, prefix)
+        fixed = costs.step if batch else 0.0
         totals.steps += 1
-        for k, planes in enumerate(self._planes):
-            totals.seconds[k] += _longest(planes, compute, memory)
+        for k, overlap in enumerate(self._overlaps):
+            totals.seconds[k] += fixed + overlap.seconds(compute, memory, traffic)
         totals.compute_seconds += compute
         totals.memory_seconds += memory
         totals.decode_tokens += decoding
@@ -348,12 +354,15 @@ class Engine:
         room = (cache.capacity - cache.locked) // n
         steps = max(min(self._end_steps[0] - self.now, room, scheduler.patience(self)), 1)
         cache.make_room(n * steps)
-        gemm = max(n * costs.token_seconds, costs.weight_seconds)
-        totals.floor_seconds += steps * (gemm - n * costs.token_seconds)
-        reads = self.reads + n * np.arange(steps)
-        memory = reads * costs.context_seconds
+        layers = costs.token_seconds(n)
+        gemm = layers + costs.sampled_seconds(n)
+        totals.floor_seconds += steps * (layers - n * self._token_seconds)
+        reads = self.reads + n * np.arange(steps, dtype=np.float64)
+        memory = costs.decode_seconds_each(n, reads)
+        traffic = costs.traffic_seconds_each(n, n, reads)
         for k, overlap in enumerate(self._overlaps):
-            totals.seconds[k] += float(overlap.seconds_each(gemm, memory).sum())
+            each = overlap.seconds_each(gemm, memory, traffic)
+            totals.seconds[k] += float(each.sum()) + steps * costs.step
         totals.compute_seconds += gemm * steps
         totals.memory_seconds += float(memory.sum())
         totals.steps += steps
@@ -365,12 +374,3 @@ class Engine:
         self.now += steps
         if self._end_steps[0] == self.now:
             self._finish_due(scheduler)
-
-
-def _longest(planes: tuple[tuple[float, float], ...], compute: float, memory: float) -> float:
-    seconds = 0.0
-    for u, v in planes:
-        value = u * compute + v * memory
-        if value > seconds:
-            seconds = value
-    return seconds

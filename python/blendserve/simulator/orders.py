@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from blendserve.planner import MemoryForecast
-from blendserve.planner.memory_forecast import DEVIATIONS
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.planner import MemoryForecast, PrefixTree, StepPace, rest_density
+from blendserve.planner.memory_forecast import BIN_STEPS, DEVIATIONS
+from blendserve.planner.pacing import FULL_PART, PACE_STEPS
 
 from .engine import Engine
 from .lengths import LengthBook
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 # Tokens of a step, decodes included: what NanoFlow runs Llama-3.1-8B with on an A100.
 CHUNK_TOKENS = 2_048
@@ -36,13 +43,6 @@ class MemoryTest:
         forecast.advance(engine.now)
         limit = cache.capacity - cache.locked_shared - reserve_tokens
         return forecast.fits(engine.now, private_tokens, self._rest(engine, request), limit)
-
-    def mean_tokens(self, engine: Engine, request: int, private_tokens: int) -> float:
-        """What would be held on average while this request runs, if it started too."""
-        self.forecast.advance(engine.now)
-        return self.forecast.mean_tokens_with(
-            engine.now, private_tokens, self._rest(engine, request)
-        )
 
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
         self.forecast.add(request, engine.now, own_tokens, self._rest(engine, request))
@@ -94,3 +94,78 @@ class OrderScheduler:
     def retracted(self, engine: Engine, request: int) -> None:
         self._memory.ended(engine, request)
         self._waiting.appendleft(request)
+
+
+class PacedOrderScheduler(OrderScheduler):
+    """The same, but with the prefill of each step paced as ours is.
+
+    work: (2, n) compute (after sharing) and memory seconds of each request, by request index.
+    """
+
+    def __init__(
+        self, order: Iterable[int], book: LengthBook, pace: StepPace, work: Floats
+    ) -> None:
+        super().__init__(order, book, pace.chunk_tokens)
+        self._pace, self._work = pace, work
+        self._left = work.sum(axis=1)
+        self._density, self._look_due = 0.0, 0
+
+    def prefill_budget(self, engine: Engine) -> int:
+        if not engine.mixed:
+            return self._chunk
+        if engine.totals.steps >= self._look_due:
+            self._look_due = engine.totals.steps + PACE_STEPS
+            self._look_ahead(engine)
+        return self._pace.prefill_tokens(self._density, engine.reads, engine.decoding)
+
+    def started(self, engine: Engine, request: int, own_tokens: int) -> None:
+        super().started(engine, request, own_tokens)
+        self._left -= self._work[:, request]
+
+    def retracted(self, engine: Engine, request: int) -> None:
+        super().retracted(engine, request)
+        self._left += self._work[:, request]
+
+    def _look_ahead(self, engine: Engine) -> None:
+        pace, forecast = self._pace, self._memory.forecast
+        forecast.advance(engine.now)
+        tokens, alive = forecast.profile(engine.now)
+        more = engine.prefill_backlog + forecast.remaining_tokens(engine.now)
+        self._density = rest_density(
+            max(float(self._left[0]), 0.0) + more * pace.token_seconds,
+            max(float(self._left[1]), 0.0),
+            tokens * pace.context_seconds,
+            alive * BIN_STEPS,
+            pace.floor_seconds,
+            FULL_PART * engine.capacity * pace.context_seconds,
+        )
+
+
+def sorted_depth_first(tree: PrefixTree, above: Floats, below: Floats) -> Ints:
+    """Requests in a depth-first order in which the children of every node, leaves among them, stand
+    by above / below of all requests under them, the largest first.
+
+    above, below: (n,) in leaf order, below not negative.
+    """
+    ratio = _ratio(above, below)
+    node_ratio = _ratio(tree.subtree_sum(above), tree.subtree_sum(below))
+    children: list[list[tuple[float, int, int]]] = [[] for _ in range(tree.num_nodes)]
+    for node in range(1, tree.num_nodes):
+        children[tree.parent[node]].append((-node_ratio[node], int(tree.first[node]), node))
+    for leaf, parent in enumerate(tree.leaf_parent.tolist()):
+        children[parent].append((-ratio[leaf], leaf, -1))
+    found: list[int] = []
+    stack: list[tuple[float, int, int]] = [(0.0, 0, 0)]
+    while stack:
+        _, leaf, node = stack.pop()
+        if node < 0:
+            found.append(leaf)
+        else:
+            stack.extend(sorted(children[node], reverse=True))
+    return np.asarray(tree.requests[np.array(found, dtype=np.int64)])
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    out = np.full(len(above), np.inf)
+    np.divide(above, below, out=out, where=below > 0)
+    return out

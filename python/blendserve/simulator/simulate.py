@@ -15,6 +15,8 @@ from blendserve.planner import (
     Job,
     PlannerConfig,
     PrefixTree,
+    StepCosts,
+    StepPace,
     estimate,
     kv_capacity_tokens,
     make_plan,
@@ -28,8 +30,8 @@ from .engine import Engine, EngineStuck, Totals
 from .foresight import Foresight
 from .kv_cache import KVCache
 from .lengths import LengthBook
-from .orders import CHUNK_TOKENS, OrderScheduler
-from .step_time import Overlap, OverlapModel, StepCosts
+from .orders import CHUNK_TOKENS, OrderScheduler, PacedOrderScheduler, sorted_depth_first
+from .step_time import Overlap, OverlapModel
 from .workloads import Workload
 
 Ints = NDArray[np.int64]
@@ -37,14 +39,18 @@ Ints = NDArray[np.int64]
 
 class Policy(StrEnum):
     """fcfs: lines as they stand in the file. random: shuffled (NanoFlow-Balance). dfs: depth first
-    through the prefix tree (NanoFlow-DFS; with `sequential`, vLLM-DFS and SGLang-DFS). longest:
-    largest expected output first. batchllm: groups that share a prefix, those with the most
-    decoding per prefill first. disaggregated: prefill and decode on devices of their own.
-    blend-paper: BlendServe without additions of ours. blend: ours."""
+    through the prefix tree (NanoFlow-DFS; with `sequential`, vLLM-DFS and SGLang-DFS). dfs-best:
+    the fastest of three such orders: children as they are, the densest first, the densest last.
+    dfs-paced: the same with our pacing of prefill. longest: largest expected output first.
+    batchllm: depth first, subtrees with the most decoding per prefill first. disaggregated: prefill
+    and decode on devices of their own. blend-paper: BlendServe without additions of ours. blend:
+    ours."""
 
     FCFS = "fcfs"
     RANDOM = "random"
     DFS = "dfs"
+    DFS_BEST = "dfs-best"
+    DFS_PACED = "dfs-paced"
     LONGEST = "longest"
     BATCHLLM = "batchllm"
     DISAGGREGATED = "disaggregated"
@@ -102,7 +108,7 @@ class Setting:
 
     @property
     def step_costs(self) -> StepCosts:
-        return StepCosts.of(self.cost_model) if self.costs is None else self.costs
+        return self.cost_model.step_costs if self.costs is None else self.costs
 
     def overlap_model(self, overlap: Overlap) -> OverlapModel:
         return (
@@ -137,13 +143,14 @@ class Result:
 
 
 class Simulation:
-    """A workload prepared once, to be run under several settings."""
+    """A workload prepared once, to be run under several settings. page_tokens: of the KV cache;
+    only whole pages are shared."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, page_tokens: int = 1) -> None:
         self.workload = workload
         self.output: Ints = workload.output_tokens
         self.job: Job = workload.job()
-        self.tree: PrefixTree = self.job.build_tree()
+        self.tree: PrefixTree = self.job.build_tree().paged(page_tokens)
         self._books: dict[tuple[float, int], LengthBook] = {}
 
     def bound(self, setting: Setting, overlap: Overlap) -> Bound:
@@ -151,7 +158,13 @@ class Simulation:
         costs = setting.step_costs
         model = setting.overlap_model(overlap)
         return lower_bound(
-            self.tree, self.output, costs, model, setting.replicas, setting.shared_decode
+            self.tree,
+            self.output,
+            costs,
+            model,
+            setting.replicas,
+            setting.shared_decode,
+            setting.chunk_tokens,
         )
 
     def run(self, setting: Setting) -> list[Result]:
@@ -200,6 +213,8 @@ class Simulation:
         """What each replica did; not for `disaggregated`, which has no such."""
         if setting.policy in (Policy.BLEND, Policy.BLEND_PAPER):
             return self._blend(setting)
+        if setting.policy in (Policy.DFS_BEST, Policy.DFS_PACED):
+            return self._best_order(setting)
         book = self._sampled_book(setting)
         engine = self._engine(setting, self._cache(setting))
         order = self.order(setting, book).tolist()
@@ -218,14 +233,37 @@ class Simulation:
         output = book.means()[tree.requests]
         if policy is Policy.LONGEST:
             return tree.requests[np.argsort(-output, kind="stable")]
-        # Of the requests that hang from one node, the decoding and the prefill beyond the prefix.
-        own = tree.length - tree.depth[tree.leaf_parent]
-        nodes = tree.num_nodes
-        decode = np.bincount(tree.leaf_parent, weights=output, minlength=nodes)
-        prefill = np.bincount(tree.leaf_parent, weights=own, minlength=nodes)
-        ratio = decode / np.maximum(prefill, 1.0)
-        ranked = np.lexsort((np.arange(len(own)), tree.leaf_parent, -ratio[tree.leaf_parent]))
-        return tree.requests[ranked]
+        own = (tree.length - tree.shared).astype(np.float64)
+        return sorted_depth_first(tree, output, own)
+
+    def _best_order(self, setting: Setting) -> list[Totals]:
+        """Of each overlap model the fastest of three depth-first orders; what is counted else is
+        that of the first model's."""
+        book, tree = self._sampled_book(setting), self.tree
+        model = setting.cost_model
+        output = book.means()[tree.requests]
+        compute = model.compute_seconds(tree.length, output)
+        compute = compute - model.prefill_seconds_saved(tree.shared)
+        memory = model.memory_seconds(tree.length, output)
+        work = np.empty((2, tree.num_leaves))
+        work[:, tree.requests] = compute, memory
+        pace = StepPace.of(setting.step_costs, setting.chunk_tokens)
+        runs = []
+        for order in (
+            tree.requests,
+            sorted_depth_first(tree, compute, memory),
+            sorted_depth_first(tree, memory, compute),
+        ):
+            engine = self._engine(setting, self._cache(setting))
+            scheduler = (
+                PacedOrderScheduler(order.tolist(), book, pace, work)
+                if setting.policy is Policy.DFS_PACED
+                else OrderScheduler(order.tolist(), book, setting.chunk_tokens)
+            )
+            runs.append(engine.run(scheduler))
+        best = min(runs, key=lambda run: run.seconds[0])
+        seconds = [min(times) for times in zip(*(run.seconds for run in runs), strict=True)]
+        return [replace(best, seconds=seconds)]
 
     def _blend(self, setting: Setting) -> list[Totals]:
         setting = (

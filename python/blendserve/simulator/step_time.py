@@ -1,4 +1,4 @@
-"""How long one step of the engine takes: the cost model's terms, and how operators overlap."""
+"""How the operators of a step overlap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from blendserve.planner import INTERFERENCE, CostModel
+from blendserve.planner import INTERFERENCE
 
 Floats = NDArray[np.float64]
 
@@ -25,8 +25,9 @@ class Overlap(StrEnum):
 
 @dataclass(frozen=True)
 class OverlapModel:
-    """Seconds of a step whose compute-bound operators take c alone and whose memory-bound ones m:
-    the largest of u c + v m over the pairs (u, v) of `planes`.
+    """Seconds of a step whose compute-bound operators take c alone, whose memory-bound ones m, and
+    that moves t seconds' worth of bytes through the one memory: the largest of t and of u c + v m
+    over the pairs (u, v) of `planes`.
 
     Speeds (x, y) of GEMM and attention side by side form a concave curve; between measured points
     the two alternate, which gives the straight line. A step takes the least T with (c / T, m / T)
@@ -62,13 +63,20 @@ class OverlapModel:
             planes.append((slope / height, 1.0 / height))
         return OverlapModel((*planes, (1.0, 0.0), (0.0, 1.0)))
 
-    def seconds(self, compute: float, memory: float) -> float:
-        return max([u * compute + v * memory for u, v in self.planes])
+    def seconds(self, compute: float, memory: float, traffic: float = 0.0) -> float:
+        found = traffic
+        for u, v in self.planes:
+            value = u * compute + v * memory
+            if value > found:
+                found = value
+        return found
 
-    def seconds_each(self, compute: ArrayLike, memory: ArrayLike) -> Floats:
+    def seconds_each(
+        self, compute: ArrayLike, memory: ArrayLike, traffic: ArrayLike = 0.0
+    ) -> Floats:
         """The same for arrays of one shape."""
         c, m = np.asarray(compute, dtype=np.float64), np.asarray(memory, dtype=np.float64)
-        out = np.zeros(np.broadcast(c, m).shape)
+        out = np.zeros(np.broadcast(c, m, traffic).shape) + np.asarray(traffic, dtype=np.float64)
         for u, v in self.planes:
             np.maximum(out, u * c + v * m, out=out)
         return out
@@ -77,36 +85,3 @@ class OverlapModel:
 def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
     """Whether b lies on or under the line from a to c."""
     return (b[0] - a[0]) * (c[1] - a[1]) >= (c[0] - a[0]) * (b[1] - a[1]) - 1e-12
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """Terms of a step, from the planner's cost model.
-
-    token_seconds: GEMMs of one token (2P FLOPs). pair_seconds: prefill attention from position a
-    to b costs (b^2 - a^2) of these. context_seconds: decode attention reading one token's KV.
-    weight_seconds: reading all weights, which a step's GEMMs cannot undercut.
-    """
-
-    token_seconds: float
-    pair_seconds: float
-    context_seconds: float
-    weight_seconds: float
-
-    @staticmethod
-    def of(cost_model: CostModel) -> StepCosts:
-        token = float(cost_model.compute_seconds(0, 1))
-        far = 65_536
-        pair = (float(cost_model.compute_seconds(far, 0)) - far * token) / far**2
-        device = cost_model.hardware
-        return StepCosts(
-            token_seconds=token,
-            pair_seconds=pair,
-            context_seconds=cost_model.model.kv_bytes_per_token / device.bandwidth_bytes,
-            weight_seconds=cost_model.model.weight_bytes / device.bandwidth_bytes,
-        )
-
-    @property
-    def floor_tokens(self) -> float:
-        """Tokens whose GEMMs take as long as reading the weights."""
-        return self.weight_seconds / self.token_seconds

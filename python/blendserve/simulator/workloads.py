@@ -23,6 +23,7 @@ SYSTEM_PROMPT_TOKENS = 8
 # No limit tells a short request from a long one: lengths must be found by sampling.
 MAX_OUTPUT_TOKENS = 98_304
 SHARING_TOLERANCE = 0.01
+_LEAST_REQUESTS = 100
 # WildChat's twin: this part of its prompts begins with one of so many templates.
 WILDCHAT_TEMPLATE_TOKENS = 400
 WILDCHAT_TEMPLATE_PART = 0.16
@@ -220,7 +221,10 @@ def _counts(
         matrix, right = equations(taken)
         off = abs(float(matrix[2] @ taken - right[2]))
         best = min(best, (off, of_memory)) if best else (off, of_memory)
-    assert best is not None
+    if best is None:
+        raise ValueError(
+            f"{n} requests are too few for a mix of three traces: take {_LEAST_REQUESTS} or more"
+        )
     taken = np.array([n - best[1] - of_exam, best[1], of_exam])
     matrix, right = equations(taken)
     prompt_tokens = sum(float(pool[0][max(k, 1) - 1]) for pool, k in zip(sums, taken, strict=True))

@@ -62,25 +62,25 @@ const BlendKernels& choose() {
   return blend_kernels_baseline;
 }
 
-const BlendKernels& kernels() {
-  static const BlendKernels& chosen = choose();
-  return chosen;
-}
-
 thread_local BlendScratch scratch[2];
 // Of the calling thread; kept, because fresh memory would fault in page by page in every layer.
 thread_local BlendScratch partials;
 
 }  // namespace
 
+const BlendKernels& blend_kernels() {
+  static const BlendKernels& chosen = choose();
+  return chosen;
+}
+
 // For the caller to check that it fills in the struct that these kernels read.
 extern "C" int64_t blend_attention_bytes() { return sizeof(BlendAttention); }
 
 // The instruction set of the kernels that this machine gets.
-extern "C" const char* blend_instruction_set() { return kernels().name; }
+extern "C" const char* blend_instruction_set() { return blend_kernels().name; }
 
 extern "C" void blend_attention(BlendAttention* attention, int threads) {
-  const BlendKernels& k = kernels();
+  const BlendKernels& k = blend_kernels();
   attention->partials = partials.reserve(attention->partial_count * attention->heads *
                                          (attention->head_dim + 2));
   BlendQueue queue{{0}, {attention->compute_bound}};

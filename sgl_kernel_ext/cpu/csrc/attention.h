@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "rows.h"
+
 extern "C" {
 
 // One stretch of one request's KV, and the query tokens that look at it.
@@ -73,7 +75,14 @@ struct BlendKernels {
   // One thread's part: computes items until there are no more. `scratch` is one for each kind.
   void (*attend)(const BlendAttention&, BlendQueue&, BlendScratch* scratch);
   void (*merge)(const BlendAttention&, int64_t merge);
+  // Rows [begin, end) each.
+  void (*silu_and_multiply)(const BlendActivation&, int64_t begin, int64_t end);
+  void (*normalise)(const BlendNorm&, int64_t begin, int64_t end);
+  void (*rotate)(const BlendRotation&, int64_t begin, int64_t end);
 };
+
+// Those for this machine.
+const BlendKernels& blend_kernels();
 
 extern const BlendKernels blend_kernels_baseline;
 #if defined(__x86_64__) && !defined(__clang__)

@@ -12,8 +12,10 @@
 namespace amx {
 namespace {
 #include "attention.inl"
+#include "rows.inl"
 }
 }  // namespace amx
 
-const BlendKernels blend_kernels_amx = {"amx", amx::attend, amx::merge};
+const BlendKernels blend_kernels_amx = {
+    "amx", amx::attend, amx::merge, amx::silu_and_multiply, amx::normalise, amx::rotate};
 #endif

@@ -10,8 +10,10 @@
 namespace avx2 {
 namespace {
 #include "attention.inl"
+#include "rows.inl"
 }
 }  // namespace avx2
 
-const BlendKernels blend_kernels_avx2 = {"avx2", avx2::attend, avx2::merge};
+const BlendKernels blend_kernels_avx2 = {
+    "avx2", avx2::attend, avx2::merge, avx2::silu_and_multiply, avx2::normalise, avx2::rotate};
 #endif

@@ -10,8 +10,10 @@
 namespace avx512 {
 namespace {
 #include "attention.inl"
+#include "rows.inl"
 }
 }  // namespace avx512
 
-const BlendKernels blend_kernels_avx512 = {"avx512", avx512::attend, avx512::merge};
+const BlendKernels blend_kernels_avx512 = {
+    "avx512", avx512::attend, avx512::merge, avx512::silu_and_multiply, avx512::normalise, avx512::rotate};
 #endif

@@ -8,7 +8,9 @@
 namespace baseline {
 namespace {
 #include "attention.inl"
+#include "rows.inl"
 }
 }  // namespace baseline
 
-const BlendKernels blend_kernels_baseline = {"baseline", baseline::attend, baseline::merge};
+const BlendKernels blend_kernels_baseline = {
+    "baseline", baseline::attend, baseline::merge, baseline::silu_and_multiply, baseline::normalise, baseline::rotate};

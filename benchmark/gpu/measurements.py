@@ -1,0 +1,370 @@
+"""The measurements of the campaign that need no engine: each writes its rows as it goes.
+
+    python benchmark/gpu/measurements.py STEP --out FOLDER
+
+A step runs in a process of its own, which campaign.py starts; see there for the order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batches import DTYPE, SHAPE, TOKEN_BYTES, Layer
+from peers import KV_SPLITS, flash_attention_3, flashinfer_apart, sglang_triton
+from report import DEVICE, DRY, Rows, median, milliseconds, multiprocessors, synchronize
+
+from sgl_kernel_ext import gpu, reference
+from sgl_kernel_ext.gpu import kernels
+from sgl_kernel_ext.gpu.attention import to_device
+from sgl_kernel_ext.gpu.flashinfer_steps import FlashInferSteps, plan_bytes
+from sgl_kernel_ext.gpu.steps import flashinfer_or_reason
+from sgl_kernel_ext.plan import plan_segments
+
+# Weights of one Llama-3.1-8B layer: QKV, output, gate and up, down.
+GEMMS = ((64, 96), (64, 64)) if DRY else ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+LAYERS = 2 if DRY else 32
+# Below what is allowed in half precision, and in the float32 of a dry run.
+TOLERANCE = 1e-5 if DRY else 2e-2
+
+
+def sized(full: int, dry: int) -> int:
+    return dry if DRY else full
+
+
+def few(*full: int) -> tuple[int, ...]:
+    """These sizes; one small one in a dry run."""
+    return (2,) if DRY else full
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth in GB/s and the rate of a large GEMM in TFLOP/s."""
+    size, side = sized(2**30, 2**16), sized(8192, 64)
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = median(milliseconds(lambda: target.copy_(source)))
+    a, b = (torch.randn(side, side, dtype=DTYPE, device=DEVICE) for _ in range(2))
+    gemm = median(milliseconds(lambda: a @ b))
+    return {"copy_gb_s": 2 * size / copy / 1e6, "gemm_tflop_s": 2 * side**3 / gemm / 1e9}
+
+
+def error_of(layer: Layer, call: Callable[[], None]) -> float:
+    """Relative error against float64; every output row is poisoned before."""
+    layer.output.fill_(float("nan"))
+    call()
+    synchronize()
+    tensors = (layer.query, layer.key_pool, layer.value_pool, layer.table)
+    expected = reference.attention(*tensors, layer.batch, SHAPE)
+    return float(reference.relative_error(layer.output, expected))
+
+
+def flashinfer_call(layer: Layer, share: bool = True) -> Callable[[], None] | None:
+    module, _ = flashinfer_or_reason()
+    if module is None:
+        return None
+    family = FlashInferSteps(module, DEVICE, multiprocessors())
+    run = family.plan(layer.step(share), SHAPE, DTYPE)
+    if run is None:
+        return None
+    return lambda: run(layer.query, layer.key_pool, layer.value_pool, layer.output)
+
+
+def small_layers() -> dict[str, Layer]:
+    return {
+        "mixed": Layer([(70, 40)], [200, 33, 128]),
+        "decode": Layer([], [200, 33, 128, 64]),
+        "shared": Layer([], [200] * 24, shared=128),
+    }
+
+
+def runs(rows: Rows) -> None:
+    """Whether anything runs at all: what can be imported, one case per kernel against float64."""
+    for name in ("triton", "sgl_kernel", "flashinfer", "sglang", "blendserve.runtime.guard"):
+        try:
+            module = importlib.import_module(name)
+            rows.add(imported=name, version=str(getattr(module, "__version__", "")))
+        except Exception as error:
+            rows.add(imported=name, error=f"{type(error).__name__}: {error}"[:500])
+    for kind, layer in small_layers().items():
+        calls = {"triton": lambda at=layer: at.triton(), "flashinfer": None}
+        calls["flashinfer"] = lambda at=layer: flashinfer_call(at)
+        for family, make in calls.items():
+            _case(rows, kind, family, layer, make)
+
+
+def _case(rows: Rows, kind: str, family: str, layer: Layer, make: Any) -> None:
+    start = time.perf_counter()
+    try:
+        call = make()
+        if call is None:
+            return
+        error = error_of(layer, call)
+        rows.add(case=kind, family=family, error=error, right=bool(error < TOLERANCE),
+                 seconds=time.perf_counter() - start)  # fmt: skip
+    except Exception as problem:
+        rows.add(case=kind, family=family, failed=f"{type(problem).__name__}: {problem}"[:500])
+
+
+def measure_ceilings(rows: Rows) -> None:
+    """What everything else is a share of."""
+    rows.add(**ceilings())
+
+
+def decode(rows: Rows) -> None:
+    """Decode attention under each candidate: its share of the copy bandwidth."""
+    copy = ceilings()["copy_gb_s"]
+    length = sized(1024, 40)
+    for batch in few(64, 256, 1024):
+        layer = Layer([], [length] * batch)
+        read = batch * length * TOKEN_BYTES
+        for number, config in enumerate(kernels.candidates("decode_only", SHAPE.head_dim)):
+            samples = milliseconds(_under(layer, config))
+            rows.add(
+                batch=batch, length=length, candidate=number, few_tile=config.kwargs["FEW_TILE"],
+                warps=config.num_warps, stages=config.num_stages, ms=median(samples),
+                share_of_copy=read / median(samples) / 1e6 / copy, samples=samples,
+            )  # fmt: skip
+            if DRY:
+                break
+        for name, make in PEERS.items():
+            _timed(rows, {"batch": batch, "peer": name}, lambda at=layer, m=make: m(at))
+
+
+def _under(layer: Layer, config: Any) -> Callable[[], None]:
+    """The Triton decode kernel with one candidate and no other."""
+    call = layer.triton(share=False)
+    tuned = kernels.decode_only
+
+    def run() -> None:
+        if DRY:
+            call()
+            return
+        kept, tuned.early_config_prune = tuned.early_config_prune, lambda *_, **__: [config]
+        tuned.cache.clear()
+        try:
+            call()
+        finally:
+            tuned.early_config_prune = kept
+
+    run()
+    return call
+
+
+PEERS: dict[str, Callable[[Layer], Callable[[], None] | None]] = {
+    "fa3": flash_attention_3,
+    "flashinfer": lambda layer: flashinfer_apart(layer, flashinfer_or_reason()[0]),
+    **{f"sglang-triton-{n}": lambda layer, n=n: sglang_triton(layer, n) for n in KV_SPLITS},
+}
+if DRY:
+    # In the interpreter one takes as long as all else; test/kernels checks it (peers.py).
+    PEERS = {}
+
+
+def _timed(rows: Rows, named: dict[str, Any], make: Callable[[], Any]) -> None:
+    """A row with a call's time, or with what went wrong: one peer must not end the others."""
+    try:
+        call = make()
+        if call is not None:
+            samples = milliseconds(call)
+            rows.add(**named, ms=median(samples), samples=samples)
+    except Exception as error:
+        rows.add(**named, failed=f"{type(error).__name__}: {error}"[:500])
+
+
+def blended(rows: Rows) -> None:
+    """A chunk over a prefix, beside decodes: one launch, two, and what SGLang would run."""
+    chunk, cached, length = sized(2048, 24), sized(2048, 16), sized(2048, 40)
+    for decodes in few(64, 256):
+        lens = [length] * decodes
+        mixed = Layer([(cached, chunk)], lens)
+        named = {"decodes": decodes, "chunk": chunk}
+        for part, layer in (("prefill", Layer([(cached, chunk)], [])), ("decode", Layer([], lens))):
+            _timed(rows, {**named, "part": part}, lambda at=layer: at.triton(share=False))
+        _timed(rows, {**named, "part": "blended"}, lambda at=mixed: at.triton(share=False))
+        _timed(rows, {**named, "part": "pod"}, lambda at=mixed: flashinfer_call(at, share=False))
+        for name, make in PEERS.items():
+            _timed(rows, {**named, "peer": name}, lambda at=mixed, m=make: m(at))
+
+
+def shared(rows: Rows) -> None:
+    """64 decodes under a prefix: read once, or once each."""
+    decodes, own = sized(64, 4), sized(512, 20)
+    for prefix in (64,) if DRY else (4096, 16384):
+        layer = Layer([], [prefix + own] * decodes, shared=prefix)
+        for part, share in (("groups", True), ("no-groups", False)):
+            _timed(rows, {"prefix": prefix, "part": part},
+                   lambda at=layer, s=share: at.triton(share=s))  # fmt: skip
+        _timed(rows, {"prefix": prefix, "part": "cascade"}, lambda at=layer: flashinfer_call(at))
+        for name, make in PEERS.items():
+            _timed(rows, {"prefix": prefix, "peer": name}, lambda at=layer, m=make: m(at))
+
+
+def weights() -> list[torch.Tensor]:
+    return [torch.randn(n, k, dtype=DTYPE, device=DEVICE) * k**-0.5 for k, n in GEMMS]
+
+
+def gemms(layer: list[torch.Tensor], tokens: int) -> Callable[[], None]:
+    inputs = [torch.randn(tokens, w.shape[1], dtype=DTYPE, device=DEVICE) for w in layer]
+    outputs = [torch.empty(tokens, w.shape[0], dtype=DTYPE, device=DEVICE) for w in layer]
+
+    def call() -> None:
+        for x, w, out in zip(inputs, layer, outputs, strict=True):
+            torch.mm(x, w.t(), out=out)
+
+    return call
+
+
+def graph(rows: Rows) -> None:
+    """A decode step's layers replayed from a CUDA graph against launched one by one.
+
+    A layer is its GEMMs, attention and 8 small kernels (norms, rotary embedding, activation, the
+    KV write): what SGLang launches.
+    """
+    layer = weights()
+    for decodes in few(1, 64, 256):
+        attention = Layer([], [sized(1024, 40)] * decodes).triton(share=False)
+        dense = gemms(layer, decodes)
+        small = torch.zeros(decodes, GEMMS[0][0], dtype=DTYPE, device=DEVICE)
+
+        def step(dense: Any = dense, attention: Any = attention, small: Any = small) -> None:
+            for _ in range(LAYERS):
+                dense()
+                attention()
+                for _ in range(8):
+                    small.add_(1.0)
+
+        samples = milliseconds(step, samples=10)
+        eager = median(samples)
+        row = {"decodes": decodes, "layers": LAYERS, "eager_ms": eager}
+        if DRY:
+            rows.add(**row, graph_ms=eager, seconds_per_layer=0.0)
+            continue
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            step()
+        replayed = median(milliseconds(recorded.replay, samples=10))
+        rows.add(**row, graph_ms=replayed, seconds_per_layer=(eager - replayed) / 1e3 / LAYERS)
+
+
+def copies(rows: Rows) -> None:
+    """How long planning keeps the host while the device is busy: it must not wait for it."""
+    busy = torch.randn(sized(8192, 64), sized(8192, 64), dtype=DTYPE, device=DEVICE)
+    for decodes in few(64, 256):
+        layer = Layer([], [sized(1500, 40)] * decodes)
+        step = layer.step(share=False)
+        plan = plan_segments(
+            layer.batch, SHAPE, gpu.tiling(SHAPE), multiprocessors(), step.segments
+        )
+        host = torch.from_numpy(np.ascontiguousarray(plan.items, dtype=np.int32))
+
+        def pageable(host: torch.Tensor = host) -> None:
+            host.to(DEVICE)
+
+        def pinned(plan: Any = plan) -> None:
+            to_device(plan, SHAPE, DEVICE)
+
+        module, _ = flashinfer_or_reason()
+        ways: dict[str, Callable[[], Any]] = {"pageable": pageable, "ours": pinned}
+        if module is not None:
+            family = FlashInferSteps(module, DEVICE, multiprocessors())
+            ways["flashinfer-plan"] = lambda s=step, f=family: f.plan(s, SHAPE, DTYPE)
+        for name, way in ways.items():
+            way()
+            synchronize()
+            waits = []
+            for _ in range(sized(10, 1)):
+                for _ in range(sized(20, 1)):
+                    busy @ busy
+                start = time.perf_counter()
+                way()
+                waits.append(1e3 * (time.perf_counter() - start))
+                synchronize()
+            rows.add(decodes=decodes, way=name, host_ms=median(waits), samples=waits)
+
+
+def interference(rows: Rows) -> None:
+    """GEMMs and decode attention in two streams: the speed of each beside the other."""
+    layer = weights()
+    other = None if DRY else torch.cuda.Stream()
+    for decodes in few(128, 256, 512, 1024):
+        attention = Layer([], [sized(1024, 40)] * decodes).triton(share=False)
+        for tokens in (sized(512, 8), sized(2048, 16)):
+            dense = gemms(layer, tokens)
+
+            def together(dense: Any = dense, attention: Any = attention) -> None:
+                if other is None:
+                    attention()
+                    dense()
+                    return
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    attention()
+                dense()
+                torch.cuda.current_stream().wait_stream(other)
+
+            alone = median(milliseconds(dense)), median(milliseconds(attention))
+            both = median(milliseconds(together))
+            rows.add(
+                decodes=decodes, tokens=tokens, gemm_ms=alone[0], decode_ms=alone[1],
+                together_ms=both, of_sum=both / sum(alone), of_maximum=both / max(alone),
+            )  # fmt: skip
+
+
+def costs(rows: Rows) -> None:
+    """GEMMs of a layer by tokens, decode and prefill attention: what step times are made of."""
+    layer = weights()
+    for tokens in few(1, 64, 128, 256, 512, 1024, 2048, 4096):
+        samples = milliseconds(gemms(layer, tokens), samples=10)
+        rows.add(kind="gemm", tokens=tokens, seconds=median(samples) / 1e3)
+    for decodes, length in ((8, 1024), (64, 1024), (256, 1024), (64, 8192), (512, 512)):
+        at = Layer([], [sized(length, 40)] * sized(decodes, 2))
+        samples = milliseconds(at.triton(share=False), samples=10)
+        rows.add(kind="decode", requests=decodes, tokens=length, seconds=median(samples) / 1e3)
+    for cached, new in ((0, 512), (0, 2048), (2048, 512), (2048, 2048), (8192, 2048)):
+        at = Layer([(sized(cached, 16), sized(new, 24))], [])
+        samples = milliseconds(at.triton(share=False), samples=10)
+        rows.add(kind="prefill", cached=cached, tokens=new, seconds=median(samples) / 1e3)
+
+
+def pod(rows: Rows) -> None:
+    """POD attention at the shapes that need the largest workspace, and at usual ones."""
+    for chunk, cached in ((sized(28, 8), sized(4000, 16)), (sized(128, 16), sized(4096, 16)),
+                          (sized(2048, 24), sized(2048, 16))):  # fmt: skip
+        for decodes in few(1, 8, 64, 256):
+            layer = Layer([(cached, chunk)], [sized(2048, 40)] * decodes)
+            named = {
+                "chunk": chunk, "cached": cached, "decodes": decodes,
+                "workspace_bytes": 2 * plan_bytes(SHAPE, multiprocessors()),
+            }  # fmt: skip
+            _timed(rows, named, lambda at=layer: flashinfer_call(at, share=False))
+            _timed(rows, {**named, "peer": "blended"}, lambda at=layer: at.triton(share=False))
+
+
+STEPS: dict[str, Callable[[Rows], None]] = {
+    "runs": runs, "ceilings": measure_ceilings, "decode": decode, "blended": blended,
+    "shared": shared, "graph": graph, "copies": copies, "interference": interference,
+    "costs": costs, "pod": pod,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = Rows(options.out / f"{options.step}.jsonl")
+    STEPS[options.step](rows)
+    written = rows.read()
+    wrong = [row for row in written if row.get("right") is False]
+    return 1 if wrong or not written else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
