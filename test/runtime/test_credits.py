@@ -250,6 +250,33 @@ def test_what_shares_nothing_goes_to_the_shortest_queue():
     assert send(credits, RIGHT, shares=False) == 2
 
 
+def test_a_replica_that_starts_all_at_once_does_not_get_all():
+    """What starts leaves no queue; the other replica would be idle."""
+    credits = Credits(2)
+    sent = [send(credits, LEFT, shares=False)]
+    for _ in range(63):
+        sent.append(send(credits, LEFT))
+        credits.on_report(report(left=sent.count(0), dp_rank=0))
+        credits.on_report(report(left=sent.count(1), dp_rank=1))
+    counts = Counter(sent)
+    assert min(counts[0], counts[1]) >= 24
+    # They keep what they share where it is: each run of requests is as long as it can be.
+    changes = sum(a != b for a, b in zip(sent, sent[1:], strict=False))
+    assert changes <= 3
+
+
+def test_a_replica_that_answers_sooner_gets_more():
+    credits = Credits(2)
+    sent: list[int] = []
+    for _ in range(100):
+        sent.append(send(credits, LEFT, shares=bool(sent)))
+        credits.on_report(report(left=sent.count(0), dp_rank=0))
+        credits.on_report(report(left=sent.count(1), dp_rank=1))
+        if sent[-1] == 0:
+            credits.answered(0, 1)
+    assert sent.count(0) > sent.count(1)
+
+
 def test_sides_choose_for_themselves():
     credits = Credits(2)
     left = send(credits, LEFT, shares=False)

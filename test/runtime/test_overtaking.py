@@ -199,12 +199,11 @@ def test_a_scoring_job_fills_its_steps(
     engine: BareScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing decodes there is nothing to pace for."""
-    pace = StepPace.of(
-        CostModel(MODEL_SPECS["llama-3.1-8b"], HARDWARE["a100-80g-sxm"]), chunk_tokens=CHUNK
-    )
+    model, device = MODEL_SPECS["llama-3.1-8b"], HARDWARE["a100-80g-sxm"]
+    pace = StepPace.of(CostModel.attained(model, device).step_costs, chunk_tokens=CHUNK)
     live, prompt, count = engine.live, 90, 120
     monkeypatch.setattr(live, "is_mixed_chunk", True)
-    monkeypatch.setattr(live, "blend_pacer", StepPacer(pace, multiple=1))
+    monkeypatch.setattr(live, "blend_pacer", StepPacer(pace))
     rng = random.Random(1)
     for k in range(count):
         tag = PlanTag(

@@ -28,7 +28,9 @@ def prompts(count: int) -> list[np.ndarray]:
     return [np.append(groups[k % 4], np.int32(2000 + k)) for k in range(count)]
 
 
-def batch(tokens: list[np.ndarray], limit: int = 300, ignore_eos: bool = False) -> PromptBatch:
+def batch(
+    tokens: list[np.ndarray], limit: int | np.ndarray = 300, ignore_eos: bool = False
+) -> PromptBatch:
     return PromptBatch(
         tokens=np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32),
         lengths=np.array([len(ids) for ids in tokens]),
@@ -126,8 +128,9 @@ def test_a_front_beyond_its_own_part_says_what_it_takes_next(ahead):
     """All of the job from one end: every prefix is needed by the very next request of that side."""
     worker = PlanWorker(COST_MODEL, CONFIG)
     tokens = prompts(40)
-    worker.append("job", batch(tokens, ignore_eos=True))
+    worker.append("job", batch(tokens, limit=np.array([30, 30, 9_000, 9_000] * 10), ignore_eos=True))
     plan = worker.plan("job", News())
+    assert len({plan.timetable.side(k) for k in range(40)}) == 2
     taken = [plan.scanner.take(ahead) for _ in range(plan.scanner.remaining)]
     plan = worker.plan("job", News())
     beyond = [plan.timetable.side(k) is not ahead for k in taken]

@@ -14,6 +14,10 @@ _DEPTH_PER_STEP = 4
 # Of what a job has left, a queue holds no more than this part: the rest stays with the front that
 # reaches it first. Else the last requests of a small job would all wait on one side.
 _DEPTH_PER_REMAINING = 0.25
+# With its prefix a request follows those before it to their replica, until that has so much more to
+# do than the one with the least: this part of what it has, and so many requests at least.
+_UNEVEN_PART = 0.25
+_UNEVEN_REQUESTS = 16
 # A request that has not shown up in a queue after so many reports never will.
 _LOST_AFTER_REPORTS = 64
 
@@ -34,6 +38,8 @@ class Credits:
         # To each replica, as far as it was chosen here; and the latest choice.
         self._sent_to = {side: [0] * replicas for side in Side}
         self._latest = dict.fromkeys(Side, 0)
+        # Sent to each replica, as far as it was chosen here, and not answered.
+        self._unanswered = [0] * replicas
         self._sent: Counter[Side] = Counter()
         self._taken: dict[int, Counter[Side]] = {}
         self._depth: dict[Side, int] = dict.fromkeys(Side, _MIN_DEPTH)
@@ -48,18 +54,29 @@ class Credits:
     def replica(self, side: Side, sequences: int, shares: bool) -> int | None:
         """The replica that a request of a side should go to; None where there is only one.
 
-        It is the one of the request before if `shares`, that is, if it finds a prefix there, and if
-        that replica's queue is not full; else the one with the shortest queue.
+        It is the one of the request before if `shares`, that is, if it finds a prefix there, while
+        that replica's queue is not full and it has not much more to do than others: what starts at
+        once leaves no queue, and the others would be idle. Else it is the one with the least to do
+        of those whose queues are not full.
         """
         if self._replicas == 1:
             return None
         sent = self._sent_to[side]
         queued = [sent[k] - self._taken.get(k, Counter())[side] for k in range(self._replicas)]
-        latest = self._latest[side]
-        if not shares or queued[latest] >= self._depth[side]:
-            latest = self._latest[side] = queued.index(min(queued))
+        full = [count >= self._depth[side] for count in queued]
+        latest, busy = self._latest[side], self._unanswered
+        uneven = busy[latest] - min(busy) >= max(_UNEVEN_PART * busy[latest], _UNEVEN_REQUESTS)
+        if not shares or full[latest] or uneven:
+            latest = min(range(self._replicas), key=lambda k: (full[k], busy[k], queued[k]))
+            self._latest[side] = latest
         sent[latest] += sequences
+        busy[latest] += sequences
         return latest
+
+    def answered(self, replica: int | None, sequences: int) -> None:
+        """Record that a request of this replica has ended, however it did."""
+        if replica is not None:
+            self._unanswered[replica] -= sequences
 
     def refused(self, side: Side, sequences: int) -> None:
         """Take ``sent`` back: the server answered with an error, before any queue."""
@@ -98,6 +115,7 @@ class Credits:
 
     def settle(self) -> None:
         """Nothing is in flight: forget any difference between what was sent and counted."""
+        self._unanswered = [0] * self._replicas
         for side in Side:
             self._sent[side] -= self.queued(side)
             for replica, taken in self._taken.items():

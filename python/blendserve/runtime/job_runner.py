@@ -72,6 +72,8 @@ class _Sent:
     work_seconds: float
     estimate: float | None
     """Expected output tokens where the length is not known beforehand."""
+    sequences: int
+    replica: int | None
 
 
 class JobRunner:
@@ -153,6 +155,8 @@ class JobRunner:
             try:
                 await self._client.abort_all()
             finally:
+                for sent in self._sent.values():
+                    self._dispatcher.credits.answered(sent.replica, sent.sequences)
                 if joined:
                     self._dispatcher.leave(self)
                 # Behind whatever is still being read. A planner that died has forgotten it, too.
@@ -314,11 +318,17 @@ class JobRunner:
         replica = self._dispatcher.credits.replica(side, sequences, shares)
         task = self._start(self._work.lines[position], tag, sequences, position, replica)
         if task is None:
+            self._dispatcher.credits.answered(replica, sequences)
             return
         self._dispatcher.credits.sent(side, sequences)
         self._sent_seconds += compute + memory
         self._sent[position] = _Sent(
-            task, side, compute + memory, tag.output_tokens if likely else None
+            task,
+            side,
+            compute + memory,
+            tag.output_tokens if likely else None,
+            sequences,
+            replica,
         )
         self._look()
 
@@ -404,6 +414,7 @@ class JobRunner:
 
     def _observe(self, position: int, result: LineResult) -> None:
         sent = self._sent.pop(position)
+        self._dispatcher.credits.answered(sent.replica, sent.sequences)
         self._sent_seconds = max(self._sent_seconds - sent.work_seconds, 0.0)
         self.view.done_work_seconds += sent.work_seconds
         usage = usage_of(result.body)
@@ -420,7 +431,7 @@ class JobRunner:
         elif result.status_code is None or result.status_code < 500:
             # The client's fault is found before any queue, as is what never became a request; the
             # engine's may be found after.
-            self._dispatcher.credits.refused(sent.side, self._work.sequences[position])
+            self._dispatcher.credits.refused(sent.side, sent.sequences)
 
     def _look(self) -> None:
         """Bring the operator's view up to date."""
