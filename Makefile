@@ -37,7 +37,7 @@ demo: setup
 
 # Tests with an engine run one after the other, beside all others.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
 # The other releases of SGLang that are supported: what is compared at start, and the scheduler with
 # our queues and cache inside. Each is unpacked beside the installed one.

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-ENGINES = Path(__file__).parent / "end_to_end"
+ENGINES = "test/end_to_end/"
+
+
+class ByFile(LoadScopeScheduling):
+    """A file stays together, because of what its fixtures set up. Real engines run one after the
+    other, on one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return ENGINES if nodeid.startswith(ENGINES) else nodeid.split("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real engines run one after the other, on one worker, and first: they take the longest. All
-    else stays together by file, because of what a file's fixtures set up."""
-    items.sort(key=lambda item: ENGINES not in item.path.parents)
-    for item in items:
-        group = "engines" if ENGINES in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Those that take longest begin."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ENGINES))
