@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -118,6 +119,7 @@ def main() -> int:
     if options.json:
         figures = {
             "machine": machine(),
+            "commit": commit(),
             "kv_tokens": options.kv_tokens,
             "dtype": options.dtype,
             "blendserve": asdict(blended),
@@ -127,6 +129,12 @@ def main() -> int:
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def commit() -> str:
+    """Of the code that ran; empty outside a repository."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> dict[str, Any]:

@@ -24,9 +24,11 @@ from typing import Any
 
 from sqlalchemy import func, insert, select
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "batch"))
 
 from batch_fakes import CHAT, FakeExecutor, job
+from record import save
 
 from blendserve.batch import BatchService, BatchStore
 from blendserve.batch.ids import new_batch_id
@@ -123,7 +125,7 @@ def main() -> None:
     }
     print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(options.json, result)
     assert result["ratio"] >= 0.7, result["ratio"]
 
 

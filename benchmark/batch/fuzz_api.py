@@ -27,9 +27,11 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "batch"))
 
 from batch_fakes import FakeExecutor, chat_line, jsonl
+from record import save
 
 from blendserve.batch import (
     BatchLimits,
@@ -139,7 +141,7 @@ def main() -> None:
     assert statuses.total() >= options.requests
     assert slowest < _SECONDS_PER_REQUEST
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(options.json, result)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ from fake_load import FAKE_ENGINE, write_job
 
 from blendserve.batch.journal import read_records
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "end_to_end"))
 
 import tiny_model
+from record import save
 
 _RUN = """
 import sys
@@ -234,7 +236,7 @@ def main() -> int:
         job["committed_lines_computed_again"] for job in jobs
     )
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(options.json, result)
     broken = ("jobs_that_lost_or_doubled_a_line", "committed_lines_computed_again")
     return 1 if any(result[name] for name in broken) else 0
 

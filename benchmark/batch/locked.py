@@ -26,9 +26,11 @@ import httpx
 from fake_load import FAKE_ENGINE
 
 sys.path.insert(0, str(FAKE_ENGINE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batch_fakes import CHAT, finish, job, submit
 from openai import OpenAI
+from record import save
 
 from blendserve.cli import front
 
@@ -131,7 +133,7 @@ def main() -> None:
         result = measure(Path(name), options.seconds, options.creates)
     print(json.dumps(result, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(options.json, result)
     assert set(result["answers_to_creates"]) == {"503"}, result["answers_to_creates"]
     assert result["locked"]["p99_ms"] < 500, result["locked"]
 

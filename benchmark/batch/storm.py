@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import sys
 import tempfile
@@ -22,10 +21,12 @@ from typing import Any
 
 import openai
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "test" / "batch"))
 
 from batch_fakes import all_ids, chat_line, counts_of, finish, jsonl, results, submit
 from front_server import FrontServer
+from record import save
 
 from blendserve.cli.engine_process import WatchSettings
 
@@ -125,7 +126,7 @@ def main() -> None:
         "seen": dict(total),
     }
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        save(options.json, result)
 
 
 if __name__ == "__main__":

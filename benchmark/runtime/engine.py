@@ -20,7 +20,6 @@ import csv
 import io
 import json
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -32,6 +31,10 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 from tokenizers import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from record import save
 
 from blendserve.cli.follow import openai_client
 from blendserve.cli.server_process import free_port, running_server
@@ -237,15 +240,12 @@ def main() -> None:
             report(policy, results[policy], best, results)
     if options.json:
         record = {
-            "command": "python " + " ".join(sys.argv),
-            "machine": platform.platform(),
-            "cores": os.cpu_count(),
             "pool_tokens": pool,
             "shared_prefix_tokens": shared_prefix_tokens(tree),
             "best_cached_tokens": best,
             "results": results,
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        save(options.json, record)
 
 
 def report(name: str, result: dict[str, Any], best: int, results: dict[str, Any]) -> None:

@@ -10,9 +10,7 @@ take turns; medians of steps per second. On a quiet machine with two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from record import save
 
 SETTINGS: dict[str, dict[str, str]] = {
     "OpenMP's default": {},
@@ -125,13 +127,9 @@ def main() -> None:
         )
     if options.json:
         record = {
-            "command": "python " + " ".join(sys.argv),
-            "machine": platform.platform(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
             "steps_per_second": results,
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        save(options.json, record)
 
 
 if __name__ == "__main__":
