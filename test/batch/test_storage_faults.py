@@ -51,7 +51,7 @@ def test_reads_go_on_while_another_process_has_the_database_locked(
         (database_module, "_BUSY_SECONDS"),
         (api_module, "_WRITER_SECONDS"),
     ):
-        monkeypatch.setattr(module, name, 1.0)
+        monkeypatch.setattr(module, name, 2.0)
     with BatchServer(tmp_path, FakeExecutor()) as server:
         batch = finish(server.client, submit(server.client, job(3)).id)
         ask = creation(batch.input_file_id)
@@ -73,7 +73,7 @@ def test_reads_go_on_while_another_process_has_the_database_locked(
             while len(answers) < WAITING:
                 for path in (f"batches/{batch.id}", "batches", "files"):
                     assert server.http.get(f"/v1/{path}", timeout=20).status_code == 200
-                seen += not answers
+                    seen += not answers
             for future in creating:
                 future.result()
         assert seen
