@@ -105,6 +105,32 @@ def test_a_tenant_may_not_steer_the_engine_or_make_it_fetch(
 
 
 @pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("X-Data-Parallel-Rank", "0"),
+        ("x-smg-routing-key", "a"),
+        ("X-Override-Rid", "a"),
+        ("X-Override-Routed-Dp-Rank", "x"),
+        ("x-override-priority", "9"),
+    ],
+)
+def test_a_tenant_may_not_steer_the_engine_by_a_header(
+    server: FrontServer, header: str, value: str
+) -> None:
+    for path in (CHAT, "/generate", "/v1/responses"):
+        answers = [
+            server.http.post(
+                path, json=BODY, headers={"Authorization": f"Bearer {key}", header: value}
+            )
+            for key in (ALICE, ROOT)
+        ]
+        assert answers[0].status_code == 400
+        fault = answers[0].json()["error"]
+        assert (fault["param"], fault["code"]) == (header.lower(), "unsupported_parameter")
+        assert answers[1].status_code != 400
+
+
+@pytest.mark.parametrize(
     ("content", "headers", "status"),
     [
         (b"{", {}, 400),

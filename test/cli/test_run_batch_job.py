@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from run_process import Run, ids, ids_of_whole_lines, jsonl, lines
 
@@ -100,3 +101,36 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert json.loads(run.out)["requests"] == 6
     assert json.loads(run.out)["predicted_seconds"]["blend"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_dry_run_judges_each_line_as_the_engine_would(tmp_path: Path) -> None:
+    odd: dict[str, Any] = {
+        "text": {"max_tokens": "8"},
+        "whole": {"n": 1.0, "ignore_eos": "true"},
+        "word": {"max_tokens": "many"},
+        "part": {"max_tokens": 8.5},
+        "field": {"temperature": "hot", "top_p": []},
+        "streams": {"stream": True},
+        "roles": {"messages": [{"content": "a"}]},
+        "deep": {"response_format": {"type": "json_schema", "json_schema": 5}},
+    }
+    made = lines(len(odd))
+    for line, (name, more) in zip(made, odd.items(), strict=True):
+        line["custom_id"] = name
+        line["body"] = {**line["body"], **more}
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n" + jsonl(made))
+    run = Run(tmp_path, "-i", str(source), "--dry-run", "--hardware", "h100-80g-sxm", "--json")
+    assert run.end() == 0, run.said
+    assert json.loads(run.out)["requests"] == 2
+    assert "1 line cannot run" in run.said
+    assert "5 lines are not planned" in run.said
+    for said in (
+        "line 4: max_tokens: Input should be a valid integer, unable to parse",
+        "line 5: max_tokens: Input should be a valid integer, got a number with a fractional part",
+        "line 6: temperature: Input should be a valid number",
+        "line 7: A batch cannot stream",
+        "line 8: messages.0",
+        "line 9: response_format",
+    ):
+        assert said in run.said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
@@ -15,6 +16,7 @@ from sglang.srt.mem_cache.allocator import paged
 
 from blendserve.planner import Side
 from blendserve.runtime.plan_tag import PlanTag
+from blendserve.runtime.request_checks import ModelLimits
 
 KV_TOKENS, CHUNK = 2_048, 256
 
@@ -40,9 +42,12 @@ def decode(seq: Any, last: Any, free: Any, out: Any, _: int, page: int) -> None:
 
 
 def submit(
-    engine: BareScheduler, rng: random.Random, rid: str, side: Side, prompt: int, length: int
+    engine: BareScheduler, rng: random.Random, rid: str, side: Side | None, prompt: int, length: int
 ) -> None:
-    tag = PlanTag(side, 0, 50.0 if side is Side.LEFT else 0.1, float(length))
+    """A request of a side, or an online one."""
+    tag = None
+    if side is not None:
+        tag = PlanTag(side, 0, 50.0 if side is Side.LEFT else 0.1, float(length))
     tokens = [rng.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(prompt)]
     engine.submit(rid, tokens, length, None, tag)
 
@@ -77,6 +82,19 @@ def main() -> None:
             steps += length + prompt // CHUNK + 2
             submit(engine, rng, f"{k}", rng.choice(list(Side)), prompt, length)
         run(engine, lengths, steps)
+    # The longest prompts that are let through, first; longer ones would wait for ever.
+    rng = random.Random(98)
+    manager = SimpleNamespace(
+        model_config=SimpleNamespace(vocab_size=VOCABULARY, context_len=65_536),
+        server_args=SimpleNamespace(allow_auto_truncate=False),
+        max_req_input_len=KV_TOKENS - 6,
+    )
+    fewer_than = ModelLimits.of(manager, KV_TOKENS, page).prompt_tokens
+    assert fewer_than is not None
+    for side in (None, *Side):
+        for prompt in (fewer_than - 1, fewer_than - 2, fewer_than - page):
+            submit(engine, rng, "long", side, prompt, 1)
+            run(engine, {"long": 1}, KV_TOKENS // CHUNK + 1)
     # Two short ones behind one that goes to the end of the pool and one that finds no memory.
     engine.live.is_mixed_chunk = False
     rng = random.Random(99)

@@ -141,6 +141,26 @@ def test_ids_that_stand_for_images_are_let_through():
     assert checked(lambda *a, **k: made, LIMITS)(None, None, [2**40], mm_inputs=object()) is made
 
 
+@pytest.mark.parametrize(
+    ("kv_tokens", "page", "cuts", "most"),
+    [
+        (None, 16, False, 2042),
+        (2048, 1, False, 2042),
+        (2048, 16, False, 2017),
+        (2048, 64, False, 1921),
+        (100_000, 64, False, 2042),
+        (2048, 16, True, None),
+    ],
+)
+def test_a_prompt_leaves_room_for_a_page_of_its_answer(kv_tokens, page, cuts, most):
+    manager = SimpleNamespace(
+        model_config=SimpleNamespace(vocab_size=1000, context_len=8192),
+        server_args=SimpleNamespace(allow_auto_truncate=cuts),
+        max_req_input_len=2042,
+    )
+    assert ModelLimits.of(manager, kv_tokens, page).prompt_tokens == most
+
+
 def test_an_embedding_request_is_checked_too():
     sampling = SamplingParams()
     sampling.normalize(None)

@@ -11,11 +11,13 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 from sglang.srt import runtime_context
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.openai.serving_embedding import OpenAIServingEmbedding
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -32,10 +34,21 @@ from blendserve.runtime.refusals import refuse_in_handlers
 
 MODEL = "a-model"
 Line = tuple[str, dict[str, Any]]
+_ONE_TOKEN: dict[str, Any] = {
+    "output_strs": ["x"],
+    "output_ids": [array("q", [5])],
+    "completion_tokens": [1],
+    "reasoning_tokens": [0],
+    "output_hidden_states": None,
+    "routed_experts": None,
+    "indexer_topk": None,
+    "output_token_entropy_val": None,
+    "output_token_sampling_mask": None,
+}
 
 
 class AnsweringScheduler:
-    """Reads what it is sent as SGLang's does, and answers with one token.
+    """Reads what it is sent as SGLang's does, and answers with one token, or a vector of two.
 
     `deadly` has what would have ended a real one.
     """
@@ -64,7 +77,7 @@ class AnsweringScheduler:
         tokens += [int(token) for token in params.logit_bias or ()]
         if not len(request.input_ids) or not all(0 <= t < self._vocab_size for t in tokens):
             self.deadly.append(f"tokens {tokens[:5]}")
-        if not 0 <= request.top_logprobs_num <= self._vocab_size:
+        if not 0 <= getattr(request, "top_logprobs_num", 0) <= self._vocab_size:
             self.deadly.append(f"top_logprobs_num {request.top_logprobs_num}")
         for name in ("top_k", "min_new_tokens"):
             if not 0 <= getattr(params, name) < 2**31:
@@ -76,25 +89,18 @@ class AnsweringScheduler:
             self.executor._on_report(SchedulerReport(taken=dict(self._taken), queued=queued))
 
     def _answer(self, request: Any) -> None:
-        kind = io_struct.BatchStrOutput
+        embeds = isinstance(request, io_struct.TokenizedEmbeddingReqInput)
+        kind = io_struct.BatchEmbeddingOutput if embeds else io_struct.BatchStrOutput
         fields = msgspec.structs.fields(kind)
         values: dict[str, Any] = {field.name: [[]] for field in fields if field.required}
         values |= {
             "rids": [request.rid],
             "finished_reasons": [{"type": "length", "length": 1}],
-            "output_strs": ["x"],
-            "output_ids": [array("q", [5])],
             "prompt_tokens": [len(request.input_ids)],
-            "completion_tokens": [1],
-            "reasoning_tokens": [0],
             "cached_tokens": [0],
             "retraction_counts": [0],
-            "output_hidden_states": None,
-            "routed_experts": None,
-            "indexer_topk": None,
-            "output_token_entropy_val": None,
-            "output_token_sampling_mask": None,
         }
+        values |= {"embeddings": [[0.5, 0.25]]} if embeds else dict(_ONE_TOKEN)
         answer = asyncio.ensure_future(self._manager._handle_batch_output(kind(**values)))
         self._answers.add(answer)
         answer.add_done_callback(self._answers.discard)
@@ -131,12 +137,19 @@ class WholeServer:
         async with aclosing(results) as stream:  # type: ignore[type-var]
             return [result async for result in stream]
 
+    async def ask(self, url: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+        """What a client is answered that asks online."""
+        transport = httpx.ASGITransport(app=http_server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+            return await client.post(url, json={"model": MODEL, **body}, headers=headers)
+
 
 @contextmanager
-def whole_server(model_path: str) -> Iterator[WholeServer]:
+def whole_server(model_path: str, *, embeds: bool = False) -> Iterator[WholeServer]:
     """A server of a model of which only configuration and tokenizer are read."""
     before = runtime_context.snapshot_context()
     flags = ["--device", "cpu", "--dtype", "float32", "--served-model-name", MODEL]
+    flags += ["--is-embedding"] if embeds else []
     args = prepare_server_args(["--model-path", model_path, *flags])
     runtime_context.publish(args, role="tokenizer")
     manager = TokenizerManager(args, PortArgs.init_new(args))
@@ -158,11 +171,13 @@ def whole_server(model_path: str) -> Iterator[WholeServer]:
     )
     app.state.openai_serving_chat = OpenAIServingChat(manager, templates)
     app.state.openai_serving_completion = OpenAIServingCompletion(manager, templates)
+    app.state.openai_serving_embedding = OpenAIServingEmbedding(manager, templates)
     app.state.openai_serving_responses = OpenAIServingResponses(
         manager, templates, enable_prompt_tokens_details=True, tool_server=None
     )
     scheduler = AnsweringScheduler(manager, manager.model_config.vocab_size)
     manager._dispatch_to_scheduler = scheduler.dispatch
+    middleware = list(app.user_middleware)
     settings = Settings(feedback_address=f"ipc://@test-{uuid.uuid4().hex}")
     executor = BlendExecutor(app, args, manager, settings, None)
     scheduler.executor = executor
@@ -171,4 +186,6 @@ def whole_server(model_path: str) -> Iterator[WholeServer]:
         yield WholeServer(executor, scheduler)
     finally:
         executor._planner.close()
+        # The one application of this process, as the next server would have it.
+        app.user_middleware, app.middleware_stack = middleware, None
         runtime_context.restore_context(before)

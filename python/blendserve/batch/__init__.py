@@ -10,7 +10,7 @@ imported here. The server builds a `BatchStore` and a `BatchService` and include
 """
 
 from blendserve.batch.api import build_router, tenant_of
-from blendserve.batch.bodies import content_faults, steering_faults
+from blendserve.batch.bodies import content_faults, steering_faults, steering_headers
 from blendserve.batch.directory import BatchDirectoryError
 from blendserve.batch.engine_routes import EngineInfo, build_engine_router
 from blendserve.batch.errors import ApiError, error_response
@@ -78,6 +78,7 @@ __all__ = [
     "error_response",
     "is_own",
     "steering_faults",
+    "steering_headers",
     "tenant_of",
     "timely",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from blendserve.batch.executor import LineFault
@@ -67,6 +67,9 @@ _STEERING = {
     "encoder_urls": _SERVER_SETS,
     "positional_embed_overrides": _SERVER_SETS,
 }
+# SGLang's own headers (serving_base.py, request_headers.py): a replica, a routing key, any field.
+_STEERING_HEADERS = frozenset({"x-data-parallel-rank", "x-smg-routing-key"})
+_OVERRIDING_HEADER = "x-override-"
 # The key of our plan in `custom_params`, and how SGLang's own keys begin.
 _PLAN_KEY = "blendserve_plan"
 _PRIVATE_PREFIX = "__"
@@ -118,6 +121,14 @@ def steering_faults(body: Mapping[str, Any]) -> Iterator[LineFault]:
                 "The server calls no tools at other servers; leave `mcp` tools out.",
                 f"body.tools[{position}]",
             )
+
+
+def steering_headers(names: Iterable[str]) -> Iterator[LineFault]:
+    """Headers by which SGLang takes what it takes from such a field, too."""
+    for name in sorted({name.lower() for name in names}):
+        if name in _STEERING_HEADERS or name.startswith(_OVERRIDING_HEADER):
+            message = f"The header `{name}` {_SERVER_SETS}; leave it out."
+            yield LineFault(_STEERED, message, name)
 
 
 def content_faults(body: dict[str, Any], *, allow_remote_urls: bool = False) -> Iterator[LineFault]:

@@ -30,6 +30,7 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}\Z")
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]', re.DOTALL)
 _OPENER = {"}": "{", "]": "["}
 _MAX_DIGITS = 20
+_NESTED = frozenset({dict, list})
 
 
 class UnreadableLine(ValueError):
@@ -56,6 +57,24 @@ def read_entry(data: bytes) -> Entry:
         return Entry(_object(orjson.loads(data)))
     except orjson.JSONDecodeError as error:
         return _read_odd(data, error)
+
+
+def is_too_deep(body: dict[str, Any]) -> bool:
+    """Whether a body is nested deeper than that."""
+    # Without recursion, and with one pass in C where a list is a prompt of token ids.
+    level: list[Any] = [body]
+    for _ in range(MAX_BODY_DEPTH):
+        members = [one.values() if type(one) is dict else one for one in level]
+        level = [
+            inner
+            for values in members
+            if not _NESTED.isdisjoint(map(type, values))
+            for inner in values
+            if type(inner) in _NESTED
+        ]
+        if not level:
+            return False
+    return True
 
 
 def too_deep(param: str) -> LineFault:

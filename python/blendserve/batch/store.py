@@ -304,6 +304,7 @@ class BatchStore:
                 with self._transaction() as session:
                     yield session
             except Exception:
+                # Whatever it was, it is raised again; bytes without a row must not stay.
                 self._remove_unowned([row.sha256 for row, _ in files])
                 raise
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import orjson
+
+from blendserve.batch import BatchFault
+from blendserve.batch.line_parser import read_entry
 from blendserve.batch.lines import iter_lines
 from blendserve.cli import plan
 from blendserve.cli.batch_input import InputError, path_of, spool
-from blendserve.cli.input_check import CheckedInput
+from blendserve.cli.input_check import CheckedInput, fault_lines
 from blendserve.cli.stock_flags import read
 
 
@@ -21,8 +25,12 @@ def dry_run(
     server_flags: Sequence[str],
     as_json: bool,
     max_line_bytes: int,
+    say: Callable[[str], None],
 ) -> int:
     """Prints the plan of the lines that can run; 0, or 2 if there is none: `plan` says why.
+
+    Args:
+        say: called with what is wrong with lines that the engine would refuse.
 
     Raises:
         InputError: the model or the device cannot be used.
@@ -52,16 +60,43 @@ def dry_run(
         argv += ["--sample-fraction", known.sample_fraction]
     if as_json:
         argv.append("--json")
-    if not checked.refused:
-        return 2 if plan.main(["-i", str(source), *argv]) else 0
     refused = frozenset(checked.refused)
+    faults: list[BatchFault] = []
+
+    def leave_out(number: int, why: str) -> None:
+        faults.append(BatchFault(code="bad_request", message=why, line=number))
+
     with spool(Path(tempfile.gettempdir())) as good:
+        next_number = 1
         with source.open("rb") as stream:
             for index, line in enumerate(iter_lines(stream, max_line_bytes)):
-                if index not in refused and line.data is not None:
-                    good.write(line.data + b"\n")
+                # Left-out lines stay as blank ones, for the others to keep their numbers.
+                good.write(b"\n" * (line.number - next_number))
+                next_number = line.number + 1
+                data = None if index in refused else line.data
+                good.write((data and _as_read(data, line.number, leave_out)) or b"")
+                good.write(b"\n")
         good.flush()
-        return 2 if plan.main(["-i", str(path_of(good)), *argv]) else 0
+        failed = plan.main(["-i", str(path_of(good)), *argv], leave_out)
+    if faults:
+        number = len(faults)
+        lines = "1 line is" if number == 1 else f"{number} lines are"
+        say(f"{lines} not planned, and the engine would refuse:")
+        for text in fault_lines(sorted(faults, key=lambda fault: fault.line or 0)):
+            say(text)
+    return 2 if failed else 0
+
+
+def _as_read(data: bytes, number: int, leave_out: Callable[[int, str], None]) -> bytes | None:
+    """The line with its body as the engine would read it; None if it would not."""
+    from blendserve.runtime.request_bodies import as_read
+
+    entry = read_entry(data).fields
+    try:
+        return orjson.dumps({**entry, "body": as_read(entry["url"], entry["body"])})
+    except (ValueError, TypeError) as error:
+        leave_out(number, str(error))
+        return None
 
 
 def _this_machine() -> str:

@@ -74,12 +74,19 @@ class _NotText(Exception):
     pass
 
 
-def read_job_file(path: Path, context_length: int, encoder: Callable[[], Encoder]) -> JobFile:
+def read_job_file(
+    path: Path,
+    context_length: int,
+    encoder: Callable[[], Encoder],
+    leave_out: Callable[[int, str], None] | None = None,
+) -> JobFile:
     """Read all lines; blank ones are skipped.
 
     Args:
         context_length: of the model; longer prompts are left out and named in the result.
         encoder: called once, at the first line that holds text.
+        leave_out: called with the number of each line that is no request, and why. Without it the
+            first one is an error.
 
     Raises:
         JobFileError: the file cannot be read, a line is no request, or there is none.
@@ -110,7 +117,9 @@ def read_job_file(path: Path, context_length: int, encoder: Callable[[], Encoder
                 seen[name] = line.number
                 _add(job, name, line.number, request, context_length)
             except _BadLine as error:
-                raise JobFileError(f"{path}, line {line.number}: {error}") from error
+                if leave_out is None:
+                    raise JobFileError(f"{path}, line {line.number}: {error}") from error
+                leave_out(line.number, str(error))
     if not seen:
         raise JobFileError(
             f"{path} has no requests; it must hold one JSON object per line, with custom_id, "

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,15 @@ class Report:
     plan_seconds: float
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 planned, 1 the job or an output file is at fault, 2 wrong usage."""
+def main(argv: Sequence[str], leave_out: Callable[[int, str], None] | None = None) -> int:
+    """Exit status: 0 planned, 1 the job or an output file is at fault, 2 wrong usage.
+
+    leave_out: see `read_job_file`.
+    """
     options = _parse(argv)
     try:
         _check_outputs(options)
-        report = _report(options)
+        report = _report(options, leave_out)
         if options.order:
             _write_order(options.order, report, options.dp)
         if options.plot:
@@ -147,7 +150,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise PlanError(f"--plot {options.plot}: the picture is a PNG; give it a name in .png")
 
 
-def _report(options: argparse.Namespace) -> Report:
+def _report(options: argparse.Namespace, leave_out: Callable[[int, str], None] | None) -> Report:
     try:
         cost_model, capacity = engine_of(options)
     except (ModelSpecError, HardwareError):
@@ -155,7 +158,7 @@ def _report(options: argparse.Namespace) -> Report:
     except ValueError as error:
         raise PlanError(str(error)) from error
     context = cost_model.model.context_length
-    job_file = read_job_file(options.input, context, lambda: _encoder(options))
+    job_file = read_job_file(options.input, context, lambda: _encoder(options), leave_out)
     if not job_file.ids:
         raise PlanError(
             f"{options.input}: none of its lines can be planned: {len(job_file.too_long)} are too "

@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -142,7 +143,8 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
         if options.dry_run:
             from blendserve.cli.dry_run import dry_run
 
-            return dry_run(source, checked, server_flags, options.json, limits.max_line_bytes)
+            say = partial(_say, console)
+            return dry_run(source, checked, server_flags, options.json, limits.max_line_bytes, say)
         with RunState(options.state) as state:
             if options.overwrite:
                 state.set_aside()

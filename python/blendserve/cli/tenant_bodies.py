@@ -9,7 +9,14 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 
-from blendserve.batch import ApiError, LineFault, content_faults, steering_faults, timely
+from blendserve.batch import (
+    ApiError,
+    LineFault,
+    content_faults,
+    steering_faults,
+    steering_headers,
+    timely,
+)
 
 # As large as a prompt with pictures and sound may well be.
 _MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -35,9 +42,12 @@ class TenantBodies:
         """The body to pass on: what has been checked, written anew, so that the engine reads no
         other. None for methods that have no body, and for an empty one.
 
-        Raises ApiError: 400 for what a tenant may not say or what is no JSON object, 408 for a body
-        that falls silent, 413 for one that is too large, 415 for a coded one.
+        Raises ApiError: 400 for what a tenant may not say, in a header either, or what is no JSON
+        object, 408 for a body that falls silent, 413 for one that is too large, 415 for a coded
+        one.
         """
+        for fault in steering_headers(request.headers):
+            raise ApiError(400, fault.message, code=fault.code, param=fault.param)
         if request.method in ("GET", "HEAD"):
             return None
         if request.headers.get("content-encoding", "identity").lower() != "identity":

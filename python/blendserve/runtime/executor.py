@@ -12,6 +12,7 @@ from typing import Any
 from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSource
 from blendserve.config import Settings
 from blendserve.planner import PlannerConfig
+from blendserve.runtime.arguments import resolved
 from blendserve.runtime.attention import BACKEND_NAME
 from blendserve.runtime.cache_salt import cache_salt, salted
 from blendserve.runtime.credits import Credits
@@ -78,8 +79,10 @@ class BlendExecutor:
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
         self._fingerprint: tuple[str, str] | None = None
         # On the one object that serves all requests: SGLang's own methods stay as they are.
+        page_size = int(resolved(server_args).page_size or 1)
         tokenizer_manager._create_tokenized_object = checked(
-            tokenizer_manager._create_tokenized_object, ModelLimits.of(tokenizer_manager)
+            tokenizer_manager._create_tokenized_object,
+            ModelLimits.of(tokenizer_manager, kv_tokens, page_size),
         )
         generate = guarded(salted(tokenizer_manager.generate_request))
         tokenizer_manager.generate_request = paced(generate, pacer)

@@ -103,6 +103,7 @@ def _read_block(
     try:
         planner.append(job_id, _batch(prompts))
     except Exception as error:
+        # Of any type: the planning process may have died, or raised what comes back as it was.
         read.has_planner = False
         logger.error("%s cannot be given to the planner: %s", job_id, reason_of(error))
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
 
 from blendserve.batch.errors import cause_of, reason_of
 from blendserve.batch.executor import LineError, LineResult, LineSource
@@ -28,7 +25,8 @@ from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
-from blendserve.runtime.plan_worker import JobPlan, News, Planner, no_plan
+from blendserve.runtime.plan_walk import PlanWalk
+from blendserve.runtime.plan_worker import JobPlan, News, Planner, UntoldNews, no_plan
 from blendserve.runtime.prompts import PromptReader
 
 logger = logging.getLogger(__name__)
@@ -122,10 +120,7 @@ class JobRunner:
         self._unplanned = 0
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
-        # Since the planner was last told.
-        self._started = array("q")
-        self._finished = array("q")
-        self._finished_tokens = array("q")
+        self._news = UntoldNews()
 
     async def run(self) -> AsyncGenerator[LineResult, None]:
         """Yield one result per pending line, as they come. Closing it aborts what is in flight."""
@@ -176,6 +171,7 @@ class JobRunner:
             try:
                 return await self._plan(News())
             except Exception as error:
+                # Of any type: what the planning process raised comes back as it was.
                 logger.error("%s runs without a plan: %s", self.job_id, reason_of(error))
         self._work = self._work.without_plan()
         return no_plan()
@@ -192,26 +188,17 @@ class JobRunner:
         self.view.phase = "running"
 
     def _adopt(self, plan: JobPlan) -> None:
-        """Walk this plan from now on; what started while it was made must not start again."""
-        for position in self._started:
-            plan.scanner.remove(position)
-        self._plan_now = plan
-        # Samples go first and their answers count like any other. Some may have started, or even
-        # ended, while the plan that names them was made.
-        self._sample = {side: deque(plan.sample[side].tolist()) for side in Side}
-        named = [position for queue in self._sample.values() for position in queue]
-        self._unseen = {p for p in named if p in plan.scanner or p in self._sent}
-        self._sample_is_out = bool(self._unseen)
-        self.view.sampled += len(named)
+        """Walk this plan from now on."""
+        self._walk = PlanWalk(plan, self._news.started, self._sent)
+        self.view.sampled += self._walk.sampled
         self.view.plans += 1
         self.view.total_work_tokens = plan.total_work_tokens
         self._look()
 
     def _replan_if_due(self) -> None:
         """Plan again when the sample is in, and whenever there are twice as many answers."""
-        sample_is_in = self._sample_is_out and not self._unseen
         doubled = self.view.observed >= self._replan_at
-        if not self._learning or not (sample_is_in or doubled):
+        if not self._learning or not (self._walk.sample_is_in or doubled):
             return
         if self._replanning is None and not self._scanner.exhausted:
             self._replanning = asyncio.create_task(self._replan())
@@ -219,40 +206,32 @@ class JobRunner:
     async def _replan(self) -> None:
         self._replan_at = 2 * max(self.view.observed, self.view.sampled)
         try:
-            self._adopt(await self._plan(self._news()))
+            self._adopt(await self._plan(self._news.take(self._running())))
             self._tell_lengths()
         except Exception:
-            # The job goes on with the plan that it has.
+            # Of any type, as for the first plan; the job goes on with the plan that it has.
             self._learning = False
             logger.exception("%s is not planned again", self.job_id)
         self._replanning = None
         self._dispatcher.wake()
 
-    def _tell_lengths(self) -> None:
-        """The scheduler is told what the new plan expects of requests that it has already."""
-        self._to_tell = deque(self._sent)
-
-    def _news(self) -> News:
-        running = [
+    def _running(self) -> list[tuple[int, int]]:
+        """Output tokens so far of what has any and has not ended, by position."""
+        return [
             (position, tokens)
             for position, sent in self._sent.items()
             if (tokens := self._client.tokens_so_far(sent.task))
         ]
-        news = News(
-            started=_positions(self._started),
-            finished=_positions(self._finished),
-            finished_tokens=_positions(self._finished_tokens),
-            running=np.array([position for position, _ in running], dtype=np.int64),
-            running_tokens=np.array([tokens for _, tokens in running], dtype=np.int64),
-        )
-        self._started, self._finished, self._finished_tokens = array("q"), array("q"), array("q")
-        return news
+
+    def _tell_lengths(self) -> None:
+        """The scheduler is told what the new plan expects of requests that it has already."""
+        self._to_tell = deque(self._sent)
 
     # -- what the dispatcher asks for ------------------------------------------------------------
 
     @property
     def _scanner(self) -> DualScanner:
-        return self._plan_now.scanner
+        return self._walk.scanner
 
     @property
     def job_id(self) -> str:
@@ -281,59 +260,34 @@ class JobRunner:
     def density(self, side: Side) -> float | None:
         if self._closed or self._events.qsize() >= _MAX_UNREAD:
             return None
-        sample = self._sampled(side)
-        return self._scanner.density(side) if sample is None else self._density_of(sample)
+        return self._walk.density(side)
 
     def send(self, turn: Turn) -> None:
-        scanner, side = self._scanner, turn.side
-        sample = self._sampled(side)
-        shares = sample is None and scanner.shared_tokens(side) > 0
-        if sample is not None:
-            position, density = sample, self._density_of(sample)
-            scanner.remove(position)
-            self._sample[side].popleft()
-        else:
-            density = scanner.density(side) or 0.0
-            position = scanner.take(side)
-        plan = self._plan_now
-        likely = likely_tokens(plan.likely_output_tokens[position])
-        compute = float(plan.compute_seconds[position])
-        memory = float(plan.memory_seconds[position])
-        rest_compute, rest_memory = turn.waiting_seconds
-        tag = PlanTag(
-            side=side,
-            rank=turn.rank,
-            density=density,
-            output_tokens=float(plan.output_tokens[position]),
-            likely_output_tokens=likely,
-            compute_seconds=compute,
-            memory_seconds=memory,
-            rest_compute_seconds=max(rest_compute - compute, 0.0),
-            rest_memory_seconds=max(rest_memory - memory, 0.0),
-            use=plan.use_tag(self.job_id, side, position),
-            updates=self._some_updates(),
-        )
-        self._started.append(position)
+        side, step = turn.side, self._walk.take(turn.side)
+        position = step.position
+        tag = self._walk.tag(self.job_id, step, turn, self._some_updates())
+        self._news.started.append(position)
         sequences = self._work.sequences[position]
-        replica = self._dispatcher.credits.replica(side, sequences, shares)
+        replica = self._dispatcher.credits.replica(side, sequences, step.shares)
         task = self._start(self._work.lines[position], tag, sequences, position, replica)
         if task is None:
             self._dispatcher.credits.answered(replica, sequences)
             return
         self._dispatcher.credits.sent(side, sequences)
-        self._sent_seconds += compute + memory
+        seconds = tag.compute_seconds + tag.memory_seconds
+        self._sent_seconds += seconds
         self._sent[position] = _Sent(
             task,
             side,
-            compute + memory,
-            tag.output_tokens if likely else None,
+            seconds,
+            tag.output_tokens if tag.likely_output_tokens else None,
             sequences,
             replica,
         )
         self._look()
 
     def _some_updates(self) -> tuple[LengthUpdate, ...]:
-        plan = self._plan_now
+        plan = self._walk.plan
         updates: list[LengthUpdate] = []
         while self._to_tell and len(updates) < _MAX_UPDATES:
             position = self._to_tell.popleft()
@@ -358,16 +312,6 @@ class JobRunner:
         self._look()
         return True
 
-    def _sampled(self, side: Side) -> int | None:
-        """The next request of the sample on a side; a front may have taken it before its turn."""
-        queue = self._sample[side]
-        while queue and queue[0] not in self._scanner:
-            queue.popleft()
-        return queue[0] if queue else None
-
-    def _density_of(self, position: int) -> float:
-        return float(self._plan_now.density[position])
-
     def _start(
         self,
         index: int,
@@ -384,6 +328,7 @@ class JobRunner:
             self._events.put_nowait(error)
             return None
         except Exception as error:
+            # Whatever a body can raise on its way into a request is that line's answer.
             task = asyncio.create_task(_answered(_failed(index, error)))
         ended = partial(_Ended, index=index, position=position)
         task.add_done_callback(lambda done: self._events.put_nowait(ended(done)))
@@ -406,7 +351,7 @@ class JobRunner:
         if ended.position is None:
             self._unplanned -= 1
         else:
-            self._unseen.discard(ended.position)
+            self._walk.answered(ended.position)
             self._observe(ended.position, result)
             self._replan_if_due()
         self._dispatcher.wake()
@@ -419,14 +364,13 @@ class JobRunner:
         self.view.done_work_seconds += sent.work_seconds
         usage = usage_of(result.body)
         self.view.done_work_tokens += (
-            int(self._plan_now.prefill_tokens[position]) + usage.output_tokens
+            int(self._walk.plan.prefill_tokens[position]) + usage.output_tokens
         )
         if result.status_code == 200:
             # Of several answers to one prompt the usage is the sum.
             answers = len((result.body or {}).get("choices") or [None])
             tokens = usage.output_tokens // answers
-            self._finished.append(position)
-            self._finished_tokens.append(tokens)
+            self._news.ended(position, tokens)
             self.view.count_answer(usage.input_tokens, usage.cached_tokens, tokens, sent.estimate)
         elif result.status_code is None or result.status_code < 500:
             # The client's fault is found before any queue, as is what never became a request; the
@@ -448,7 +392,3 @@ def _failed(index: int, error: BaseException) -> LineResult:
 
 async def _answered(result: LineResult) -> LineResult:
     return result
-
-
-def _positions(values: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.frombuffer(values, dtype=np.int64) if values else np.empty(0, dtype=np.int64)

@@ -7,6 +7,7 @@ gets back what it needs to walk a plan.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,6 +56,10 @@ class PromptBatch:
     ignore_eos: NDArray[np.bool_]
 
 
+def _positions(values: array[int]) -> Ints:
+    return np.frombuffer(values, dtype=np.int64) if values else _no_positions()
+
+
 @dataclass(frozen=True, eq=False)
 class News:
     """What became of a job's requests since its last plan; positions, each with its tokens.
@@ -70,6 +75,35 @@ class News:
     finished_tokens: Ints = field(default_factory=_no_positions)
     running: Ints = field(default_factory=_no_positions)
     running_tokens: Ints = field(default_factory=_no_positions)
+
+
+class UntoldNews:
+    """What the planner has not been told yet of a job.
+
+    Attributes:
+        started: positions.
+    """
+
+    def __init__(self) -> None:
+        self.started = array("q")
+        self._finished = array("q")
+        self._finished_tokens = array("q")
+
+    def ended(self, position: int, output_tokens: int) -> None:
+        self._finished.append(position)
+        self._finished_tokens.append(output_tokens)
+
+    def take(self, running: Sequence[tuple[int, int]]) -> News:
+        """All of it, and the output tokens so far of what runs, by position."""
+        news = News(
+            started=_positions(self.started),
+            finished=_positions(self._finished),
+            finished_tokens=_positions(self._finished_tokens),
+            running=np.array([position for position, _ in running], dtype=np.int64),
+            running_tokens=np.array([tokens for _, tokens in running], dtype=np.int64),
+        )
+        self.started, self._finished, self._finished_tokens = array("q"), array("q"), array("q")
+        return news
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from blendserve.batch.errors import cause_of, reason_of
+from blendserve.batch.line_parser import is_too_deep, too_deep
 from blendserve.runtime.request_checks import check_before
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,24 @@ def refuse_in_handlers(state: Any) -> None:
     for handler in (getattr(state, name, None) for name in _HANDLERS):
         for step in _STEPS if handler is not None else ():
             setattr(handler, step, refusing(getattr(handler, step)))
+    responses = getattr(state, "openai_serving_responses", None)
+    if responses is not None:
+        responses.create_responses = repeating(responses)
+
+
+def repeating(handler: Any) -> Callable[..., Awaitable[Any]]:
+    """The ``create_responses`` of SGLang's handler, whose answer repeats most of the body: what is
+    nested too deeply to be written again is refused before the engine works on it."""
+    create = handler.create_responses
+
+    async def create_responses(request: Any, raw_request: Any, *args: Any, **kwargs: Any) -> Any:
+        # Parsed already, and kept.
+        if is_too_deep(await raw_request.json()):
+            fault = too_deep("body")
+            return handler.create_error_response(fault.message, param=fault.param)
+        return await create(request, raw_request, *args, **kwargs)
+
+    return create_responses
 
 
 def guarded(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:

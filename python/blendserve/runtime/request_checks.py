@@ -8,12 +8,13 @@ of this module. A ValueError becomes a 400 on each of these ways.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+
+from blendserve.runtime.stop_regex import check_stop_regex
 
 _INT32 = 2**31 - 1
 _FLOAT32 = 3.4028235e38
@@ -86,12 +87,21 @@ class ModelLimits:
     prompt_tokens: int | None = None
 
     @classmethod
-    def of(cls, tokenizer_manager: Any) -> ModelLimits:
-        """Those of a server whose scheduler has answered."""
+    def of(cls, tokenizer_manager: Any, kv_tokens: int | None, page_size: int) -> ModelLimits:
+        """Those of a server whose scheduler has answered.
+
+        Args:
+            kv_tokens: size of its KV pool; None: not known.
+            page_size: tokens that the pool gives out at a time.
+        """
         config = tokenizer_manager.model_config
+        most = int(tokenizer_manager.max_req_input_len)
+        if kv_tokens is not None:
+            # SGLang wants a page beyond the prompt's own to be free. What can never have it waits
+            # in SGLang's queue for ever, or is answered without a token.
+            most = min(most, max(kv_tokens, most) - 2 * page_size + 1)
         cuts = tokenizer_manager.server_args.allow_auto_truncate
-        most = None if cuts else int(tokenizer_manager.max_req_input_len)
-        return cls(int(config.vocab_size), int(config.context_len), most)
+        return cls(int(config.vocab_size), int(config.context_len), None if cuts else most)
 
 
 def check_before(request: Any) -> None:
@@ -162,7 +172,7 @@ def check_tokenized(request: Any, limits: ModelLimits) -> None:
     _check_prompt(request, limits)
     _check_logit_bias(params.logit_bias or {}, limits)
     for pattern in params.stop_regex_strs or ():
-        _check_stop_regex(pattern)
+        check_stop_regex(pattern)
     _check_logprobs(request, limits)
     _check_types(request)
 
@@ -221,13 +231,6 @@ def _check_logit_bias(biases: Mapping[Any, Any], limits: ModelLimits) -> None:
             raise ValueError(
                 f"logit_bias must have finite numbers up to {_LARGEST_BIAS:g}, got {bias!r:.80}."
             )
-
-
-def _check_stop_regex(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"stop_regex {pattern!r:.80} is no regular expression: {error}") from error
 
 
 def _check_logprobs(request: Any, limits: ModelLimits) -> None:
