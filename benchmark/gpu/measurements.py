@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -18,8 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from batches import DTYPE, SHAPE, TOKEN_BYTES, Layer
+from kernel_times import tables
 from peers import KV_SPLITS, flash_attention_3, flashinfer_apart, sglang_triton
-from report import DEVICE, DRY, Rows, median, milliseconds, multiprocessors, synchronize
+from report import (
+    DEVICE,
+    DRY,
+    Rows,
+    device_report,
+    median,
+    milliseconds,
+    multiprocessors,
+    synchronize,
+)
 
 from sgl_kernel_ext import gpu, reference
 from sgl_kernel_ext.gpu import kernels
@@ -30,6 +41,9 @@ from sgl_kernel_ext.plan import plan_segments
 
 # Weights of one Llama-3.1-8B layer: QKV, output, gate and up, down.
 GEMMS = ((64, 96), (64, 64)) if DRY else ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+# Sides (n, k) of the matrices that the table of GEMMs spans: those of 8B and 70B models, and ranks.
+GEMM_SIDES = ((64, 96), (64,)) if DRY else ((4096, 6144, 28672), (4096, 14336))
+MOST_CONTEXT_TOKENS = 600_000  # of a decode step: 2.5 GB of keys and values
 LAYERS = 2 if DRY else 32
 # Below what is allowed in half precision, and in the float32 of a dry run.
 TOLERANCE = 1e-5 if DRY else 2e-2
@@ -318,19 +332,33 @@ def interference(rows: Rows) -> None:
 
 
 def costs(rows: Rows) -> None:
-    """GEMMs of a layer by tokens, decode and prefill attention: what step times are made of."""
-    layer = weights()
-    for tokens in few(1, 64, 128, 256, 512, 1024, 2048, 4096):
-        samples = milliseconds(gemms(layer, tokens), samples=10)
-        rows.add(kind="gemm", tokens=tokens, seconds=median(samples) / 1e3)
-    for decodes, length in ((8, 1024), (64, 1024), (256, 1024), (64, 8192), (512, 512)):
-        at = Layer([], [sized(length, 40)] * sized(decodes, 2))
-        samples = milliseconds(at.triton(share=False), samples=10)
-        rows.add(kind="decode", requests=decodes, tokens=length, seconds=median(samples) / 1e3)
-    for cached, new in ((0, 512), (0, 2048), (2048, 512), (2048, 2048), (8192, 2048)):
-        at = Layer([(sized(cached, 16), sized(new, 24))], [])
-        samples = milliseconds(at.triton(share=False), samples=10)
-        rows.add(kind="prefill", cached=cached, tokens=new, seconds=median(samples) / 1e3)
+    """What step times are made of: GEMMs of a layer by tokens, attention by requests and tokens of
+    each. Kept as the engine model reads them, beside hardware.json."""
+    for n, k in itertools.product(*GEMM_SIDES):
+        weight = torch.randn(n, k, dtype=DTYPE, device=DEVICE) * k**-0.5
+        for tokens in few(1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            samples = milliseconds(gemms([weight], tokens), samples=10)
+            rows.add(kind="gemm", n=n, k=k, tokens=tokens, seconds=median(samples) / 1e3)
+    for requests, tokens in itertools.product(few(1, 8, 64, 256), few(512, 2048, 8192)):
+        if requests * tokens <= MOST_CONTEXT_TOKENS:
+            _attention_cost(rows, "decode", requests, tokens, Layer([], [tokens] * requests))
+    for requests, tokens in itertools.product(few(1, 4), few(256, 1024, 2048, 8192)):
+        _attention_cost(rows, "prefill", requests, tokens, Layer([(0, tokens)] * requests, []))
+    measured, chip = rows.read(), device_report()
+    kernels = sorted({row["kernel"] for row in measured if "kernel" in row})
+    heads = (SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim, 0)
+    source = f"benchmark/gpu/campaign.py, {chip['date']}, attention: {', '.join(kernels)}"
+    tables(measured, heads, chip["device"], source).save(rows.path.with_name("kernels.npz"))
+
+
+def _attention_cost(rows: Rows, kind: str, requests: int, tokens: int, layer: Layer) -> None:
+    """By the kernel that `serve` runs on Hopper; where that is not installed, by ours."""
+    call = None if DRY else flash_attention_3(layer)
+    samples = milliseconds(call or layer.triton(share=False), samples=10)
+    rows.add(
+        kind=kind, requests=requests, tokens=tokens, kernel="fa3" if call else "triton",
+        seconds=median(samples) / 1e3,
+    )  # fmt: skip
 
 
 def pod(rows: Rows) -> None:

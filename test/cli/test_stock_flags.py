@@ -133,6 +133,24 @@ def test_a_file_that_holds_no_flags_is_refused_by_name(
     assert capsys.readouterr().err.count(str(path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "mixed"),
+    [
+        ("", True),
+        ("--tp-size 8 --attention-backend fa3", True),
+        ("--speculative-algorithm EAGLE", False),
+        ("--cuda-graph-backend-prefill=full", False),
+        ("--enable-pdmux", False),
+        ("--disable-mixed-chunk", False),
+    ],
+)
+def test_steps_are_mixed_on_a_gpu_but_beside_flags_that_sglang_may_not_mix_under(
+    given: str, mixed: bool
+) -> None:
+    """SGLang's --enable-mixed-chunk cannot be taken away again."""
+    assert ("--enable-mixed-chunk" in serve.gpu_flags(given.split())) is mixed
+
+
 def test_two_files_and_none_are_refused() -> None:
     for argv in (["--config", "a", "--config=b"], ["--config"]):
         with pytest.raises(ConfigFileError, match="--config"):

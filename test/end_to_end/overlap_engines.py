@@ -136,7 +136,9 @@ def serve(side: Side, model: str, output: str) -> None:
         )
 
     answers = engine.loop.run_until_complete(all_answers())
-    Path(output).write_text(json.dumps(answers))
+    (live,) = engine.get_server_info()["internal_states"]
+    overlaps = not live["disable_overlap_schedule"]
+    Path(output).write_text(json.dumps({"answers": answers, "overlaps": overlaps}))
     engine.shutdown()
 
 
@@ -149,7 +151,7 @@ def traced(path: Path) -> dict[str, int]:
     return {"steps": len(rows), "mixed": mixed, "prefilled": prefilled, "decoded": decoded}
 
 
-def faults(side: Side, answers: list[list[int]], expected: list[list[int]]) -> list[str]:
+def faults(answers: list[list[int]], expected: list[list[int]]) -> list[str]:
     """What of a side's answers is not what stock SGLang says."""
     found = []
     for number, (asked, got, want) in enumerate(zip(requests(), answers, expected, strict=True)):
@@ -157,10 +159,24 @@ def faults(side: Side, answers: list[list[int]], expected: list[list[int]]) -> l
             shared = min(len(got), len(want))
             if got[:shared] != want[:shared] or len(got) < ABORT_AFTER:
                 found.append(f"r{number} (aborted) says something else")
+            elif len(got) >= asked["tokens"]:
+                found.append(f"r{number} was answered to its end, not aborted")
         elif got != want:
             found.append(f"r{number} says something else")
         elif len(got) != asked["tokens"]:
             found.append(f"r{number} has {len(got)} tokens of {asked['tokens']}")
+    return found
+
+
+def not_tried(side: Side, counts: dict[str, int], overlaps: bool) -> list[str]:
+    """What a side is there for and did not do: equal tokens would then say nothing."""
+    found = []
+    if overlaps is not side.overlap:
+        found.append(f"its steps are {'' if overlaps else 'not '}overlapped")
+    if side.blended and not counts["mixed"]:
+        found.append("no step was mixed")
+    if side.tokens == SCARCE_TOKENS and not counts["retractions"]:
+        found.append("nothing was retracted")
     return found
 
 
@@ -217,12 +233,15 @@ def main() -> int:
                 say(f"{side.name}: no answers; {ended}")
                 failed += 1
                 continue
-            answers = json.loads(output.read_text())
+            said = json.loads(output.read_text())
+            answers = said["answers"]
             if side.name == "stock":
                 expected = answers
-            wrong = faults(side, answers, expected)
+            wrong = faults(answers, expected)
+            equal = len(answers) - len(wrong)
             counts = {"produced": sum(map(len, answers)), **traced(trace)}
             counts["retractions"] = done.stderr.count("#retracted_reqs")
+            wrong += not_tried(side, counts, said["overlaps"])
             # A prefill brings a request's first token; the client of an aborted one may miss one.
             decoded = counts["produced"] - len(answers)
             uncounted = not side.blended or counts["retractions"]
@@ -231,7 +250,7 @@ def main() -> int:
             ):
                 wrong.append(f"{counts['decoded']} decode tokens are counted, {decoded} were made")
             say(
-                f"{side.name}: {len(answers) - len(wrong)} of {len(answers)} as stock, "
+                f"{side.name}: {equal} of {len(answers)} as stock, "
                 f"{counts}, {time.monotonic() - start:.0f} s"
             )
             for text in wrong:

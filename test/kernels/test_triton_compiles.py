@@ -3,11 +3,16 @@ tried there, all of it in `make test-candidates`."""
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 
 import triton
+from candidate_resources import SHAPES, SHARED_LIMIT, Resources, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,8 +54,6 @@ compiled = pytest.mark.skipif(kernels.INTERPRETED, reason="the interpreter repla
 def test_a_candidate_fits_spills_little_and_pipelines(
     kind: str, head_dim: int, arch: int, number: int
 ) -> None:
-    from candidate_resources import resources
-
     found = resources(kind, head_dim, arch, kernels.candidates(kind, head_dim)[number])
     assert found.faults() == []
 
@@ -59,6 +62,42 @@ def test_a_candidate_fits_spills_little_and_pipelines(
 @pytest.mark.parametrize(("capability", "element"), [(80, "bf16"), (90, "fp16")])
 def test_the_merge_compiles(capability: int, element: str) -> None:
     compile_kernel(kernels.merge, element, capability, HEADS=32, HEAD_DIM=128, WIDTH=128)
+
+
+def last_compiled() -> list[Resources]:
+    log = Path(__file__).parents[1] / "logs" / "candidates.json"
+    return [Resources(**row) for row in json.loads(log.read_text())]
+
+
+def test_every_candidate_has_been_compiled_for_every_architecture() -> None:
+    """The log of `make test-candidates` is of these candidates: write it anew after a change."""
+    found = [
+        (r.kernel, r.head_dim, r.arch, r.few_tile, r.many_tile, r.warps, r.stages)
+        for r in last_compiled()
+    ]
+    assert found == [
+        (kind, dim, arch, c.kwargs["FEW_TILE"], c.kwargs["MANY_TILE"], c.num_warps, c.num_stages)
+        for kind, dim, arch in itertools.product(kernels.KINDS, SHAPES, SHARED_LIMIT)
+        for c in kernels.candidates(kind, dim)
+    ]
+
+
+def test_none_of_them_exceeds_its_architecture_or_spills_over_a_kilobyte() -> None:
+    assert [row for row in last_compiled() if row.faults() or row.ctas < 1] == []
+
+
+def test_more_stages_of_a_decode_kernel_hold_more_tiles() -> None:
+    """Triton may take a number of stages and keep one buffer all the same."""
+    held: dict[tuple[int, ...], dict[int, int]] = {}
+    for row in last_compiled():
+        if row.kernel == "decode_only":
+            tile = (row.head_dim, row.arch, row.few_tile, row.warps)
+            held.setdefault(tile, {})[row.stages] = row.shared
+    several = [stages for stages in held.values() if len(stages) > 1]
+    assert several
+    for stages in several:
+        shared = [stages[count] for count in sorted(stages)]
+        assert all(fewer < more for fewer, more in itertools.pairwise(shared))
 
 
 def test_few_candidates_are_tried_and_none_twice() -> None:

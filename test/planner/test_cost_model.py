@@ -308,6 +308,8 @@ def test_measured_ceilings_stand_in_for_the_table(tmp_path):
         ({"compute_flops": 1e12, "memory_bytes": 1e9}, "bandwidth_bytes is missing; add it"),
         ({"base": "cpu", "compute_flops": -1}, "compute_flops is -1; it must be a positive"),
         ({"base": "cpu", "compute_flops": True}, "compute_flops is True; it must be a positive"),
+        ({"base": "cpu", "kernels": "gone.npz"}, "kernels: .*gone.npz is no file of kernel times"),
+        ({"base": "cpu", "kernels": "measured.json"}, "or leave the key away"),
     ],
 )
 def test_a_file_of_figures_that_cannot_be_used_is_refused(tmp_path, document, message):

@@ -75,7 +75,7 @@ def step_costs(model: ModelSpec, chip: Hardware, ranks: int = 1) -> StepCosts:
     chip has tables here or in an installed aiconfigurator-core, fitted else.
 
     model, chip: of one rank each, not scaled. A chip whose own figures were measured and given in a
-    file keeps them.
+    file keeps them, and has the kernel times that the file names.
     """
     tables = None
     if chip.kernels:
@@ -97,7 +97,8 @@ def fitted_costs(
 
 def measured_costs(model: ModelSpec, chip: Hardware, ranks: int, tables: KernelTables) -> StepCosts:
     """From kernels measured on the chip; what they lack is fitted."""
-    costs = _Costs(model, chip, ranks, ATTAINED, tables)
+    attained = MEASURED_CEILINGS if chip.attained else ATTAINED
+    costs = _Costs(model, chip, ranks, attained, tables)
     found = costs.step_costs("")
     lacking = f"; fitted: {', '.join(sorted(costs.fitted))}" if costs.fitted else ""
     return StepCosts(

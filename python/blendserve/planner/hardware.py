@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .chips import CHIPS
+from .kernel_tables import UNREADABLE, KernelTables
 
 _FIGURES = ("compute_flops", "bandwidth_bytes", "memory_bytes")
-_FILE_KEYS = (*_FIGURES, "base", "name", "source")
+_TEXTS = ("base", "name", "source", "kernels")
+_FILE_KEYS = (*_FIGURES, *_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Hardware:
     source: where the figures are from.
     fp8_flops: dense 8-bit matrix rate, FLOP/s; 0 where there is none.
     link_bytes: what one direction of its links to other devices carries, bytes/s; 0 if unknown.
-    kernels: name of its measured kernels (`kernel_tables`); empty without.
+    kernels: name or file of its measured kernels (`kernel_tables`); empty without.
     attained: the figures are what kernels attain, not what a datasheet promises.
     """
 
@@ -158,7 +160,7 @@ def _measured(path: Path) -> Hardware:
             near = difflib.get_close_matches(key, _FILE_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_FILE_KEYS)}"
             raise HardwareError(f"{path}: unknown key {key!r}; {hint}")
-    for key in ("base", "name", "source"):
+    for key in _TEXTS:
         if not isinstance(found.get(key, ""), str):
             raise HardwareError(f"{path}: {key} is {found[key]!r}; it must be a text")
     given = found.get("base", "").lower()
@@ -174,8 +176,27 @@ def _measured(path: Path) -> Hardware:
         source += f"; {', '.join(taken)}: {base.source}"
     default = f"{base.name}, measured" if base else path.stem
     return Hardware(
-        found.get("name", default), flops, bandwidth, memory, f"{source} ({path})", attained=True
+        name=found.get("name", default),
+        compute_flops=flops,
+        bandwidth_bytes=bandwidth,
+        memory_bytes=memory,
+        source=f"{source} ({path})",
+        kernels=_kernels(path, found["kernels"]) if found.get("kernels") else "",
+        attained=True,
     )
+
+
+def _kernels(path: Path, name: str) -> str:
+    """The file of kernel times that a file of figures names, seen to be one."""
+    file = path.parent / name
+    try:
+        KernelTables.load(file)
+    except UNREADABLE as error:
+        raise HardwareError(
+            f"{path}: kernels: {file} is no file of kernel times ({error}); name the kernels.npz "
+            "that benchmark/gpu/campaign.py wrote beside it, or leave the key away"
+        ) from error
+    return str(file)
 
 
 def _figure(path: Path, found: dict[str, Any], key: str, base: Hardware | None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ Ints = NDArray[np.int64]
 TILE_TOKENS = 128
 _STEPS_PER_OCTAVE = 256
 _UNIT_SECONDS = 1e-7  # All kernels take longer.
+FILE_ENDING = ".npz"
+UNREADABLE = (OSError, ValueError, KeyError, zipfile.BadZipFile)
 
 AttentionKey = tuple[int, int, int, int]  # query heads, KV heads, head_dim, window (0: none)
 ExpertKey = tuple[int, int, int, int, int]  # hidden size, width, active, experts, ranks
@@ -216,7 +219,7 @@ class KernelTables:
 
     @staticmethod
     def load(path: Path) -> KernelTables:
-        """Raises OSError or ValueError for a file that `save` has not written."""
+        """Raises one of `UNREADABLE` for a file that `save` has not written."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         chip, source = arrays["about"].tolist()
@@ -279,8 +282,11 @@ class KernelTables:
 
 
 def kernel_tables(chip: str) -> KernelTables | None:
-    """Those of a chip that come with the package; None where there are none."""
-    file = resources.files("blendserve.planner") / "kernels" / f"{chip}.npz"
+    """Those of a chip that come with the package, or of a file whose name ends in .npz; None where
+    there are none."""
+    if chip.endswith(FILE_ENDING):
+        return KernelTables.load(Path(chip))
+    file = resources.files("blendserve.planner") / "kernels" / f"{chip}{FILE_ENDING}"
     with resources.as_file(file) as path:
         return KernelTables.load(path) if path.is_file() else None
 
