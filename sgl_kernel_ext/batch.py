@@ -16,10 +16,11 @@ class PagedBatch:
     ``table_rows[i]`` is request i's row of the slot table, whose column p names the KV slot of
     position p. The request has ``kv_lens[i]`` positions, of which the last ``query_lens[i]`` are
     the query tokens: 1 for a decode, more for a chunk of prefill, whose earlier positions are the
-    cached prefix.
+    cached prefix. One without a query token, an empty prompt, has nothing to attend to: no plan
+    names it.
 
     Raises:
-        ValueError: the lengths differ, a request has no query token or more of them than positions.
+        ValueError: the lengths differ, or a request has more query tokens than positions.
     """
 
     table_rows: NDArray[np.int64]  # [requests]
@@ -32,12 +33,12 @@ class PagedBatch:
                 f"a batch of {len(self.table_rows)} table rows, {len(self.kv_lens)} KV lengths and "
                 f"{len(self.query_lens)} query lengths; it needs one of each per request"
             )
-        wrong = np.flatnonzero((self.query_lens < 1) | (self.query_lens > self.kv_lens))
+        wrong = np.flatnonzero((self.query_lens < 0) | (self.query_lens > self.kv_lens))
         if len(wrong):
             first = int(wrong[0])
             raise ValueError(
                 f"request {first} of the batch has {self.query_lens[first]} query tokens and "
-                f"{self.kv_lens[first]} positions; it needs 1 <= query tokens <= positions"
+                f"{self.kv_lens[first]} positions; it needs 0 <= query tokens <= positions"
             )
 
     @classmethod

@@ -221,6 +221,16 @@ class _Builder:
 
     def finish(self) -> Plan:
         """Items in order; a query token with several rows gets partial results."""
+        if not self.items:
+            nothing = np.empty(0, dtype=np.int64)
+            return Plan(
+                items=nothing.reshape(0, 6),
+                beside=nothing,
+                rows=nothing.reshape(0, 3),
+                merged_query=nothing,
+                merge_begin=np.zeros(1, dtype=np.int64),
+                window=self.shape.window,
+            )
         rows = np.full((self.row_count, 3), -1)
         rows[:, 0] = np.concatenate(self.row_queries)
         rows[:, 1] = np.concatenate(self.row_visible)

@@ -115,6 +115,8 @@ def run(
         )
     if plan.window != shape.window:
         raise ValueError(f"the plan is for window {plan.window}, the layer has {shape.window}")
+    if not len(plan.items):
+        return  # No request has a query token, and a launch needs a program.
     kinds = plan.kinds - {kernels.KIND_NOTHING}
     kernel = {
         frozenset({kernels.KIND_FEW}): kernels.decode_only,

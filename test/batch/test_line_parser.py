@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendserve.batch.line_parser import UnreadableLine, read_entry
+from blendserve.batch import content_faults
+from blendserve.batch.line_parser import MAX_BODY_DEPTH, UnreadableLine, is_too_deep, read_entry
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
@@ -117,3 +118,14 @@ DEEP = b"[" * 3_000
 def test_what_is_no_json_object_is_told_with_its_place(data: bytes, said: str) -> None:
     with pytest.raises(UnreadableLine, match=said.replace("(", r"\(")):
         read_entry(data)
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value, 1], lambda value: {"k": value, "l": "m"}])
+@pytest.mark.parametrize(("depth", "deep"), [(MAX_BODY_DEPTH, False), (MAX_BODY_DEPTH + 1, True)])
+def test_lines_and_online_bodies_may_be_equally_deep(wrap: Any, depth: int, deep: bool) -> None:
+    value: Any = []
+    for _ in range(depth - 2):
+        value = wrap(value)
+    body = {"short": [1, 2, 3], "long": value}
+    assert is_too_deep(body) is deep
+    assert [fault.code for fault in content_faults(body)] == ["nesting_too_deep"] * deep

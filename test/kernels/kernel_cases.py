@@ -47,7 +47,7 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     requests = len(kv_lens)
     shared = [s // page_size * page_size for s in (shared or [0] * requests)]
-    assert all(s < k for s, k in zip(shared, kv_lens, strict=True))
+    assert all(s <= k for s, k in zip(shared, kv_lens, strict=True))
     pages_needed = -(-max(shared) // page_size) + sum(
         -(-(k - s) // page_size) for k, s in zip(kv_lens, shared, strict=True)
     )
@@ -80,6 +80,14 @@ def make_case(
         value_pool=pool(),
         slot_table=torch.from_numpy(table),
     )
+
+
+def case_with_empty_prompts(seed: int, query_lens: list[int]) -> Case:
+    """Requests without a query token are among the others, or alone."""
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=16, scale=0.25)
+    cached = [0, 3, 7]
+    kv_lens = [cached[k % 3] + length for k, length in enumerate(query_lens)]
+    return make_case(seed, shape=shape, kv_lens=kv_lens, query_lens=query_lens)
 
 
 def random_case(seed: int, *, small: bool = False) -> Case:

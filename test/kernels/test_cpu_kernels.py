@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import Case, make_case, random_case
+from kernel_cases import Case, case_with_empty_prompts, make_case, random_case
 
 from sgl_kernel_ext import cpu, reference
 from sgl_kernel_ext.batch import AttentionShape
@@ -40,6 +40,19 @@ def test_random_batches_equal_the_reference(first: int) -> None:
         # Many planned threads cut small batches as a large machine would.
         threads = (1, 2, 16)[seed % 3]
         assert error(random_case(seed), threads, share=seed % 4 > 0) < 1e-5, seed
+
+
+@pytest.mark.parametrize("query_lens", [[0, 1, 5], [1, 0, 0, 1], [9, 0]])
+def test_an_empty_prompt_costs_nobody_anything(query_lens: list[int]) -> None:
+    assert error(case_with_empty_prompts(1, query_lens)) < 1e-5
+
+
+def test_a_step_of_empty_prompts_has_nothing_to_do() -> None:
+    case = case_with_empty_prompts(2, [0, 0])
+    plan = make_plan(case.batch, case.shape, cpu.TILING, 2, case.lookup)
+    assert (len(plan.items), plan.partial_count) == (0, 0)
+    tensors = (case.query, case.key_pool, case.value_pool, case.slot_table)
+    cpu.run(plan, case.shape, *tensors, case.poisoned_output(), threads=2)
 
 
 def test_bfloat16_stays_within_its_precision() -> None:

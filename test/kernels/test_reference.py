@@ -51,7 +51,7 @@ def test_an_unwritten_output_counts_as_infinitely_wrong() -> None:
     assert not reference.relative_error(torch.tensor([float("nan"), 1.0]), torch.ones(2)) < 1
 
 
-@pytest.mark.parametrize(("kv_len", "query_len"), [(3, 0), (3, 4)])
+@pytest.mark.parametrize(("kv_len", "query_len"), [(3, -1), (3, 4)])
 def test_impossible_lengths_are_refused(kv_len: int, query_len: int) -> None:
     with pytest.raises(ValueError, match="request 1 of the batch"):
         PagedBatch.of([0, 1], [5, kv_len], [1, query_len])

@@ -16,7 +16,7 @@ if DEVICE == "cpu":
     # Read when Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernel_cases import Case, random_case  # noqa: E402
+from kernel_cases import Case, case_with_empty_prompts, random_case  # noqa: E402
 
 from sgl_kernel_ext import gpu, reference  # noqa: E402
 from sgl_kernel_ext.plan import make_plan  # noqa: E402
@@ -46,12 +46,26 @@ def error(case: Case, workers: int, share: bool) -> float:
     return reference.relative_error(output, expected)
 
 
+def ran(case: Case) -> float:
+    """0.0: a step without a query token has no error, once it is through."""
+    plan = make_plan(case.batch, case.shape, gpu.tiling(case.shape), 2, case.lookup)
+    tensors = (case.query, case.key_pool, case.value_pool, case.slot_table)
+    on_device = gpu.to_device(plan, case.shape, DEVICE)
+    gpu.run(on_device, case.shape, *tensors, case.poisoned_output())
+    return 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--dtype", choices=LIMITS, default="float32")
     options = parser.parse_args()
+    for query_lens in ([0, 1, 5], [0, 0]):
+        case = in_dtype(case_with_empty_prompts(1, query_lens), getattr(torch, options.dtype))
+        found = error(case, workers=2, share=True) if any(query_lens) else ran(case)
+        if not found < LIMITS[options.dtype]:
+            raise SystemExit(f"queries {query_lens}: relative error {found}")
     worst = 0.0
     for seed in range(options.first, options.first + options.count):
         case = in_dtype(random_case(seed, small=DEVICE == "cpu"), getattr(torch, options.dtype))

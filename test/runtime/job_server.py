@@ -33,6 +33,8 @@ from blendserve.runtime.plan_worker import PlanWorker
 from blendserve.runtime.prompts import Prompt, UnreadablePrompt
 
 COST_MODEL = CostModel(MODEL_SPECS["smollm2-135m"], hardware("cpu"))
+# For a job that takes one second.
+_MOST_SECONDS = 60.0
 THREADS = Threads(ThreadPoolExecutor(1), ThreadPoolExecutor(1))
 FIRST_DEPTH = 16
 ANSWER_TOKENS = 7
@@ -265,7 +267,8 @@ class Run:
         return [sent.index for sent in self.server.sent if sent.tag and sent.tag.side is side]
 
     async def finish(self) -> None:
-        async with aclosing(self.runner.run()) as results:
+        """TimeoutError: something waits for what never comes."""
+        async with asyncio.timeout(_MOST_SECONDS), aclosing(self.runner.run()) as results:
             async for result in results:
                 self.answers.append(result)
 
