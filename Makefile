@@ -71,6 +71,7 @@ test-campaign: setup
 # Every setting that the Triton kernels try, compiled for three architectures.
 test-candidates: setup
 	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
+
 # What takes an hour: kills at random instants, storms of batches, odd requests, a backlog, a locked
 # database. Each ends with a status of its own and leaves its result in benchmark/results.
 test-reliability: setup

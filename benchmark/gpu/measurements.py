@@ -106,11 +106,12 @@ def runs(rows: Rows) -> None:
             rows.add(imported=name, version=str(getattr(module, "__version__", "")))
         except Exception as error:
             rows.add(imported=name, error=f"{type(error).__name__}: {error}"[:500])
-    for kind, layer in small_layers().items():
-        calls = {"triton": lambda at=layer: at.triton(), "flashinfer": None}
-        calls["flashinfer"] = lambda at=layer: flashinfer_call(at)
-        for family, make in calls.items():
-            _case(rows, kind, family, layer, make)
+    families = {"triton": Layer.triton, "flashinfer": flashinfer_call}
+    # FlashInfer last: it compiles for minutes where nothing is compiled yet.
+    for (family, make), (kind, layer) in itertools.product(
+        families.items(), small_layers().items()
+    ):
+        _case(rows, kind, family, layer, lambda at=layer, m=make: m(at))
 
 
 def _case(rows: Rows, kind: str, family: str, layer: Layer, make: Any) -> None:
@@ -173,8 +174,8 @@ def _under(layer: Layer, config: Any) -> Callable[[], None]:
 
 PEERS: dict[str, Callable[[Layer], Callable[[], None] | None]] = {
     "fa3": flash_attention_3,
-    "flashinfer": lambda layer: flashinfer_apart(layer, flashinfer_or_reason()[0]),
     **{f"sglang-triton-{n}": lambda layer, n=n: sglang_triton(layer, n) for n in KV_SPLITS},
+    "flashinfer": lambda layer: flashinfer_apart(layer, flashinfer_or_reason()[0]),
 }
 if DRY:
     # In the interpreter one takes as long as all else; test/kernels checks it (peers.py).
@@ -202,9 +203,9 @@ def blended(rows: Rows) -> None:
         for part, layer in (("prefill", Layer([(cached, chunk)], [])), ("decode", Layer([], lens))):
             _timed(rows, {**named, "part": part}, lambda at=layer: at.triton(share=False))
         _timed(rows, {**named, "part": "blended"}, lambda at=mixed: at.triton(share=False))
-        _timed(rows, {**named, "part": "pod"}, lambda at=mixed: flashinfer_call(at, share=False))
         for name, make in PEERS.items():
             _timed(rows, {**named, "peer": name}, lambda at=mixed, m=make: m(at))
+        _timed(rows, {**named, "part": "pod"}, lambda at=mixed: flashinfer_call(at, share=False))
 
 
 def shared(rows: Rows) -> None:
@@ -215,9 +216,9 @@ def shared(rows: Rows) -> None:
         for part, share in (("groups", True), ("no-groups", False)):
             _timed(rows, {"prefix": prefix, "part": part},
                    lambda at=layer, s=share: at.triton(share=s))  # fmt: skip
-        _timed(rows, {"prefix": prefix, "part": "cascade"}, lambda at=layer: flashinfer_call(at))
         for name, make in PEERS.items():
             _timed(rows, {"prefix": prefix, "peer": name}, lambda at=layer, m=make: m(at))
+        _timed(rows, {"prefix": prefix, "part": "cascade"}, lambda at=layer: flashinfer_call(at))
 
 
 def weights() -> list[torch.Tensor]:

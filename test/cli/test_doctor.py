@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(doctor, "visible_gpus", lambda: 8)
     monkeypatch.setattr(doctor.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
-    answer(monkeypatch, stdout=f"noise\n{doctor._MARK}{json.dumps(SHOWN)}\n")
+    answer(monkeypatch, stdout=f"noise\n{doctor.MARK}{json.dumps(SHOWN)}\n")
     return monkeypatch
 
 
@@ -90,8 +91,30 @@ def test_the_last_word_of_a_process_that_could_not_resolve_is_told(
 def test_without_a_gpu_the_cpu_engine_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    answer(monkeypatch, stdout=doctor._MARK + json.dumps({**SHOWN, "device": "cpu"}))
+    answer(monkeypatch, stdout=doctor.MARK + json.dumps({**SHOWN, "device": "cpu"}))
     found = {finding.name: finding for finding in doctor.examine([])}
     assert not any(finding.fails for finding in found.values())
     assert "CPU engine serves" in found["device"].text
     assert found["figures"].text.startswith("cpu: ")
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
+    "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 1_000, "max_position_embeddings": 4_096,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def test_sglang_itself_is_asked_and_its_answer_is_the_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    flags = ["--model-path", str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init"]
+    assert doctor.main(["--json", *flags, "--disaggregation-mode", "prefill"]) == 1
+    said = {row["name"]: row["text"] for row in json.loads(capsys.readouterr().out)}
+    assert said["flags"].startswith("blendserve: --disaggregation-mode")
+    assert "--enable-pdmux" in said["flags"]
+    assert doctor.main(["--json", *flags, "--schedule-p", "lpm"]) == 0
+    said = {row["name"]: row["text"] for row in json.loads(capsys.readouterr().out)}
+    assert "schedule_policy lpm" in said["flags"]

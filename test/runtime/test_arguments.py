@@ -61,6 +61,13 @@ def test_what_cannot_is_named_with_a_remedy(bad: SimpleNamespace, flag: str, rem
     assert remedy in said
 
 
+def test_how_many_decodes_a_graph_takes_is_sglangs_to_say() -> None:
+    decode = SimpleNamespace(backend="full", max_bs=256)
+    graphs = SimpleNamespace(prefill=SimpleNamespace(backend="disabled"), decode=decode)
+    assert arguments.most_graphed_decodes(settings(cuda_graph_config=graphs)) == 256
+    assert arguments.most_graphed_decodes(SimpleNamespace()) is None
+
+
 def test_the_refusal_ends_the_process_after_sglangs_own_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

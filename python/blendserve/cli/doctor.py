@@ -24,7 +24,7 @@ from rich.console import Console
 _PACKAGES = ("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python", "transformers")
 _RESOLVE = ("-m", "blendserve.cli.doctor", "--resolve")
 _RESOLVE_SECONDS = 600
-_MARK = "blendserve-doctor: "
+MARK = "blendserve-doctor: "
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,12 @@ def resolution(flags: Sequence[str]) -> Iterator[Finding]:
         [sys.executable, *_RESOLVE, *flags],
         capture_output=True, text=True, timeout=_RESOLVE_SECONDS, check=False,
     )  # fmt: skip
-    said = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    said = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not said:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         yield Finding("flags", lines[-1] if lines else f"status {done.returncode}", fails=True)
         return
-    shown = json.loads(said[-1][len(_MARK) :])
+    shown = json.loads(said[-1][len(MARK) :])
     here = shown.pop("ranks") // shown.pop("nnodes")
     if str(shown["device"]).startswith("cuda") and here > (there := visible_gpus()):
         yield Finding("ranks", f"{here} GPUs are asked for on this node, {there} are usable", True)
@@ -227,7 +227,8 @@ def resolve(argv: Sequence[str]) -> int:
     replicas = 1 if seen.enable_dp_attention else seen.dp_size
     shown["ranks"], shown["nnodes"] = seen.tp_size * seen.pp_size * replicas, seen.nnodes
     shown["prefill_graphs"], shown["decode_graphs"] = arguments.graph_backends(seen)
-    print(_MARK + json.dumps(shown, default=str), flush=True)
+    shown["decode_graphs_up_to"] = arguments.most_graphed_decodes(seen)
+    print(MARK + json.dumps(shown, default=str), flush=True)
     return 0
 
 

@@ -37,6 +37,12 @@ def graph_backends(settings: Any) -> tuple[str, str]:
     )
 
 
+def most_graphed_decodes(settings: Any) -> int | None:
+    """Decodes up to which a step is replayed from a CUDA graph; None where SGLang does not say."""
+    graphs = getattr(settings, "cuda_graph_config", None)
+    return getattr(getattr(graphs, "decode", None), "max_bs", None)
+
+
 def _name(backend: Any) -> str:
     return str(getattr(backend, "value", backend) or "")
 
