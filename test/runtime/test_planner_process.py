@@ -128,7 +128,9 @@ def test_a_front_beyond_its_own_part_says_what_it_takes_next(ahead):
     """All of the job from one end: every prefix is needed by the very next request of that side."""
     worker = PlanWorker(COST_MODEL, CONFIG)
     tokens = prompts(40)
-    worker.append("job", batch(tokens, limit=np.array([30, 30, 9_000, 9_000] * 10), ignore_eos=True))
+    worker.append(
+        "job", batch(tokens, limit=np.array([30, 30, 9_000, 9_000] * 10), ignore_eos=True)
+    )
     plan = worker.plan("job", News())
     assert len({plan.timetable.side(k) for k in range(40)}) == 2
     taken = [plan.scanner.take(ahead) for _ in range(plan.scanner.remaining)]
