@@ -26,9 +26,12 @@ def test_reads_are_counted_as_the_attention_makes_them(
 ) -> None:
     reason = None if built else "no compiler"
     monkeypatch.setattr(executor.cpu, "unavailable_reason", lambda: reason)
-    args = SimpleNamespace(attention_backend=backend, device=device)
+    args = SimpleNamespace(attention_backend=backend, device=device, dp_size=2)
     settings = Settings(sample_fraction=0.02)
     config = planner_config(args, settings, 4_096)
     assert config.shared_decode_tokens == shared
     assert config.sample_fraction == 0.02
-    assert planner_config(args, settings, None).shared_decode_tokens is None
+    assert config.kv_tokens == 2 * 4_096
+    unknown = planner_config(args, settings, None)
+    assert unknown.shared_decode_tokens is None
+    assert unknown.kv_tokens is None

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator_jobs import LLAMA_ON_A100, mixed_workload, random_workload, workload, workloads
 
-from blendserve.planner import FlatTokens
+from blendserve.planner import CostModel, FlatTokens, hardware, model_spec
 from blendserve.simulator.blend import BlendOptions
 from blendserve.simulator.engine import EngineStuck
 from blendserve.simulator.simulate import Policy, Setting, Simulation
 from blendserve.simulator.step_time import Overlap
 from blendserve.simulator.workloads import Workload
 
+ATTAINED = CostModel.attained(model_spec("llama-3.1-8b"), hardware("a100"))
 ORDER_FREE = [policy for policy in Policy if policy is not Policy.FCFS]
 # The longest prompt and output of `workloads` need 3,600 tokens together.
 capacities = st.sampled_from([4_000, 12_000, 400_000])
@@ -139,6 +140,20 @@ def test_ours_is_faster_than_the_orders_it_improves_on():
         for policy in (Policy.DFS, Policy.RANDOM, Policy.BLEND_PAPER, Policy.BLEND)
     }
     assert times[Policy.BLEND] == min(times.values())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_long_outputs_of_known_lengths_are_no_slower_than_sampled_ones(seed):
+    rng = np.random.default_rng(seed)
+    output = np.clip(rng.lognormal(6.3, 1.0, 1_200), 20, 4_096).astype(int).tolist()
+    prompts = [rng.integers(0, 5_000, rng.integers(20, 60)).astype(np.int32) for _ in output]
+    simulation = Simulation(workload(prompts, output))
+    known, sampled = (
+        simulation.run(Setting(ATTAINED, Policy.BLEND, tuple(Overlap), part, capacity=40_000))
+        for part in (1.0, 0.02)
+    )
+    for one, other in zip(known, sampled, strict=True):
+        assert one.seconds < 1.01 * other.seconds
 
 
 @pytest.mark.parametrize("off", [None, *BlendOptions.__dataclass_fields__])

@@ -15,6 +15,7 @@ from .flat_tokens import FlatTokens
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
 from .prefix_tree import Floats, Ints, PrefixTree
+from .spread import spread_known
 from .transform import transform
 
 # Up to this limit an output is taken as known for the choice of the sample: next to any prompt, it
@@ -28,13 +29,15 @@ class PlannerConfig:
     `sample_size`). sharing_preserved: part of the best prefix sharing that the order keeps at
     least. seed: for the choice of the sample. shared_decode_tokens: size of the KV pool of an
     engine whose decodes read a common prefix once for all (see `prompt_tokens_read`); None: each
-    reads its own."""
+    reads its own. kv_tokens: of all replicas, in which requests of known length are mixed (see
+    `spread_known`); None: they stay sorted."""
 
     sample_fraction: float = 0.01
     min_sample: int = 8
     sharing_preserved: float = 0.99
     seed: int = 0
     shared_decode_tokens: int | None = None
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sample_fraction", "sharing_preserved"):
@@ -43,10 +46,10 @@ class PlannerConfig:
                 raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
         if self.min_sample < 0:
             raise ValueError(f"min_sample must not be negative, not {self.min_sample}")
-        if self.shared_decode_tokens is not None and self.shared_decode_tokens < 1:
-            raise ValueError(
-                f"shared_decode_tokens must be at least 1, not {self.shared_decode_tokens}"
-            )
+        for name in ("shared_decode_tokens", "kv_tokens"):
+            tokens = getattr(self, name)
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"{name} must be at least 1, not {tokens}")
 
     def memory_seconds(self, cost_model: CostModel, tree: PrefixTree, output: Floats) -> Floats:
         """(n,) KV reads of each leaf's decodes; output: (n,) tokens in leaf order."""
@@ -219,6 +222,21 @@ def make_plan(
     compute_after = amortised_compute(planned, compute[result.order], saved)
     memory_after = config.memory_seconds(cost_model, planned, leaf_output[result.order])
     scan_density = density(compute_after, memory_after)
+    target = float(density(compute_after.sum(), memory_after.sum()))
+    if config.kv_tokens is not None:
+        tokens = leaf_output[result.order]
+        place = spread_known(
+            scan_density,
+            target,
+            rest.leaf_parent[result.order],
+            tokens,
+            rest.length[result.order] + tokens / 2,
+            known[order],
+            cost_model.step_costs,
+            config.kv_tokens,
+        )
+        order, scan_density = order[place], scan_density[place]
+        compute_after, memory_after = compute_after[place], memory_after[place]
     in_common = np.maximum(result.shared, np.append(result.shared, 0)[1:])
     request_density = np.full(n, np.nan)
     request_density[order] = scan_density
@@ -232,7 +250,7 @@ def make_plan(
         likely_output_tokens=lengths.likely(),
         request_density=request_density,
         sample=sample,
-        target_density=float(density(compute_after.sum(), memory_after.sum())),
+        target_density=target,
         prompt_tokens=rest.prompt_tokens,
         unique_tokens=rest.unique_tokens,
         sharing_best=rest.sharing_ratio,

@@ -50,6 +50,7 @@ def planner_config(server_args: Any, settings: Settings, kv_tokens: int | None) 
         sample_fraction=settings.sample_fraction,
         sharing_preserved=settings.sharing_preserved,
         shared_decode_tokens=kv_tokens if shares_reads else None,
+        kv_tokens=None if kv_tokens is None else kv_tokens * server_args.dp_size,
     )
 
 

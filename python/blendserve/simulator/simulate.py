@@ -294,6 +294,10 @@ class Simulation:
                 shared_decode_tokens=_capacity(setting)
                 if setting.shared_decode and options.shared_memory
                 else None,
+                # While lengths are learnt, those that a plan is made with are not exact.
+                kv_tokens=_capacity(setting) * setting.replicas
+                if known and setting.policy is Policy.BLEND
+                else None,
             ),
             book,
             online,
