@@ -3,25 +3,31 @@
     .venv-gpu/bin/python test/gpu/cuda_imports.py [--log FILE]       # or: make test-cuda-imports
 
 First as such a machine is, then with a libcuda.so.1 that fails every call, so that the CUDA
-libraries load: our modules are imported, SGLang's signatures compared, `serve --help` and tests of
-kernels, scheduler and cache run.
+libraries load: our modules are imported, SGLang's signatures compared, our flags resolved for
+pretended GPUs, and the tests of `runtime` and of the kernels run.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from blendserve.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_DEVICE, VERSION = 100, 13_000  # CUDA_ERROR_NO_DEVICE; what cuDriverGetVersion says
-LIMIT_SECONDS = 1_500
+LIMIT_SECONDS = 3_600
 EVERYTHING = """
 import importlib, pkgutil
 import blendserve, sgl_kernel_ext
@@ -59,27 +65,25 @@ assert {"causal", "sm_scale", "logits_soft_cap", "q_data_type", "kv_data_type"} 
 print("FlashInfer", flashinfer.__version__, "takes our arguments")
 """
 PRETENDED = str(ROOT / "test" / "gpu" / "pretended_gpu.py")
-REFUSED = "blendserve: --disaggregation-mode"
-# (chip, what must be said, flags)
-CHIPS = (
-    ("a100", '"attention_backend": "flashinfer"', ("a100",)),
-    ("h100", '"attention_backend": "fa3"', ("h100",)),
-    ("h200", '"enable_mixed_chunk": true', ("h200",)),
-    ("b200", '"attention_backend": "trtllm_mha"', ("b200",)),
-    ("h100", '"attention_backend": "blend"', ("h100", "--attention-b", "blend")),
-    ("h100", '"enable_mixed_chunk": false', ("h100", "--disable-mixed-chunk")),
-    ("h100", REFUSED, ("h100", "--disaggregation-mode", "prefill")),
-)
-TESTS = (
-    *("test/kernels/test_gpu_steps.py", "test/kernels/test_gpu_faults.py"),
-    *("test/kernels/test_triton_compiles.py", "test/kernels/test_groups.py"),
-    *("test/kernels/test_reference.py", "test/kernels/test_cpu_backend.py"),
-    *("test/runtime/test_guard.py", "test/runtime/test_scheduler.py"),
-    *("test/runtime/test_side_queues.py", "test/runtime/test_radix_cache.py"),
-    *("test/runtime/test_multiplex.py", "test/runtime/test_prefix_paths.py"),
-    *("test/runtime/test_step_counts.py", "test/runtime/test_device.py"),
-    "test/runtime/test_arguments.py",
-)
+ON_EVERY_GPU = {"enable_mixed_chunk": True, "disable_overlap_schedule": False,
+                "radix_cache_backend": "blendserve", "decode_graphs": "full"}  # fmt: skip
+# Words for pretended_gpu.py, and the settings that come of them: docs/kernels.md says the same.
+RESOLVED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("a100 llama", {"attention_backend": "flashinfer", "chunked_prefill_size": 8192,
+                    "prefill_graphs": "breakable", "decode_graphs_up_to": 256}),
+    ("a100 mla", {"attention_backend": "triton", "prefill_graphs": "breakable"}),
+    ("h100 llama", {"attention_backend": "fa3", "chunked_prefill_size": 8192, "page_size": 1,
+                    "prefill_graphs": "breakable", "decode_graphs_up_to": 256}),
+    ("h100 mla", {"attention_backend": "fa3", "prefill_graphs": "breakable"}),
+    ("b200 llama", {"attention_backend": "trtllm_mha", "chunked_prefill_size": 16384,
+                    "page_size": 64, "decode_graphs_up_to": 512}),
+    ("b200 mla", {"attention_backend": "flashinfer", "decode_graphs_up_to": 512}),
+    ("h100 llama --attention-b blend", {"attention_backend": "blend", "page_size": 1}),
+    ("h200 llama --tp 4 --disable-mixed-chunk", {"attention_backend": "fa3", "tp_size": 4,
+                                          "enable_mixed_chunk": False, "decode_graphs_up_to": 512}),
+)  # fmt: skip
+REFUSED = (("h100 llama --disaggregation-mode prefill", "blendserve: --disaggregation-mode"),)
+TESTS = ("test/kernels", "test/runtime", "test/cli/test_doctor.py", "test/cli/test_stock_flags.py")
 
 
 def stub_driver(folder: Path) -> None:
@@ -106,9 +110,62 @@ def stub_driver(folder: Path) -> None:
     subprocess.run(command, check=True)
 
 
+@dataclass(frozen=True)
+class Check:
+    """A command. said: what its output must hold. refuses: it must not end with 0. settings: what
+    `blendserve doctor` must find in its own process."""
+
+    name: str
+    command: tuple[str, ...]
+    driver: bool = True
+    said: str = ""
+    refuses: bool = False
+    settings: dict[str, Any] | None = None
+
+
+def checks() -> Iterator[Check]:
+    served = ("-m", "blendserve.cli.serve", "--help")
+    yield Check("stub driver: guard", ("-c", GUARD), said="0 differences")
+    yield Check("stub driver: FlashInfer", ("-c", FLASHINFER), said="takes our arguments")
+    yield Check("stub driver: our modules", ("-c", EVERYTHING), said="0 failed")
+    yield Check("no driver: our modules", ("-c", EVERYTHING), driver=False, said="0 failed")
+    yield Check("stub driver: serve --help", served, said="--disable-mixed-chunk")
+    yield Check("no driver: serve --help", served, driver=False, said="--disable-mixed-chunk")
+    for words, settings in RESOLVED:
+        command = (PRETENDED, *words.split())
+        yield Check(f"pretended {words}", command, settings={**ON_EVERY_GPU, **settings})
+    for words, said in REFUSED:
+        yield Check(f"pretended {words}", (PRETENDED, *words.split()), said=said, refuses=True)
+    yield Check("stub driver: tests", ("-m", "pytest", *TESTS), said=" passed")
+
+
+def faults(check: Check, status: int, said: str) -> list[str]:
+    """What of a command's end and output is not as it must be."""
+    found = []
+    if bool(status) is not check.refuses:
+        found.append(f"it ended with {status}")
+    if check.said not in said:
+        found.append(f"it did not say {check.said!r}")
+    if check.settings is not None:
+        lines = [line for line in said.splitlines() if line.startswith(doctor.MARK)]
+        seen = json.loads(lines[-1][len(doctor.MARK) :]) if lines else {}
+        for name, wanted in check.settings.items():
+            if seen.get(name) != wanted:
+                found.append(f"{name} is {seen.get(name)!r}, not {wanted!r}")
+    return found
+
+
+def shown(check: Check, said: str) -> str:
+    """What the log keeps of a check that went well: nothing of this machine."""
+    if check.settings is not None:
+        return ", ".join(f"{name} {value}" for name, value in check.settings.items())
+    return next(line for line in reversed(said.splitlines()) if check.said in line).strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--only", default="", help="checks whose names hold this")
     options = parser.parse_args()
     lines: list[str] = []
     failed = 0
@@ -117,44 +174,30 @@ def main() -> int:
         # A folder in the way of nothing: SGLang must not find settings of this machine.
         environment = {**os.environ, "BLENDSERVE_BATCH_DIR": folder}
         with_driver = {**environment, "LD_LIBRARY_PATH": folder}
-        run = [sys.executable, "-m", "blendserve.cli.serve", "--help"]
-        for name, command, env in (
-            ("stub driver: guard", [sys.executable, "-c", GUARD], with_driver),
-            ("stub driver: FlashInfer", [sys.executable, "-c", FLASHINFER], with_driver),
-            *(
-                (f"pretended {chip}: {expected}", [sys.executable, PRETENDED, *words], with_driver)
-                for chip, expected, words in CHIPS
-            ),
-            ("stub driver: our modules", [sys.executable, "-c", EVERYTHING], with_driver),
-            ("no driver: our modules", [sys.executable, "-c", EVERYTHING], environment),
-            ("no driver: serve --help", run, environment),
-            ("stub driver: serve --help", run, with_driver),
-            ("stub driver: tests", [sys.executable, "-m", "pytest", "-q", *TESTS], with_driver),
-        ):
+        for check in checks():
+            if options.only not in check.name:
+                continue
             start = time.monotonic()
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS
-            )
-            if (
-                name.startswith("pretended ")
-                and name.split(": ")[1] not in done.stdout + done.stderr
-            ):
-                done.returncode = done.returncode or 1
-            elif name.endswith(REFUSED):
-                done.returncode = 0
-            seconds = time.monotonic() - start
-            lines.append(f"{name}: status {done.returncode}, {seconds:.0f} s")
-            said = [line for line in done.stdout.splitlines() if line.strip()]
-            shown = (
-                said[-1:] if not done.returncode else [*said[-30:], *done.stderr.splitlines()[-30:]]
-            )
-            if command is not run or done.returncode:
-                lines += [f"  {line}" for line in shown]
-            print("\n".join(lines[-1 - len(shown) :]), flush=True)
-            failed += bool(done.returncode)
-            if options.log:
-                options.log.write_text("\n".join(lines) + "\n")
-    print(f"{failed} failed")
+            try:
+                done = subprocess.run(
+                    [sys.executable, *check.command], cwd=ROOT, timeout=LIMIT_SECONDS, text=True,
+                    env=with_driver if check.driver else environment, capture_output=True,
+                )  # fmt: skip
+                said = done.stdout + done.stderr
+                wrong = faults(check, done.returncode, said)
+            except subprocess.TimeoutExpired:
+                said, wrong = "", [f"it did not end in {LIMIT_SECONDS} s"]
+            ended = "FAILED" if wrong else "ok"
+            lines.append(f"{check.name}: {ended}, {time.monotonic() - start:.0f} s")
+            lines += [f"  {text}" for text in wrong or [shown(check, said)]]
+            print("\n".join(lines[-1 - len(wrong or [said]) :]), flush=True)
+            if wrong:
+                print(said[-6_000:])
+            failed += bool(wrong)
+    lines.append(f"{failed} failed")
+    print(lines[-1])
+    if options.log:
+        options.log.write_text("\n".join(lines) + "\n")
     return 1 if failed else 0
 
 

@@ -1,6 +1,6 @@
 """What SGLang makes of our default flags on a GPU that is only pretended; no weights are loaded.
 
-    LD_LIBRARY_PATH=STUB .venv-gpu/bin/python test/gpu/pretended_gpu.py CHIP [flags of serve]
+    LD_LIBRARY_PATH=STUB .venv-gpu/bin/python test/gpu/pretended_gpu.py CHIP MODEL [flags of serve]
 
 Needs the environment of `make setup-gpu` and, without a driver, the stub of cuda_imports.py, which
 runs this. Prints the line of `blendserve doctor`'s own process.
@@ -24,13 +24,24 @@ CHIPS = {
     "h200": ("NVIDIA H200", (9, 0), 143_771, 132),
     "b200": ("NVIDIA B200", (10, 0), 183_359, 148),
 }
-LLAMA_8B = {
+MODELS: dict[str, dict[str, Any]] = {"llama": {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
     "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
     "hidden_act": "silu", "bos_token_id": 128000, "eos_token_id": 128001,
-}  # fmt: skip
+}, "mla": {  # DeepSeek-V2-Lite
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+    "torch_dtype": "bfloat16", "hidden_size": 2048, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1,
+    "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "kv_lora_rank": 512, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400,
+    "max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "bos_token_id": 100000, "eos_token_id": 100001,
+}}  # fmt: skip
 
 
 class NoStream:
@@ -65,11 +76,11 @@ def pretend(chip: str) -> None:
 def main() -> int:
     pretend(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[sys.argv[2]]))
         from blendserve.cli import doctor
 
         model = ["--model-path", folder, "--load-format", "dummy", "--skip-tokenizer-init"]
-        status = doctor.resolve([*model, *sys.argv[2:]])
+        status = doctor.resolve([*model, *sys.argv[3:]])
     if status:
         return status
     from sglang.srt.managers import scheduler
