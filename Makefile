@@ -92,7 +92,8 @@ bench: setup
 	$(BIN)/python examples/demo.py --json benchmark/results/demo-kv4096.json
 	$(BIN)/python examples/demo.py --kv-tokens 16384 --json benchmark/results/demo-kv16384.json
 
-# The paper's evaluation on the modelled engine: what is in the results already is not run again.
+# The paper's evaluation on the modelled engine: what is in the results already, of the sources as
+# they are, is not run again.
 paper: setup
 	$(BIN)/python benchmark/simulator/worlds.py
 	$(BIN)/python benchmark/simulator/run.py

@@ -267,8 +267,8 @@ def section_grid(runs: list[Run]) -> str:
     per_point = (wall + sum(prepared.values())) / points
     best = np.unravel_index(int(np.nanargmax(gains)), gains.shape)
     text = (
-        f"## The grid: BurstGPT + MMLU + OpenVid, {points} of its {gains.size} points, 40,000 "
-        "requests each\n\n"
+        f"## The grid: BurstGPT + MMLU + OpenVid, {points} of its {gains.size} points, "
+        f"{runs[0]['requests']:,} requests each\n\n"
     )
     text += picture + "\n"
     text += table(

@@ -1,20 +1,22 @@
 """The same jobs in several worlds: chips, overlaps, seeds, and the terms of a step one by one.
 
-    python benchmark/simulator/worlds.py [--until SECONDS]
+    python benchmark/simulator/worlds.py [--workers 2]
 
-Writes benchmark/results/simulator/worlds.json after every job; what it holds is not run again.
+Writes benchmark/results/simulator/worlds.json as workloads end; what it holds of the same sources
+is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from run import RESULTS, commit
+from run import RESULTS, commit, load, sources
 
 from blendserve.planner import CostModel, StepCosts, hardware, model_spec
 from blendserve.simulator.simulate import Policy, Setting, Simulation
@@ -33,7 +35,7 @@ TERMS = (
 
 
 def jobs() -> Iterator[dict[str, Any]]:
-    """One run each, the most important first. terms: what is taken from the datasheet, or left
+    """One run each, some more than once. terms: what is taken from the datasheet, or left
     out."""
     for workload in ("trace2", "trace1"):
         for seed in SEEDS:
@@ -98,34 +100,38 @@ def run(job: dict[str, Any], simulation: Simulation) -> list[dict[str, Any]]:
             "sharing_kept": round(result.sharing / result.sharing_best, 5),
             "cpu_seconds": used,
             "commit": commit(),
+            "sources": sources(),
         }
         for result in results
     ]
 
 
+def run_all(workload: str, seed: int, todo: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    simulation = Simulation(build(workload, REQUESTS, seed))
+    return [row for one in todo for row in run(one, simulation)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--until", type=float, default=float("inf"), help="start no job after that")
-    until = time.monotonic() + parser.parse_args().until
-    runs = json.loads(PATH.read_text())["runs"] if PATH.is_file() else []
-    simulations: dict[tuple[str, int], Simulation] = {}
+    parser.add_argument("--workers", type=int, default=2)
+    workers = parser.parse_args().workers
+    rows = load("worlds")
+    todo: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in jobs():
-        if any(all(run[name] == value for name, value in one.items()) for run in runs):
-            continue
-        if time.monotonic() > until:
-            break
-        key = one["workload"], one["seed"]
-        if key not in simulations:
-            simulations = {key: Simulation(build(one["workload"], REQUESTS, one["seed"]))}
-        runs += run(one, simulations[key])
-        head = {
-            "command": "python benchmark/simulator/worlds.py",
-            "model": MODEL,
-            "requests": REQUESTS,
-        }
-        lines = ",\n".join(json.dumps(found) for found in runs)
-        PATH.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]}}\n')
-        print(one, flush=True)
+        group = todo.setdefault((one["workload"], one["seed"]), [])
+        known = any(all(row[name] == value for name, value in one.items()) for row in rows)
+        if one not in group and not known:
+            group.append(one)
+    head = {"command": "python benchmark/simulator/worlds.py", "model": MODEL, "requests": REQUESTS}
+    with multiprocessing.Pool(workers, maxtasksperchild=1) as pool:
+        # What belongs to one seed are three jobs or some dozens of them: the largest first.
+        groups = sorted(todo.items(), key=lambda item: -len(item[1]))
+        running = [pool.apply_async(run_all, (*key, group)) for key, group in groups if group]
+        for found in running:
+            rows += found.get()
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            PATH.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]}}\n')
+            print(f"{len(rows)} rows", flush=True)
 
 
 if __name__ == "__main__":

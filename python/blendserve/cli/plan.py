@@ -37,7 +37,7 @@ _QUARTILES = ((25, "p25"), (50, "p50"), (75, "p75"))
 
 
 # What `predict` assumes; `simulate` has other worlds.
-PREDICTED_WORLD = "perfect overlap, large steps, no tail of lone decodes"
+PREDICTED_WORLD = "sequential: nothing overlaps; the bound: all does, in large steps"
 
 
 class PlanError(RuntimeError):

@@ -6,11 +6,10 @@ The assumptions, which `docs/planner.md` repeats:
   its prompt that is in it, then puts its whole prompt and its output there; what has not been used
   for longest is dropped from its end. That is token-exact, but takes requests one after the other:
   memory that a long decode keeps locked is not held back.
-- Overlap. Along an order, requests are cut into windows that each fill the pool once, counting the
-  uncached prompt and half the output (p + d / 2) of each. What is in the pool together overlaps
-  perfectly, so a window takes max(compute, memory) seconds, and a run the sum over its windows.
-  The engine is the same for all orders, only the order differs.
-- Neither the weights' traffic, nor scheduling, nor a tail of lone decodes is counted.
+- Time. `timeline`: what the steps of such a run cost where nothing overlaps, its tail of lone
+  decodes included. The engine is the same for all orders; but for blend, whose steps are paced.
+- Balance. Along an order, requests are cut into windows that each fill the pool once, counting the
+  uncached prompt and half the output (p + d / 2) of each.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from .cost_model import CostModel
 from .kv_account import account_tokens
 from .plan import Plan
 from .prefix_tree import Floats, Ints, PrefixTree
+from .timeline import Work, run_seconds
 
 # Part of the device memory that weights and KV cache get; engines leave the rest to activations.
 MEMORY_FRACTION = 0.9
@@ -145,13 +145,16 @@ class OrderPrediction:
 
 
 def predict_order(
-    plan: Plan, order: Ints, cost_model: CostModel, capacity: float
+    plan: Plan,
+    order: Ints,
+    cost_model: CostModel,
+    capacity: float,
+    left: NDArray[np.bool_] | None = None,
 ) -> OrderPrediction:
-    """What running these requests of the plan's job in this order takes.
+    """What running these requests of the plan's job in this order takes; left: see `run_seconds`.
 
-    With c cached tokens of a request: sum over windows of max(sum compute(p, d) - saved(c),
-    sum memory(p, d)); a request belongs to window floor(F / capacity), F being the sum of
-    (p - c) + d / 2 over those before it.
+    A request belongs to window floor(F / capacity), F being the sum of (p - c) + d / 2 over those
+    before it, with c cached tokens each.
     """
     tree = plan.tree
     leaf = np.empty(tree.num_leaves, dtype=np.int64)
@@ -163,7 +166,8 @@ def predict_order(
     memory = cost_model.memory_seconds(prompt, output)
     held = np.asarray(account_tokens(prompt - cached, output), dtype=np.float64)  # type: ignore[arg-type]
     window = np.floor((np.cumsum(held) - held) / capacity).astype(np.int64)
-    seconds = np.maximum(np.bincount(window, compute), np.bincount(window, memory)).sum()
+    work = Work(prompt.astype(np.float64), cached.astype(np.float64), output)
+    seconds = run_seconds(work, cost_model.step_costs, capacity, left)
     total = int(prompt.sum())
     return OrderPrediction(
         order=order,
@@ -171,7 +175,8 @@ def predict_order(
         compute_seconds=compute,
         memory_seconds=memory,
         window=window,
-        seconds=float(seconds),
+        # Parts of steps are counted there, so that a handful of tokens would cost nothing.
+        seconds=max(seconds, float(compute.sum()), float(memory.sum())),
         sharing=int(cached.sum()) / total if total else 0.0,
     )
 
@@ -182,7 +187,8 @@ class Prediction:
 
     *_seconds: of the slowest replica. fcfs: lines as they stand in the file. dfs: depth first
     through the prefix tree, by content. blend: the plan, scanned from both ends. bound: nothing
-    is faster: max(sum of compute after the best sharing, sum of memory) over the replicas.
+    is faster even where all overlaps: max(sum of compute after the best sharing, sum of memory)
+    over the replicas.
     sharing_random, sharing_planned: cached part of the prompt tokens in a shuffled order and in
     the scanned plan.
     fcfs, dfs, blend: the runs themselves, one per replica.
@@ -227,8 +233,8 @@ def predict(
     sub_plans = list(replicas) or [plan]
     k = len(sub_plans)
 
-    def run(order: Ints) -> OrderPrediction:
-        return predict_order(plan, order, cost_model, capacity)
+    def run(order: Ints, left: NDArray[np.bool_] | None = None) -> OrderPrediction:
+        return predict_order(plan, order, cost_model, capacity, left)
 
     given = np.sort(plan.order)
     planned = np.zeros(plan.tree.num_leaves, dtype=bool)
@@ -240,7 +246,7 @@ def predict(
     memory = cost_model.memory_seconds(tree.length, output)
     work = np.cumsum(compute + memory)
     cuts = np.searchsorted(work, (work[-1] if len(work) else 0.0) * np.arange(1, k) / k)
-    blend = [run(dual_scan_sequence(sub)[0]) for sub in sub_plans]
+    blend = [run(*dual_scan_sequence(sub)) for sub in sub_plans]
     found = sum(int(part.cached_tokens.sum()) for part in blend)
     return Prediction(
         fcfs=[run(given[part::k]) for part in range(k)],
