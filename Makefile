@@ -72,13 +72,16 @@ test-campaign: setup
 test-candidates: setup
 	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
 
-# What takes an hour: kills at random instants, storms of batches, odd requests, a backlog, a locked
+# What takes one to two hours: kills at random instants, storms of batches, odd requests, a backlog, a locked
 # database. Each ends with a status of its own and leaves its result in benchmark/results.
 test-reliability: setup
 	$(BIN)/python benchmark/batch/kill_rounds.py --kills 1000 --real-kills 60 --workers 3 \
 		--json benchmark/results/batch-kill.json
 	$(BIN)/python benchmark/batch/storm.py --json benchmark/results/batch-storm.json
-	$(BIN)/python benchmark/batch/fuzz_api.py --requests 20000 --json benchmark/results/batch-fuzz.json
+	$(PIP) install --quiet --no-deps --target $(VENV)/reliability --upgrade \
+		--requirement requirements/reliability.txt
+	PYTHONPATH=$(CURDIR)/$(VENV)/reliability $(BIN)/python benchmark/batch/fuzz_api.py \
+		--requests 20000 --json benchmark/results/batch-fuzz.json
 	$(BIN)/python benchmark/batch/backlog.py --json benchmark/results/batch-backlog.json
 	$(BIN)/python benchmark/batch/locked.py --json benchmark/results/batch-locked.json
 

@@ -1,6 +1,6 @@
 """schemathesis over our routes' OpenAPI: thousands of requests, no 5xx, no hang.
 
-    pip install schemathesis==4.32.5
+    pip install --no-deps --requirement requirements/reliability.txt
     python benchmark/batch/fuzz_api.py --requests 20000 --json benchmark/results/batch-fuzz.json
 
 The routes stand behind what the front process has before them. Too slow for the tests: it takes
