@@ -100,6 +100,7 @@ bench: setup
 paper: setup
 	$(BIN)/python benchmark/simulator/worlds.py
 	$(BIN)/python benchmark/simulator/run.py
+	$(BIN)/python benchmark/simulator/ruled_out.py
 	$(BIN)/python benchmark/simulator/paper.py
 
 # The docs are Markdown; what can rot in them is checked: links, and the map of the house.

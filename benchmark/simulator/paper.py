@@ -26,6 +26,7 @@ from sections_more import (
     section_models,
     section_real_engine,
     section_reasoning,
+    section_ruled_out,
     section_sampling,
 )
 from sections_worlds import section_worlds
@@ -70,6 +71,7 @@ def page() -> str:
         section_ablation(load("ablation")),
         section_models(load("models")),
         section_reasoning(load("reasoning")),
+        section_ruled_out(),
         section_real_engine(),
         section_costs(),
         section_effort(table2),

@@ -1,11 +1,11 @@
 """The simulator against the real CPU engine: step times fitted on one job, another one predicted.
 
-    python benchmark/simulator/real_engine.py
+    python benchmark/simulator/real_engine.py [--job A] [--job B] ...
 
 Job A runs on the real engine, blended; its trace of steps gives seconds per token, per context
-token, per pair of prefill attention and per weight read (least squares). Job B, of other subjects,
-other answer lengths and another pool, runs blended and as SGLang does (FCFS, LRU), one server at a
-time; the simulator, with the fitted steps, predicts the ratio of the two times.
+token, per pair of prefill attention and per weight read (least squares). Jobs B, C and D, of other
+subjects, other answer lengths and other pools, run blended and as SGLang does (FCFS, LRU), one
+server at a time; the simulator, with the fitted steps, predicts both times and their ratio.
 
 Both have the same attention, or the ratio would not be one of policies: requests without a plan are
 SGLang's own business, also where our plugin is loaded. Both run on one thread, which other load on
@@ -51,7 +51,12 @@ CHUNK_TOKENS = 512
 ROUNDS = 20
 UNUSUAL = 2.0
 # Seed, subjects, questions of each, open prompts, tokens of an open answer, pool / shared prefixes.
-JOBS = {"A": (0, 8, 4, 10, 96, 0.5), "B": (1, 8, 5, 8, 64, 0.7)}
+JOBS = {
+    "A": (0, 8, 4, 10, 96, 0.5),
+    "B": (1, 8, 5, 8, 64, 0.7),
+    "C": (2, 6, 6, 12, 96, 0.6),
+    "D": (3, 10, 4, 4, 48, 0.8),
+}
 # The runtime's policy: partitioned admission, eviction by next use.
 RUNTIME = BlendOptions(online=False, paced=False)
 
@@ -169,35 +174,32 @@ def predict(work: Workload, pool: int, costs: StepCosts, model: str) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--step", choices=("fit", "blend", "fcfs"), action="append")
+    parser.add_argument("--job", choices=tuple(JOBS), action="append")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     model = resolve_model_path(MODEL_NAME)
-    record = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    for step in options.step or ("fit", "blend", "fcfs"):
+    record = json.loads(options.json.read_text()) if options.json.is_file() else {"jobs": {}}
+    for name in options.job or JOBS:
         with tempfile.TemporaryDirectory() as folder:
-            measure(step, model, Path(folder), record)
+            if name == "A":
+                record |= fit(model, Path(folder))
+            else:
+                record["jobs"][name] = measure(name, model, Path(folder))
+        for other, found in record["jobs"].items():
+            compare(other, model, record["calibration"], found)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-    compare(model, record)
-    options.json.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
 
-def measure(step: str, model: str, folder: Path, record: dict[str, Any]) -> None:
-    lines, pool = job("A" if step == "fit" else "B", model)
+def fit(model: str, folder: Path) -> dict[str, Any]:
+    lines, pool = job("A", model)
     trace = folder / "trace.jsonl"
     os.environ["BLENDSERVE_TRACE_FILE"] = str(trace)
-    if step == "fcfs":
-        found = engine.run_stock(lines, model, flags(pool), folder, enabled=True)
-    else:
-        found = engine.run_blended(lines, flags(pool), folder)
+    found = engine.run_blended(lines, flags(pool), folder)
     del os.environ["BLENDSERVE_TRACE_FILE"]
-    if step != "fit":
-        record[step] = found
-        return
     costs, quality = fit_steps(trace)
-    record |= {
+    return {
         "command": "python benchmark/simulator/real_engine.py",
         "device": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "model": MODEL_NAME,
@@ -205,21 +207,35 @@ def measure(step: str, model: str, folder: Path, record: dict[str, Any]) -> None
     }
 
 
-def compare(model: str, record: dict[str, Any]) -> None:
+def measure(name: str, model: str, folder: Path) -> dict[str, Any]:
+    lines, pool = job(name, model)
+    for policy in ("blend", "fcfs"):
+        (folder / policy).mkdir()
+    blend = engine.run_blended(lines, flags(pool), folder / "blend")
+    fcfs = engine.run_stock(lines, model, flags(pool), folder / "fcfs", enabled=True)
+    return {"pool_tokens": pool, "blend": blend, "fcfs": fcfs}
+
+
+def compare(name: str, model: str, calibration: dict[str, Any], found: dict[str, Any]) -> None:
+    """Adds the prediction of a job to its measurement, and how far they are apart."""
     names = ("token_seconds", "pair_seconds", "context_seconds", "weight_seconds")
-    terms = (record["calibration"][name] for name in names)
+    terms = (calibration[term] for term in names)
     costs = linear_costs(*terms, source="this CPU", one_memory=False)
-    lines, pool = job("B", model)
-    record["pool_tokens"] = pool
-    record["predicted"] = found = predict(workload(lines, model, "B"), pool, costs, model)
-    if "blend" not in record or "fcfs" not in record:
-        return
-    measured = record["fcfs"]["seconds"] / record["blend"]["seconds"]
-    predicted = found["fcfs"]["seconds"] / found["blend"]["seconds"]
-    record["ratio"] = {
-        "measured": measured,
-        "predicted": predicted,
-        "error": predicted / measured - 1,
+    lines, pool = job(name, model)
+    predicted = predict(workload(lines, model, name), pool, costs, model)
+    seconds = {policy: found[policy]["seconds"] for policy in predicted}
+    ratios = (
+        seconds["fcfs"] / seconds["blend"],
+        (predicted["fcfs"]["seconds"] / predicted["blend"]["seconds"]),
+    )
+    found["predicted"] = predicted
+    found["ratio"] = {
+        "measured": ratios[0],
+        "predicted": ratios[1],
+        "error": ratios[1] / ratios[0] - 1,
+    }
+    found["errors"] = {
+        policy: predicted[policy]["seconds"] / seconds[policy] - 1 for policy in predicted
     }
 
 

@@ -19,10 +19,11 @@ from .step_costs import StepCosts
 # bring the answers sooner.
 UNCERTAIN_DENSITY = 0.8
 # And until then, each of them may grow to so many times the longest so far (of so many tokens at
-# least); together they must not take more than half of the memory.
+# least); together they must not take more than this part of the memory. Half of it left the memory
+# of a small pool empty for as long as the first long decodes ran, as if all grew so far at once.
 UNCERTAIN_GROWTH = 4
 UNCERTAIN_TOKENS = 1_024
-UNCERTAIN_SHARE = 0.4
+UNCERTAIN_SHARE = 0.8
 # A request of unknown length is a long decode from here on.
 LONG_TOKENS = 256
 # From this density on a step gets the full chunk. Above 3.6, the last measured point of
