@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from blendserve.planner import MODEL_SPECS, CostModel, Job, PlannerConfig, Side,
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 from blendserve.runtime.planner_process import PlannerDied, PlannerProcess
 
-COST_MODEL = CostModel(MODEL_SPECS["smollm2-135m"], hardware("cpu"))
+MEASURED = replace(hardware("cpu"), guess=False)
+COST_MODEL = CostModel(MODEL_SPECS["smollm2-135m"], MEASURED)
 CONFIG = PlannerConfig()
 
 
@@ -92,6 +94,16 @@ def test_it_plans_as_the_planner_does(process):
         # What is not planned any more keeps the figures of the last plan that had it.
         assert again.compute_seconds[3] == plan.compute_seconds[3] > 0
         planner.forget("a")
+
+
+def test_no_bound_is_told_of_a_device_whose_figures_are_a_guess():
+    found = []
+    for device in (MEASURED, hardware("cpu")):
+        worker = PlanWorker(CostModel(MODEL_SPECS["smollm2-135m"], device), CONFIG)
+        worker.append("job", batch(prompts(30)))
+        found.append(worker.plan("job", News()).bound_seconds)
+    assert found[0] > 0
+    assert found[1] == 0
 
 
 def test_a_large_sample_comes_in_two_parts_the_second_with_the_answers_of_the_first():

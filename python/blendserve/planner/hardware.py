@@ -34,6 +34,8 @@ class Hardware:
     link_bytes: what one direction of its links to other devices carries, bytes/s; 0 if unknown.
     kernels: name or file of its measured kernels (`kernel_tables`); empty without.
     attained: the figures are what kernels attain, not what a datasheet promises.
+    guess: nobody has measured or promised them: they do to weigh requests against each other, not
+        to say how long a job takes at least.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Hardware:
     link_bytes: float = 0.0
     kernels: str = ""
     attained: bool = False
+    guess: bool = False
 
     def __post_init__(self) -> None:
         for field in _FIGURES:
@@ -101,6 +104,7 @@ HARDWARE: dict[str, Hardware] = {
         "16-lane FMA unit each peak at 160 GFLOP/s, of which about 60 % is assumed; one DDR4 "
         "channel's 20 GB/s. Not a measurement",
         attained=True,
+        guess=True,
     )
 }
 _ALIASES = {alias: chip.name for chip in CHIPS for alias in chip.aliases}

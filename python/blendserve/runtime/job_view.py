@@ -17,7 +17,7 @@ class JobView:
         best_sharing, planned_sharing: shares of the prompt tokens that a DFS order and the plan's
             order find in the cache.
         bound_seconds: nothing could run the lines that were left faster: all compute that the best
-            sharing leaves, or all memory traffic, whichever takes longer.
+            sharing leaves, or all memory traffic, whichever takes longer. 0: not known.
         answered_prompt_tokens, answered_cached_tokens: of the answered lines; found in the cache.
         target_density: compute density of what is left.
         left_density, right_density: at the two scanners; None when the plan is used up.

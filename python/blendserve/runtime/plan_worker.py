@@ -122,7 +122,8 @@ class JobPlan:
         compute_seconds, memory_seconds: by the cost model, after sharing; all three as of the last
             plan that had the request in it.
         bound_seconds: what the planned requests take at least, by the cost model: all compute that
-            the best sharing leaves, or all memory traffic, whichever is longer.
+            the best sharing leaves, or all memory traffic, whichever is longer. 0 where the
+            device's figures are a guess.
         total_work_tokens: prefill and output tokens of all requests, ended ones included.
         prompt_tokens, unique_tokens, sharing_best, sharing_planned: see `Plan`.
         latest_due: the highest number that a request of each side was sent with.
@@ -317,6 +318,8 @@ class _PlannedJob:
 
 
 def _bound_seconds(plan: Plan, cost_model: CostModel) -> float:
+    if cost_model.hardware.guess:
+        return 0.0
     rest = plan.tree.subset(~np.isnan(plan.request_density[plan.tree.requests]))
     output = plan.estimated_output_tokens[rest.requests]
     compute = cost_model.compute_seconds(rest.length, output)
