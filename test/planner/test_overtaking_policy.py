@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner import (
@@ -160,12 +160,13 @@ requests = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300)), max_siz
 
 @settings(deadline=None, database=None, max_examples=25)
 @given(left=requests, right=requests, total=st.integers(700, 2_000), paced=st.booleans())
+@example(left=[(1, 293), (306, 189), (306, 193)], right=[(322, 189)], total=700, paced=False)
 def test_whatever_fits_starts_and_every_request_ends(
     left: list[tuple[int, int]], right: list[tuple[int, int]], total: int, paced: bool
 ) -> None:
     engine = Engine(total, {LEFT: left, RIGHT: right}, paced)
     longest = max((output for _, output in left + right), default=0)
-    generations = 2 * longest + 2
+    generations = 3 * (longest + 1)
     headed: dict[str, int] = {}
     stuck = 0
     for step in range((len(left) + len(right)) * generations + 1):

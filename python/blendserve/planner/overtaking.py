@@ -33,9 +33,9 @@ class Overtaking:
 
     A head that finds no memory must not hold up those that do, and must not be passed for ever.
     So where no head has started for some steps, those behind may, if their memory lasts; but once
-    all that ran when a head became one have ended, nothing starts before it. What runs then has
-    started in that time, so a head waits for no more than two generations of requests, whatever
-    else arrives: twice as long as the longest may run.
+    all that ran when a head became one have ended, nothing starts before it, but the other side's
+    head if that has been one for as long. So a head waits for no more than three generations of
+    requests, whatever else arrives: those that ran, those that passed it, and the other head.
 
     Mutable, without a clock: `now` is a number of decode steps. Whoever owns the queues calls
     `start`, `end` and `forget`.
@@ -89,8 +89,13 @@ class Overtaking:
         # One whose prefix is being computed waits for that, not for memory.
         waiting = [head for head in heads.values() if head is not None and not head.blocked]
         due = [head for head in waiting if self.is_due(head.request)]
+        # Of two, the one that has stood first for longer: else one side could start, head after
+        # head, before the other's.
+        longest = min((self._waits_for[head.request] for head in due), default=0)
         for head in due:
-            if kv.fits(head) or may_start_alone(head, kv):
+            if self._waits_for[head.request] == longest and (
+                kv.fits(head) or may_start_alone(head, kv)
+            ):
                 return head
         if due and not kv.idle:
             return None
