@@ -45,8 +45,7 @@ def test_the_demo_job_finds_nearly_all_shared_prefixes_in_the_cache(
     # What the demo itself compares with: all prompt tokens but those unique in the prefix tree.
     demo = runpy.run_path(str(DEMO.with_name("demo.py")))
     prompts = demo["tokenized_prompts"](demo_lines, model)
-    # Alone 97 to 99 %; beside other work, answers come at other times, and so do plans.
-    assert cached >= 0.92 * demo["best_cached_tokens"](prompts)
+    assert cached >= 0.95 * demo["best_cached_tokens"](prompts)
 
 
 def test_the_servers_metrics_and_status_say_what_the_job_did(

@@ -72,7 +72,7 @@ def main() -> None:
         *("--schedule-policy", "fcfs", "--radix-cache-backend", "blendserve"),
         *("--page-size", str(page), "--max-running-requests", "64"),
     )
-    for seed in range(6):
+    for seed in range(12):
         rng = random.Random(seed)
         engine.live.is_mixed_chunk = seed % 2 == 0
         lengths, steps = {}, 0
