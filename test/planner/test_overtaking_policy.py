@@ -166,7 +166,8 @@ def test_whatever_fits_starts_and_every_request_ends(
 ) -> None:
     engine = Engine(total, {LEFT: left, RIGHT: right}, paced)
     longest = max((output for _, output in left + right), default=0)
-    generations = 3 * (longest + 1)
+    # Two of its own side; and where both sides have heads, the other side's head.
+    generations = (2 + bool(left and right)) * (longest + 1)
     headed: dict[str, int] = {}
     stuck = 0
     for step in range((len(left) + len(right)) * generations + 1):

@@ -34,8 +34,9 @@ class Overtaking:
     A head that finds no memory must not hold up those that do, and must not be passed for ever.
     So where no head has started for some steps, those behind may, if their memory lasts; but once
     all that ran when a head became one have ended, nothing starts before it, but the other side's
-    head if that has been one for as long. So a head waits for no more than three generations of
-    requests, whatever else arrives: those that ran, those that passed it, and the other head.
+    head if that has been one for as long. So a head waits for no more than two generations of
+    requests, whatever else arrives: those that ran and those that passed it; and for the other
+    head, if both sides have one that finds no memory.
 
     Mutable, without a clock: `now` is a number of decode steps. Whoever owns the queues calls
     `start`, `end` and `forget`.
