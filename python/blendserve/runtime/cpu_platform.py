@@ -45,8 +45,8 @@ _UNSUPPORTED_KERNELS = (
 # the system: another process on the same cores gets hardly any of them.
 _SPINS = 1000
 
-# Objects made before young ones are looked through for garbage. SGLang's imports make a million that
-# stay; with Python's 700 a sixth of each process's start goes into looking.
+# Objects made before young ones are looked through for garbage. SGLang's imports make a million
+# that stay; with Python's 700 a sixth of each process's start goes into looking.
 _YOUNG_OBJECTS = 50_000
 
 
