@@ -183,6 +183,7 @@ class BlendExecutor:
         # Reads files, so it is done before anybody asks.
         logger.info("BlendServe: this engine is %s", self.fingerprint)
         refuse_in_handlers(self._app.state)
+        self._reader.probe_on(asyncio.get_running_loop())
         self._threads.planning.submit(self._planner.start)
         self._tasks.append(asyncio.create_task(self._receiver.run()))
         if self._server_args.enable_metrics:
