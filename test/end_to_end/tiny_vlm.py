@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from blendserve.runtime import cpu_platform
 
@@ -85,6 +86,16 @@ def write(folder: Path, model: Any, tokenizer: Any, template: str, **files: dict
     (folder / "chat_template.jinja").write_text(template)
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def rename(folder: Path, start: str, published: str) -> None:
+    """Tensors as published checkpoints call them, which is how SGLang looks for them."""
+    path = folder / "model.safetensors"
+    tensors = {
+        name.replace(start, published, 1) if published not in name else name: tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
 
 
 def qwen2_vl(folder: Path) -> None:
@@ -248,6 +259,7 @@ def gemma3(folder: Path) -> None:
     template = chat_template("<start_of_image>")
     files = {"preprocessor_config": images, "processor_config": processor}
     write(folder, model, tokenizer, template, **files)
+    rename(folder, "vision_tower.", "vision_tower.vision_model.")
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
 

@@ -22,7 +22,6 @@ from blendserve.batch.errors import reason_of
 from blendserve.runtime.media_parts import IMAGE, Part, UnreadableMedia, parts_of
 from blendserve.runtime.media_probe import (
     Expansion,
-    Ints,
     Probe,
     ProbeFailed,
     Process,

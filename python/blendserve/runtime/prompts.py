@@ -19,7 +19,6 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from blendserve.runtime.media import MediaReader, MediaRun
 from blendserve.runtime.request_checks import MAX_SEQUENCES
 
-
 # A processor that is given a blank picture has an answer in a few milliseconds to a second.
 _PROBE_SECONDS = 60.0
 
