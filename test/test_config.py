@@ -266,6 +266,7 @@ def test_the_environment_handed_on_wins_over_a_config_file(toml):
 
 def test_every_setting_is_handed_on():
     names = {f"BLENDSERVE_{name.upper()}" for name in Settings.model_fields}
-    handed_on = to_environment(load_settings(trace_file="steps.jsonl"))
+    handed_on = to_environment(load_settings(trace_file="steps.jsonl", media_root="pictures"))
     assert set(handed_on) == names
-    assert "BLENDSERVE_TRACE_FILE" not in to_environment(load_settings()), "unset stays unset"
+    unset = to_environment(load_settings())
+    assert not {"BLENDSERVE_TRACE_FILE", "BLENDSERVE_MEDIA_ROOT"} & set(unset), "unset stays unset"

@@ -77,10 +77,22 @@ def vocabulary(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, model: Any, tokenizer: Any, template: str, **files: dict[str, Any]) -> None:
+def write(
+    folder: Path,
+    model: tuple[Any, Any],
+    tokenizer: Any,
+    template: str,
+    weights: bool,
+    **files: dict[str, Any],
+) -> None:
+    """model: its class and its config."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    model_class, config = model
+    if weights:
+        model_class(config).float().save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template)
@@ -98,14 +110,14 @@ def rename(folder: Path, start: str, published: str) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-def qwen2_vl(folder: Path) -> None:
+def qwen2_vl(folder: Path, weights: bool) -> None:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-    _qwen2(folder, Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
+    _qwen2(folder, weights, Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
 
 
-def qwen2_5_vl(folder: Path) -> None:
+def qwen2_5_vl(folder: Path, weights: bool) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = {
@@ -115,10 +127,12 @@ def qwen2_5_vl(folder: Path) -> None:
         "window_size": 56,
         "fullatt_block_indexes": [1],
     }
-    _qwen2(folder, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
+    _qwen2(folder, weights, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
 
 
-def _qwen2(folder: Path, config_class: Any, model_class: Any, encoder: dict[str, Any]) -> None:
+def _qwen2(
+    folder: Path, weights: bool, config_class: Any, model_class: Any, encoder: dict[str, Any]
+) -> None:
     tokenizer, ids = tokenizer_with(QWEN_TOKENS)
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
     vision = {
@@ -151,11 +165,11 @@ def _qwen2(folder: Path, config_class: Any, model_class: Any, encoder: dict[str,
         "merge_size": 2,
         **_HALF,
     }
-    model = model_class(config).float()
-    write(folder, model, tokenizer, qwen_template(), preprocessor_config=images)
+    model = model_class, config
+    write(folder, model, tokenizer, qwen_template(), weights, preprocessor_config=images)
 
 
-def qwen3_vl(folder: Path) -> None:
+def qwen3_vl(folder: Path, weights: bool) -> None:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     tokenizer, ids = tokenizer_with(QWEN_TOKENS)
@@ -200,9 +214,9 @@ def qwen3_vl(folder: Path) -> None:
         "size": {"shortest_edge": 4_096, "longest_edge": 25_165_824},
         **patches,
     }
-    model = Qwen3VLForConditionalGeneration(config).float()
+    model = Qwen3VLForConditionalGeneration, config
     files = {"preprocessor_config": images, "video_preprocessor_config": videos}
-    write(folder, model, tokenizer, qwen_template(), **files)
+    write(folder, model, tokenizer, qwen_template(), weights, **files)
 
 
 def qwen_template() -> str:
@@ -211,7 +225,7 @@ def qwen_template() -> str:
     )
 
 
-def gemma3(folder: Path) -> None:
+def gemma3(folder: Path, weights: bool) -> None:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     tokenizer, ids = tokenizer_with(GEMMA_TOKENS)
@@ -255,16 +269,17 @@ def gemma3(folder: Path) -> None:
         **_HALF,
     }
     processor = {"processor_class": "Gemma3Processor", "image_seq_length": 16}
-    model = Gemma3ForConditionalGeneration(config).float()
+    model = Gemma3ForConditionalGeneration, config
     template = chat_template("<start_of_image>")
     files = {"preprocessor_config": images, "processor_config": processor}
-    write(folder, model, tokenizer, template, **files)
-    rename(folder, "vision_tower.", "vision_tower.vision_model.")
+    write(folder, model, tokenizer, template, weights, **files)
+    if weights:
+        rename(folder, "vision_tower.", "vision_tower.vision_model.")
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
 
 
-FAMILIES: dict[str, Callable[[Path], None]] = {
+FAMILIES: dict[str, Callable[[Path, bool], None]] = {
     "qwen2-vl": qwen2_vl,
     "qwen2.5-vl": qwen2_5_vl,
     "qwen3-vl": qwen3_vl,
@@ -272,10 +287,11 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def build(family: str, folder: Path, seed: int = 0) -> Path:
-    """Write a model of a family of `FAMILIES` into a folder, and return the folder."""
-    torch.manual_seed(seed)
-    FAMILIES[family](folder)
+def build(family: str, folder: Path, *, weights: bool = True) -> Path:
+    """Write a model of a family of `FAMILIES` into a folder, and return the folder. Without weights
+    its processor can be used all the same."""
+    torch.manual_seed(0)
+    FAMILIES[family](folder, weights)
     return folder
 
 

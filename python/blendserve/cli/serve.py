@@ -58,6 +58,7 @@ _SETTING_FLAGS = (
         "api_keys_file",
         "engine_hang_seconds",
         "allow_remote_urls",
+        "media_root",
         "allowed_hosts",
     ),
 )
