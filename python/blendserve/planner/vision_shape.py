@@ -48,7 +48,7 @@ def vision_shape(config: Mapping[str, Any]) -> VisionShape | None:
     channels = _first(vision, ("in_channels", "in_chans", "num_channels")) or 3
     frames = _first(vision, ("temporal_patch_size",)) or 1
     merge = _first(vision, ("spatial_merge_size",)) or 1
-    merged = width * merge * merge
+    merged = width * merge * merge if merge > 1 else 0
     out = _first(vision, ("out_hidden_size",)) or _first(vision, ("hidden_size",)) or width
     full = vision.get("fullatt_block_indexes")
     window = _first(vision, ("window_size",)) if full is not None else 0
