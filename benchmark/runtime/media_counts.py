@@ -3,7 +3,7 @@
     python benchmark/runtime/media_counts.py --json benchmark/results/media-counts.json
 
 On a tiny model of each family: 30 sizes of pictures, one to three in a prompt, the text before,
-between or behind them. Each line's count by `blendserve plan`'s reader is held against the usage in
+between or behind them; and videos, where the model takes them. Each line's count by `blendserve plan`'s reader is held against the usage in
 its answer, and the sum against what the server planned. Takes about two minutes a family.
 """
 
@@ -27,6 +27,8 @@ from media_lines import (
     text_part,
     tiny_vlm,
     usage,
+    video,
+    video_part,
 )
 
 from blendserve.runtime.media_model import MediaModel
@@ -39,6 +41,8 @@ SIZES = (
     *((500, 333), (512, 512), (600, 30), (30, 600), (640, 480), (480, 640), (777, 555)),
     (900, 700),
 )
+# (width, height, frames)
+VIDEOS = ((64, 48, 4), (64, 48, 12), (120, 90, 12), (48, 64, 31), (320, 180, 8), (400, 300, 20))
 TEXT = "Which of them is it,\n and why? "
 
 
@@ -62,10 +66,25 @@ def lines() -> list[dict[str, Any]]:
     return made
 
 
+def video_lines() -> list[dict[str, Any]]:
+    made = []
+    for number, size in enumerate(VIDEOS):
+        one, other = (video_part(video(*size, seed=number * 2 + k)) for k in range(2))
+        image, text = image_part(picture(100, 60, seed=number)), text_part(TEXT)
+        for place, parts in {
+            "before": [text, one],
+            "behind": [one, text],
+            "two": [one, text, other],
+            "mixed": [image, text, one, image],
+        }.items():
+            made.append(chat_line(f"video-{number}-{place}", parts, 1))
+    return made
+
+
 def check(family: str) -> dict[str, Any]:
     with model_folder(family) as folder:
         reader = MediaModel(folder)
-        job = lines()
+        job = lines() + (video_lines() if family.startswith("qwen") else [])
         planned = {}
         for line in job:
             ids, _ = reader.read(line["body"]["messages"], None)
@@ -101,7 +120,7 @@ def main() -> int:
         found.append(check(family))
         print(found[-1], flush=True)
     if options.json:
-        record.save(options.json, {"sizes": SIZES, "families": found})
+        record.save(options.json, {"sizes": SIZES, "videos": VIDEOS, "families": found})
     exact = all(
         one["equal_lines"] == one["lines"]
         and one["planned_tokens_of_the_server"] == one["counted_tokens"]

@@ -50,6 +50,25 @@ def image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def video(width: int, height: int, frames: int, seed: int) -> str:
+    """A data: URL of an animated GIF, ten frames a second."""
+    colours = random.Random(seed)
+
+    def frame(number: int) -> Image.Image:
+        image = Image.new("RGB", (width, height), tuple(colours.randrange(256) for _ in range(3)))
+        image.paste((number, 0, 0), (0, 0, 1 + number % width, height))
+        return image
+
+    stream = io.BytesIO()
+    first, *rest = (frame(number) for number in range(frames))
+    first.save(stream, "GIF", save_all=True, append_images=rest, duration=100, loop=0)
+    return "data:image/gif;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def video_part(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
 def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 

@@ -82,7 +82,7 @@ class Processor:
         self.token = getattr(config, "image_token_id", None) or config.image_token_index
         self.runs = 0
 
-    def process(self, text, sources):
+    def process(self, kind, text, sources):
         self.runs += 1
         urls = [source if isinstance(source, str) else source.url for source in sources]
         images = [base64.b64decode(url.partition(",")[2]) for url in urls]
@@ -189,7 +189,7 @@ def test_placeholders_and_pictures_must_match(processor, reader):
 
 
 def test_a_processor_that_fails_leaves_the_lines_unplanned(processor):
-    def fail(text, sources):
+    def fail(kind, text, sources):
         raise RuntimeError("no such size")
 
     mark = processor.mm_tokens.placeholder

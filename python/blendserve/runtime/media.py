@@ -1,9 +1,9 @@
-"""The tokens of a prompt with pictures, as the engine will count them, without decoding any.
+"""The tokens of a prompt with pictures or videos, as the engine will count them.
 
-A chat template leaves a placeholder for each picture. The model's processor puts text and special
-tokens in its place, as many as the picture's size asks for. What it puts there is learnt by running
-it once on a blank picture of that size; the same text is then put into every prompt, which is
-tokenised like any other.
+A chat template leaves a placeholder for each. The model's processor puts text and special tokens in
+its place, as many as its size asks for. What it puts there is learnt by running it once on a blank
+picture of that size, or on the first video of it; the same text is then put into every prompt,
+which is tokenised like any other.
 """
 
 from __future__ import annotations

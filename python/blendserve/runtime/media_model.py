@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from blendserve.batch.errors import cause_of
 from blendserve.runtime import cpu_platform
 from blendserve.runtime.media import MediaReader, MediaRun
+from blendserve.runtime.media_parts import UnreadableMedia
 
 
 class NoMediaModel(ValueError):
@@ -50,11 +51,14 @@ class MediaModel:
             UnreadableMedia: it cannot be counted, or the engine would refuse it.
         """
         images: list[Any] = []
-        plain = [{**one, "content": _content(one.get("content"), images)} for one in messages]
+        videos: list[Any] = []
+        plain = [
+            {**one, "content": _content(one.get("content"), images, videos)} for one in messages
+        ]
         text = self._processor._tokenizer.apply_chat_template(
             plain, tools=tools, add_generation_prompt=True, tokenize=False
         )
-        request = SimpleNamespace(text=text, image_data=images, video_data=None, audio_data=None)
+        request = SimpleNamespace(text=text, image_data=images, video_data=videos, audio_data=None)
         return self._reader.read(request)
 
     def close(self) -> None:
@@ -62,14 +66,14 @@ class MediaModel:
         self._processor.shutdown()
         self._loop.close()
 
-    def _process(self, text: str, sources: Sequence[Any]) -> Any:
+    def _process(self, kind: str, text: str, sources: Sequence[Any]) -> Any:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        request = GenerateReqInput(text=text, image_data=list(sources))
+        request = GenerateReqInput(text=text, **{f"{kind}_data": list(sources)})
         return self._loop.run_until_complete(
             self._processor.process_mm_data_async(
                 image_data=request.image_data,
-                audio_data=None,
+                audio_data=request.audio_data,
                 input_text=text,
                 request_obj=request,
                 max_req_input_len=None,
@@ -77,15 +81,15 @@ class MediaModel:
         )
 
 
-def _content(content: Any, images: list[Any]) -> Any:
-    """A message's content as templates have it; its pictures go to `images`, as SGLang does it."""
+def _content(content: Any, images: list[Any], videos: list[Any]) -> Any:
+    """A message's content as templates have it; its media go to the lists, as SGLang does it."""
     from sglang.srt.parser.jinja_template_utils import process_content_for_template_format
 
     message = {"role": "user", "content": content}
-    others: list[Any] = []
-    made = process_content_for_template_format(message, "openai", images, others, others, [])
-    if others:
-        raise NotImplementedError("video and audio")
+    sounds: list[Any] = []
+    made = process_content_for_template_format(message, "openai", images, videos, sounds, [])
+    if sounds:
+        raise UnreadableMedia("a prompt with sound is not planned")
     return made.get("content") or ""
 
 

@@ -1,7 +1,8 @@
-"""The pictures of a request, as far as their headers and bytes tell; no pixel is decoded.
+"""The pictures and videos of a request, as far as their headers and bytes tell.
 
 What SGLang's handlers make of a body names each picture by a URL: `data:` with the content in
-base64, or `file:` below the folder that the server was given.
+base64, or `file:` below the folder that the server was given. No pixel of a picture is decoded, and
+of a video one frame where its decoder has no other way to tell its size.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Part:
 
 
 def parts_of(adapted: Any, *, turns: bool = False) -> Iterator[Part]:
-    """The parts of a request that SGLang's handlers have made, images first, each kind in order.
+    """The parts of a request that SGLang's handlers have made, pictures first, each kind in order.
 
     Args:
         adapted: SGLang's GenerateReqInput.
@@ -65,13 +66,18 @@ def parts_of(adapted: Any, *, turns: bool = False) -> Iterator[Part]:
     Raises:
         UnreadableMedia: a part has no readable header, or is of a kind that is not planned.
     """
-    if adapted.video_data or adapted.audio_data:
-        raise UnreadableMedia("a prompt with video or audio is not planned")
+    if adapted.audio_data:
+        raise UnreadableMedia("a prompt with sound is not planned")
     for index, source in enumerate(_listed(adapted.image_data)):
         content = content_of(url_of(source))
         height, width = image_size(content, f"image {index + 1}", turns=turns)
         options = _options(source)
         yield Part(IMAGE, _token_id(content, options), (height, width), options, source)
+    for index, source in enumerate(_listed(adapted.video_data)):
+        content = content_of(url_of(source))
+        size = video_size(content, f"video {index + 1}")
+        options = _options(source)
+        yield Part(VIDEO, _token_id(content, options), size, options, source)
 
 
 def url_of(source: Any) -> str:
@@ -132,6 +138,21 @@ def image_size(content: bytes, name: str, *, turns: bool = False) -> tuple[int, 
             "Scale it down."
         )
     return height, width
+
+
+def video_size(content: bytes, name: str) -> tuple[float, ...]:
+    """(frames, height, width, frames per second) of a video, by the decoder that SGLang uses.
+
+    Raises:
+        UnreadableMedia: it cannot be decoded.
+    """
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    try:
+        video = VideoDecoderWrapper(content)
+        return (len(video), *video.frame_shape, float(video.avg_fps))
+    except Exception as error:  # Its decoders raise types of their own.
+        raise UnreadableMedia(f"{name} is no readable video: {error}") from error
 
 
 def header_of(url: str) -> bytes:

@@ -17,8 +17,8 @@ from blendserve.runtime.media_parts import IMAGE, Part
 
 Ints = NDArray[np.int64]
 Encode = Callable[[str], list[int]]
-# Text and sources in; SGLang's MultimodalProcessorOutput out.
-Process = Callable[[str, Sequence[Any]], Any]
+# Kind, text and sources in; SGLang's MultimodalProcessorOutput out.
+Process = Callable[[str, str, Sequence[Any]], Any]
 
 # Words around the placeholder, which nothing that a processor writes has in it.
 _BEFORE, _BETWEEN, _BEHIND = "Kilimanjaro", "Popocatepetl", "Matterhorn"
@@ -61,10 +61,11 @@ class Probe:
     patch_elements: int
 
     def learn(self, placeholder: str, part: Part, alone: bool) -> Expansion:
-        """Run the processor on blank pictures of the part's size.
+        """Run the processor on blank pictures of the part's size, or on the video itself, which
+        stands for all of its size.
 
         Args:
-            alone: the picture is the only one of its prompt; some processors cut up only those.
+            alone: the part is the only one of its prompt; some processors cut up only those.
 
         Raises:
             ProbeFailed: what comes out is not what is learnt of it.
@@ -72,7 +73,7 @@ class Probe:
         """
         copies = 1 if alone else 2
         text = _BEFORE + placeholder + (_BETWEEN + placeholder) * (copies - 1) + _BEHIND
-        found = self.process(text, [blank(part)] * copies)
+        found = self.process(part.kind, text, [blank(part)] * copies)
         ids = np.asarray(found.input_ids, dtype=np.int64)
         tokens, counts = _runs(ids, found.mm_items)
         if len(tokens) % copies or not len(tokens):
@@ -119,7 +120,7 @@ def expanded(ids: Ints, expansions: Sequence[Expansion]) -> tuple[Ints, Ints]:
 
 
 def blank(part: Part) -> Any:
-    """A source like the part's, with a picture of its size in one colour."""
+    """A source like the part's, with a picture of its size in one colour; a video as it is."""
     if part.kind != IMAGE:
         return part.source
     height, width = (int(side) for side in part.size)

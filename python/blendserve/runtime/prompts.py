@@ -68,11 +68,11 @@ class PromptReader:
         if processor is None or getattr(processor, "mm_tokens", None) is None:
             return
 
-        def process(text: str, sources: Sequence[Any]) -> Any:
-            request = GenerateReqInput(text=text, image_data=list(sources))
+        def process(kind: str, text: str, sources: Sequence[Any]) -> Any:
+            request = GenerateReqInput(text=text, **{f"{kind}_data": list(sources)})
             made = processor.process_mm_data_async(
                 image_data=request.image_data,
-                audio_data=None,
+                audio_data=request.audio_data,
                 input_text=text,
                 request_obj=request,
                 max_req_input_len=self._tokenizer_manager.max_req_input_len,
