@@ -3,8 +3,9 @@
     python benchmark/runtime/media_counts.py --json benchmark/results/media-counts.json
 
 On a tiny model of each family: 30 sizes of pictures, one to three in a prompt, the text before,
-between or behind them; and videos, where the model takes them. Each line's count by `blendserve plan`'s reader is held against the usage in
-its answer, and the sum against what the server planned. Takes about two minutes a family.
+between or behind them; and videos, where the model takes them. Each line's count by the reader of
+`blendserve plan` is held against the usage in its answer, and the sum against what the server
+planned. Takes about two minutes a family.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pybase64
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"
 
@@ -128,6 +128,10 @@ def image_size(content: bytes, name: str, *, turns: bool = False) -> tuple[int, 
                 if turns and "exif" in image.info:
                     turned = image.getexif().get(_ORIENTATION) in _TURNED
                     width, height = (height, width) if turned else (width, height)
+    except UnidentifiedImageError as error:
+        raise UnreadableMedia(
+            f"{name} is no readable picture, of no format that is known"
+        ) from error
     except Exception as error:  # Its readers raise whatever broken bytes make them.
         raise UnreadableMedia(f"{name} is no readable picture: {error}") from error
     if not height or not width:
