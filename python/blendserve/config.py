@@ -121,6 +121,15 @@ class Settings(BaseSettings):
             hardware(name)
         return name
 
+    @field_validator("media_root")
+    @classmethod
+    def _folder_of_media(cls, folder: Path | None) -> Path | None:
+        if folder is None:
+            return None
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; make it, or name another")
+        return folder.resolve()
+
     @classmethod
     def settings_customise_sources(
         cls,
