@@ -36,6 +36,7 @@ GEMMA_TOKENS = (
     *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
     *("<start_of_turn>", "<end_of_turn>"),
 )
+MISTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 _TEXT = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -279,11 +280,57 @@ def gemma3(folder: Path, weights: bool) -> None:
     settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
 
 
+def mistral3(folder: Path, weights: bool) -> None:
+    """Pixtral's encoder and Mistral Small's merger: rows of tokens with marks between them."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tokenizer, ids = tokenizer_with(MISTRAL_TOKENS)
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **_TEXT, **vocabulary(tokenizer), "head_dim": 16},
+        vision_config=vision,
+        image_token_index=ids["[IMG]"],
+        spatial_merge_size=2,
+    )
+    images = {
+        "image_processor_type": "PixtralImageProcessor",
+        "processor_class": "PixtralProcessor",
+        "patch_size": {"height": 28, "width": 28},
+        "size": {"longest_edge": 224},
+        "do_convert_rgb": True,
+        **_HALF,
+    }
+    names = {
+        "image_token": "[IMG]",
+        "image_break_token": "[IMG_BREAK]",
+        "image_end_token": "[IMG_END]",
+    }
+    processor = {
+        "processor_class": "PixtralProcessor",
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        **names,
+    }
+    files = {"preprocessor_config": images, "processor_config": processor}
+    model = Mistral3ForConditionalGeneration, config
+    write(folder, model, tokenizer, chat_template("[IMG]"), weights, **files)
+
+
 FAMILIES: dict[str, Callable[[Path, bool], None]] = {
     "qwen2-vl": qwen2_vl,
     "qwen2.5-vl": qwen2_5_vl,
     "qwen3-vl": qwen3_vl,
     "gemma3": gemma3,
+    "mistral3": mistral3,
 }
 
 

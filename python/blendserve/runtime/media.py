@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.batch.errors import reason_of
-from blendserve.runtime.media_parts import IMAGE, Part, UnreadableMedia, parts_of
+from blendserve.runtime.media_parts import IMAGE, Part, UnreadableMedia, parts_of, reading_processor
 from blendserve.runtime.media_probe import (
     Expansion,
     Probe,
@@ -55,7 +55,7 @@ class MediaReader:
     """
 
     def __init__(self, mm_processor: Any, process: Process) -> None:
-        self._mm_processor = mm_processor
+        self._mm_processor = mm_processor = reading_processor(mm_processor)
         self._tokenizer = mm_processor._tokenizer
         elements = patch_elements(mm_processor.hf_config)
         self._probe = Probe(process, self._encode, self._decode, elements)

@@ -10,7 +10,15 @@ import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from blendserve.runtime.media_parts import AUDIO, IMAGE, VIDEO, header_of, image_size, url_of
+from blendserve.runtime.media_parts import (
+    AUDIO,
+    IMAGE,
+    VIDEO,
+    header_of,
+    image_size,
+    reading_processor,
+    url_of,
+)
 
 _FIELDS = {IMAGE: "image_data", VIDEO: "video_data", AUDIO: "audio_data"}
 _NAMES = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "sounds"}
@@ -30,7 +38,7 @@ def kinds_read(tokenizer_manager: Any) -> frozenset[str]:
     config, processor = tokenizer_manager.model_config, tokenizer_manager.mm_processor
     if processor is None:
         return frozenset()
-    tokens = getattr(processor, "mm_tokens", None)
+    tokens = getattr(reading_processor(processor), "mm_tokens", None)
     kinds = {IMAGE, VIDEO}
     if tokens is not None:
         kinds = {

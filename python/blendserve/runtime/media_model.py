@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from blendserve.batch.errors import cause_of
 from blendserve.runtime import cpu_platform
 from blendserve.runtime.media import MediaReader, MediaRun
-from blendserve.runtime.media_parts import UnreadableMedia
+from blendserve.runtime.media_parts import UnreadableMedia, reading_processor
 
 
 class NoMediaModel(ValueError):
@@ -55,7 +55,7 @@ class MediaModel:
         plain = [
             {**one, "content": _content(one.get("content"), images, videos)} for one in messages
         ]
-        text = self._processor._tokenizer.apply_chat_template(
+        text = reading_processor(self._processor)._tokenizer.apply_chat_template(
             plain, tools=tools, add_generation_prompt=True, tokenize=False
         )
         request = SimpleNamespace(text=text, image_data=images, video_data=videos, audio_data=None)
@@ -63,7 +63,7 @@ class MediaModel:
 
     def close(self) -> None:
         """End the processor's threads."""
-        self._processor.shutdown()
+        reading_processor(self._processor).shutdown()
         self._loop.close()
 
     def _process(self, kind: str, text: str, sources: Sequence[Any]) -> Any:

@@ -80,6 +80,11 @@ def parts_of(adapted: Any, *, turns: bool = False) -> Iterator[Part]:
         yield Part(VIDEO, _token_id(content, options), size, options, source)
 
 
+def reading_processor(mm_processor: Any) -> Any:
+    """The processor that reads media: SGLang wraps those of LLaVA's family in another."""
+    return getattr(mm_processor, "inner", mm_processor)
+
+
 def url_of(source: Any) -> str:
     """The URL of what stands in a request's image_data, video_data or audio_data."""
     url = source if isinstance(source, str) else getattr(source, "url", None)

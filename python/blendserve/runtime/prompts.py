@@ -17,6 +17,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Comple
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from blendserve.runtime.media import MediaReader, MediaRun
+from blendserve.runtime.media_parts import reading_processor
 from blendserve.runtime.request_checks import MAX_SEQUENCES
 
 # A processor that is given a blank picture has an answer in a few milliseconds to a second.
@@ -65,7 +66,7 @@ class PromptReader:
     def probe_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Plan pictures from now on, with SGLang's processor, which runs on its event loop."""
         processor = self._tokenizer_manager.mm_processor
-        if processor is None or getattr(processor, "mm_tokens", None) is None:
+        if processor is None or not hasattr(reading_processor(processor), "mm_tokens"):
             return
 
         def process(kind: str, text: str, sources: Sequence[Any]) -> Any:
@@ -77,7 +78,11 @@ class PromptReader:
                 request_obj=request,
                 max_req_input_len=self._tokenizer_manager.max_req_input_len,
             )
-            return asyncio.run_coroutine_threadsafe(made, loop).result(_PROBE_SECONDS)
+            waiting = asyncio.run_coroutine_threadsafe(made, loop)
+            try:
+                return waiting.result(_PROBE_SECONDS)
+            finally:
+                waiting.cancel()
 
         self._media = MediaReader(processor, process)
 
