@@ -21,10 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import tiny_vlm
 
+from blendserve.planner import CostModel, ModelSpec, PlannerConfig, hardware
 from blendserve.runtime import media as media_module
-from blendserve.runtime.media import MediaReader
+from blendserve.runtime.job_prompts import _batch
+from blendserve.runtime.media import MediaReader, MediaRun
 from blendserve.runtime.media_checks import check_media, keeping_media
 from blendserve.runtime.media_parts import UnreadableMedia, parts_of
+from blendserve.runtime.plan_worker import News, PlanWorker
+from blendserve.runtime.prompts import Prompt
 
 QWEN, GEMMA = "<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>"
 SIZES = ((14, 14), (60, 45), (112, 112), (150, 40), (40, 150), (336, 200))
@@ -288,3 +292,44 @@ def test_a_part_that_the_template_drops_is_refused():
         keeping_media(convert)(body, None)
     plain = SimpleNamespace(messages=[SimpleNamespace(content="hello")])
     assert keeping_media(convert)(plain, None)[1] is plain
+
+
+# -- from prompts to plans
+
+
+def test_pictures_of_later_batches_keep_their_requests():
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 1000,
+        "max_position_embeddings": 4096,
+        "vision_config": {"depth": 2, "hidden_size": 32, "patch_size": 14},
+    }
+    cost_model = CostModel(ModelSpec.from_config(config), hardware("cpu"))
+
+    def prompt(picture, patches):
+        ids = np.array([*range(5), *[1_000_000 + picture] * 10, 7], dtype=np.int32)
+        return Prompt(ids, 8, True, 1, [MediaRun(15, patches)] if patches else [])
+
+    def compute(*patches):
+        worker = PlanWorker(cost_model, PlannerConfig())
+        for picture, one in enumerate(patches):
+            worker.append("job", _batch([prompt(picture, one)] * 2))
+        return worker.plan("job", News()).compute_seconds
+
+    plain, seen = compute(0, 0, 0), compute(50, 0, 200)
+    # The two lines of a batch share their picture.
+    each = (seen - plain).reshape(3, 2)
+    assert each.sum(axis=1) == pytest.approx(cost_model.encoder_seconds([50, 0, 200]))
+
+
+def test_what_models_look_up_when_they_are_imported_is_there():
+    import torch
+    import torchvision.transforms.v2  # noqa: F401
+
+    for name in ("fused_sigmoid_mul_cpu", "fused_qk_gemma_rmsnorm_cpu"):
+        assert hasattr(torch.ops.sgl_kernel, name)
+    # Its presence is how SGLang knows a processor with AMX.
+    assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed")

@@ -50,7 +50,7 @@ def _loads_its_library() -> bool:
     folders = spec.submodule_search_locations if spec is not None else None
     for path in (path for folder in folders or () for path in Path(folder).glob("_C*.so")):
         try:
-            torch.ops.load_library(path)
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         except OSError:
             continue
         return True
@@ -60,5 +60,5 @@ def _loads_its_library() -> bool:
 def _declare(namespace: str, kind: str, names: tuple[str, ...] | list[str]) -> None:
     library = torch.library.Library(namespace, kind)  # type: ignore[no-untyped-call]
     for name in names:
-        library.define(f"{name}(Tensor x) -> Tensor")
+        library.define(f"{name}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
     _libraries.append(library)
