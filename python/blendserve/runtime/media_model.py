@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,10 @@ class MediaModel:
 
     def __init__(self, folder: str) -> None:
         try:
-            self._processor = _load(folder)
+            with warnings.catch_warnings():
+                # Of quantised and other models, which are only imported.
+                warnings.simplefilter("ignore")
+                self._processor = _load(folder)
         except Exception as error:  # Of any type: SGLang and transformers read what is in there.
             raise NoMediaModel(
                 f"{folder} has no processor of pictures: {cause_of(error)}"
