@@ -62,7 +62,8 @@ class MediaReader:
         self._known: OrderedDict[tuple[Any, ...], Expansion | None] = OrderedDict()
         self._formulas: dict[tuple[Any, ...], _Formula] = {}
         bos = getattr(self._tokenizer, "bos_token", None)
-        self._bos = bos if bos and mm_processor._tokenizer_auto_adds_specials else None
+        adds_first = getattr(mm_processor, "_tokenizer_auto_adds_specials", False)
+        self._bos = bos if bos and adds_first else None
 
     def read(self, adapted: Any) -> tuple[NDArray[np.int32], list[MediaRun]]:
         """Tokens of a request that SGLang's handlers have made, and where its pictures end.

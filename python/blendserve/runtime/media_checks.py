@@ -46,7 +46,9 @@ def kinds_read(tokenizer_manager: Any) -> frozenset[str]:
             for kind in (IMAGE, VIDEO)
             if getattr(tokens, f"{kind}_token") or getattr(tokens, f"{kind}_token_id") is not None
         }
-    return frozenset(kinds | {AUDIO} if config.is_audio_understandable_model else kinds)
+    return frozenset(
+        kinds | {AUDIO} if getattr(config, "is_audio_understandable_model", True) else kinds
+    )
 
 
 def check_media(request: Any, kinds: frozenset[str]) -> None:

@@ -7,6 +7,7 @@ tokens that the engine will see.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ from numpy.typing import NDArray
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
+from blendserve.batch.errors import reason_of
 from blendserve.runtime.media import MediaReader, MediaRun
 from blendserve.runtime.media_parts import reading_processor
 from blendserve.runtime.request_checks import MAX_SEQUENCES
+
+logger = logging.getLogger(__name__)
 
 # A processor that is given a blank picture has an answer in a few milliseconds to a second.
 _PROBE_SECONDS = 60.0
@@ -84,7 +88,11 @@ class PromptReader:
             finally:
                 waiting.cancel()
 
-        self._media = MediaReader(processor, process)
+        try:
+            self._media = MediaReader(processor, process)
+        except Exception as error:
+            # Of any type: it looks into SGLang's processor, of which there are forty.
+            logger.warning("lines with pictures are not planned: %s", reason_of(error))
 
     def read(self, url: str, body: Mapping[str, Any]) -> Prompt:
         """Tokenise one body.
