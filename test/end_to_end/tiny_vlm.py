@@ -93,6 +93,7 @@ def write(
     if weights:
         model_class(config).float().save_pretrained(folder)
     else:
+        config.architectures = [model_class.__name__]
         config.save_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
