@@ -31,6 +31,7 @@ from blendserve.runtime.plan_worker import News, PlanWorker
 from blendserve.runtime.prompts import Prompt
 
 QWEN, GEMMA = "<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>"
+ONE = frozenset({"image"})
 SIZES = ((14, 14), (60, 45), (112, 112), (150, 40), (40, 150), (336, 200))
 
 
@@ -233,7 +234,7 @@ def test_a_bad_picture_is_refused_by_its_header(name):
     content, said = BAD[name]
     good = data_url(encoded(noise(30, 30, 0)))
     with pytest.raises(ValueError, match=f"(?i)picture 2.*{said}"):
-        check_media(request(images=[good, data_url(content)]), frozenset({"image"}))
+        check_media(request(images=[good, data_url(content)]), ONE)
     with pytest.raises(UnreadableMedia, match="image 2"):
         list(parts_of(request(images=[good, data_url(content)])))
 
@@ -243,13 +244,28 @@ def test_a_bad_picture_is_refused_by_its_header(name):
     [
         ("data:image/png;base64,!!!!", "base64"),
         ("data:image/png,abc", "base64"),
-        ("nothing", "data: URLs"),
         ("file:///no/such/file.png", "No such file"),
     ],
 )
 def test_a_bad_url_is_refused(url, said):
     with pytest.raises(ValueError, match=said):
-        check_media(request(images=[url]), frozenset({"image"}))
+        check_media(request(images=[url]), ONE)
+
+
+def test_what_sglang_reads_in_its_own_way_is_left_to_it():
+    check_media(
+        request(images=["iVBORw0KGgo=", "/a/path.png", {"format": "processor_output"}]), ONE
+    )
+    check_media(request(images=["https://media.example/a.png"]), ONE)
+
+
+def test_a_size_may_stand_behind_much_else():
+    """A JPEG with 600 KB of other segments before its size."""
+    whole = encoded(noise(20, 10, 0), "JPEG")
+    much = b"".join(b"\xff\xe5" + struct.pack(">H", 60_002) + bytes(60_000) for _ in range(10))
+    check_media(request(images=[data_url(whole[:2] + much + whole[2:])]), ONE)
+    with pytest.raises(ValueError, match="no readable picture"):
+        check_media(request(images=[data_url(whole[:2] + much)]), ONE)
 
 
 def test_odd_pictures_are_taken():
@@ -262,7 +278,7 @@ def test_odd_pictures_are_taken():
         encoded(noise(20, 10, 0), "WEBP"),
     )
     asked = request(images=[data_url(one) for one in odd])
-    check_media(asked, frozenset({"image"}))
+    check_media(asked, ONE)
     assert [part.size for part in parts_of(asked)] == [(10, 20)] * len(odd)
 
 
@@ -276,9 +292,9 @@ def test_turned_pictures_have_their_sides_changed():
 
 def test_what_a_model_cannot_take_is_refused():
     with pytest.raises(ValueError, match="takes no sounds"):
-        check_media(request(audio=["data:audio/wav;base64,AA"]), frozenset({"image"}))
+        check_media(request(audio=["data:audio/wav;base64,AA"]), ONE)
     with pytest.raises(ValueError, match="takes no videos"):
-        check_media(request(video=["data:video/mp4;base64,AA"]), frozenset({"image"}))
+        check_media(request(video=["data:video/mp4;base64,AA"]), ONE)
     check_media(request(audio=["data:audio/wav;base64,AA"]), frozenset({"audio"}))
 
 

@@ -10,15 +10,7 @@ import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from blendserve.runtime.media_parts import (
-    AUDIO,
-    IMAGE,
-    VIDEO,
-    header_of,
-    image_size,
-    reading_processor,
-    url_of,
-)
+from blendserve.runtime.media_parts import AUDIO, IMAGE, VIDEO, reading_processor, size_by_url
 
 _FIELDS = {IMAGE: "image_data", VIDEO: "video_data", AUDIO: "audio_data"}
 _NAMES = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "sounds"}
@@ -29,8 +21,8 @@ _PARTS = {
     "audio_url": AUDIO,
     "input_audio": AUDIO,
 }
-# Fetched by SGLang, where the operator allows it.
-_REMOTE = ("http://", "https://")
+# What SGLang fetches, or takes for base64 or a path, is its own to read.
+_READ_HERE = ("data:", "file://")
 
 
 def kinds_read(tokenizer_manager: Any) -> frozenset[str]:
@@ -65,10 +57,9 @@ def check_media(request: Any, kinds: frozenset[str]) -> None:
         for number, source in enumerate(_flat(getattr(request, field, None)), start=1):
             if kind not in kinds:
                 raise ValueError(f"This model takes no {_NAMES[kind]}; leave them out.")
-            if kind == IMAGE and not isinstance(source, dict):
-                url = url_of(source)
-                if not url.startswith(_REMOTE):
-                    image_size(header_of(url), f"Picture {number}")
+            url = source if isinstance(source, str) else getattr(source, "url", None)
+            if kind == IMAGE and isinstance(url, str) and url.startswith(_READ_HERE):
+                size_by_url(url, f"Picture {number}")
 
 
 def checking_media(

@@ -164,9 +164,13 @@ def video_size(content: bytes, name: str) -> tuple[float, ...]:
         raise UnreadableMedia(f"{name} is no readable video: {error}") from error
 
 
-def header_of(url: str) -> bytes:
-    """As much of a picture as its size is in; all of a short one."""
-    return content_of(url, _HEADER_BYTES)
+def size_by_url(url: str, name: str) -> tuple[int, int]:
+    """`image_size` of what is behind a data: or file: URL. Mostly only its beginning is read."""
+    try:
+        return image_size(content_of(url, _HEADER_BYTES), name)
+    except UnreadableMedia:
+        # Its size may stand behind much else, or at the end.
+        return image_size(content_of(url), name)
 
 
 def _listed(data: Any) -> list[Any]:
