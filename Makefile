@@ -8,7 +8,7 @@ STAMP := $(VENV)/.cpu-setup
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.gpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions test-overlap test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability
+.PHONY: setup setup-gpu demo test test-versions test-overlap test-media test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability
 
 setup: $(STAMP)
 
@@ -55,6 +55,12 @@ test-sglang-%: setup
 # What a GPU's defaults change: overlapped steps, mixed chunks, pages, two ranks; on the CPU engine.
 test-overlap: setup
 	$(BIN)/python test/end_to_end/overlap_engines.py --log test/logs/overlap-engines.log
+
+# Lines with pictures and videos on tiny models of each family: tokens, cache, answers, bad media.
+test-media: setup
+	$(BIN)/python benchmark/runtime/media_counts.py --json benchmark/results/media-counts.json
+	$(BIN)/python benchmark/runtime/media_job.py --json benchmark/results/media-job.json
+	$(BIN)/python benchmark/runtime/media_faults.py --json benchmark/results/media-faults.json
 
 # SGLang's CUDA build with everything of ours, without a GPU: a driver that fails every call.
 test-cuda-imports: setup-gpu

@@ -264,8 +264,16 @@ def test_the_environment_handed_on_wins_over_a_config_file(toml):
     assert load_settings().hardware == "cpu"
 
 
-def test_every_setting_is_handed_on():
+def test_the_folder_of_media_must_be_there(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="missing is no folder"):
+        load_settings(media_root=str(tmp_path / "missing"))
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(media_root=".").media_root == tmp_path.resolve()
+
+
+def test_every_setting_is_handed_on(tmp_path):
     names = {f"BLENDSERVE_{name.upper()}" for name in Settings.model_fields}
-    handed_on = to_environment(load_settings(trace_file="steps.jsonl"))
+    handed_on = to_environment(load_settings(trace_file="steps.jsonl", media_root=str(tmp_path)))
     assert set(handed_on) == names
-    assert "BLENDSERVE_TRACE_FILE" not in to_environment(load_settings()), "unset stays unset"
+    unset = to_environment(load_settings())
+    assert not {"BLENDSERVE_TRACE_FILE", "BLENDSERVE_MEDIA_ROOT"} & set(unset), "unset stays unset"

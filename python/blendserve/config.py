@@ -88,6 +88,10 @@ class Settings(BaseSettings):
     allow_remote_urls: bool = Field(
         default=False, description="Let batch lines name http(s) media for the server to fetch."
     )
+    media_root: Path | None = Field(
+        default=None,
+        description="Folder below which lines may name pictures by file: URLs; none by default.",
+    )
     api_keys_file: str = Field(
         default="",
         description="File of API keys, lines `tenant key [admin]`; each tenant sees its own only.",
@@ -116,6 +120,15 @@ class Settings(BaseSettings):
         if name != "auto":
             hardware(name)
         return name
+
+    @field_validator("media_root")
+    @classmethod
+    def _folder_of_media(cls, folder: Path | None) -> Path | None:
+        if folder is None:
+            return None
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; make it, or name another")
+        return folder.resolve()
 
     @classmethod
     def settings_customise_sources(

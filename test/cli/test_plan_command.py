@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from blendserve.cli import main
-from blendserve.cli.job_file import JobFileError, read_job_file
+from blendserve.cli.job_file import JobFileError, UncountableMedia, read_job_file
 
 ON_A100 = ["--model-spec", "llama-3.1-8b", "--hardware", "a100-80g-sxm"]
 
@@ -24,6 +24,14 @@ class Words:
 
     def chat(self, messages, tools):
         return [t for m in messages for t in (7, *self.text(m["content"]))]
+
+    def media(self, messages, tools):
+        """Three tokens for a picture, and its address for its patches."""
+        urls = [part["image_url"]["url"] for m in messages for part in m["content"]]
+        if not all(urls):
+            raise UncountableMedia("no picture at all")
+        ids = np.full(3 * len(urls), 1_000_000, dtype=np.int32)
+        return ids, [(3 * k + 3, len(url)) for k, url in enumerate(urls)]
 
 
 def read(tmp_path: Path, *entries, context_length=100):
@@ -227,11 +235,25 @@ def test_batch_lines(tmp_path):
     assert job.lines == [1, 1, 2, 3, 4, 4, 5, 6]
 
 
-def test_a_picture_is_left_out_and_named(tmp_path):
-    part = {"type": "image_url", "image_url": {"url": "data:"}}
-    messages = [{"role": "user", "content": [part]}]
-    job = read(tmp_path, body_line("m", "/v1/chat/completions", messages=messages))
+def picture_line(name, *urls):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    messages = [{"role": "user", "content": parts}]
+    return body_line(name, "/v1/chat/completions", messages=messages, max_tokens=5)
+
+
+def test_pictures_are_counted_and_their_places_kept(tmp_path):
+    job = read(
+        tmp_path, body_line("t", "/v1/completions", prompt="a b"), picture_line("m", "x", "yy")
+    )
+    assert [len(ids) for ids in job.token_ids] == [2, 6]
+    assert job.runs == [(1, 3, 1), (1, 6, 2)]
+    assert job.media == []
+
+
+def test_a_picture_that_cannot_be_counted_is_left_out_and_named(tmp_path):
+    job = read(tmp_path, picture_line("m", ""))
     assert (job.ids, job.media) == ([], [("m", 1)])
+    assert job.media_fault == "no picture at all"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_workloads import LLAMA_ON_A100, jobs, mixed_job, permuted, shared_tokens
 
-from blendserve.planner import Job, PlannerConfig, make_plan, transform
+from blendserve.planner import EncoderWork, Job, MediaRuns, PlannerConfig, make_plan, transform
 from blendserve.planner.annotation import annotate
+
+SAVED = EncoderWork.of(LLAMA_ON_A100, MediaRuns.none()).saved(LLAMA_ON_A100)
 
 
 def lines(job, order):
@@ -23,8 +25,7 @@ def transformed(job, sharing_preserved=0.99):
     outputs = job.known_output_tokens[tree.requests]
     compute = LLAMA_ON_A100.compute_seconds(tree.length, outputs)
     memory = LLAMA_ON_A100.memory_seconds(tree.length, outputs)
-    saved = LLAMA_ON_A100.prefill_seconds_saved
-    return tree, compute, memory, transform(tree, compute, memory, saved, sharing_preserved)
+    return tree, compute, memory, transform(tree, compute, memory, SAVED, sharing_preserved)
 
 
 @given(jobs())
@@ -90,7 +91,7 @@ def test_compute_and_memory_add_up_to_the_job(job):
 @given(jobs())
 def test_node_densities_equal_a_brute_force_recomputation(job):
     tree, compute, memory, _ = transformed(job)
-    marks = annotate(tree, compute, memory, LLAMA_ON_A100.prefill_seconds_saved)
+    marks = annotate(tree, compute, memory, SAVED)
     prompts = [job.token_ids[r] for r in tree.requests]
     for node in range(tree.num_nodes):
         below = range(tree.first[node], tree.end[node])
@@ -143,7 +144,7 @@ def test_nothing_is_split_when_all_sharing_must_stay_or_no_order_is_better(job):
 @given(jobs())
 def test_with_no_sharing_to_keep_the_leaf_sequence_is_non_increasing(job):
     tree, compute, memory, result = transformed(job, 0.0)
-    marks = annotate(tree, compute, memory, LLAMA_ON_A100.prefill_seconds_saved)
+    marks = annotate(tree, compute, memory, SAVED)
     alone = marks.leaf_density[result.order]
     assert np.all(alone[1:] <= alone[:-1])
 

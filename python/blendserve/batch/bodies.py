@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from blendserve.batch.executor import LineFault
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.line_parser import MAX_BODY_DEPTH, too_deep
+from blendserve.batch.media_urls import url_fault
 
 # The field that carries the prompt, and the JSON types it may have.
 _PROMPT_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -100,7 +102,9 @@ def body_faults(endpoint: str, body: dict[str, Any], limits: BatchLimits) -> Ite
     yield from _batch_faults(endpoint, body)
     yield from _count_faults(body)
     yield from steering_faults(body)
-    yield from content_faults(body, allow_remote_urls=limits.allow_remote_urls)
+    yield from content_faults(
+        body, allow_remote_urls=limits.allow_remote_urls, media_root=limits.media_root
+    )
 
 
 def steering_faults(body: Mapping[str, Any]) -> Iterator[LineFault]:
@@ -131,11 +135,12 @@ def steering_headers(names: Iterable[str]) -> Iterator[LineFault]:
             yield LineFault(_STEERED, message, name)
 
 
-def content_faults(body: dict[str, Any], *, allow_remote_urls: bool = False) -> Iterator[LineFault]:
+def content_faults(
+    body: dict[str, Any], *, allow_remote_urls: bool = False, media_root: Path | None = None
+) -> Iterator[LineFault]:
     """The first fault of what stands anywhere in a body; also for requests that are passed on.
 
-    Media whose content the server would have to fetch: engines take bare paths of the server's own
-    disk, too, so only what is known is let through, data: URLs and, where that is allowed, http(s).
+    Media that may not be had from where a URL says (`url_fault`).
     Nesting that something on the way could not follow. Numbers that JSON does not have.
     """
     # Without recursion: a body may be nested deeper than Python follows.
@@ -152,7 +157,7 @@ def content_faults(body: dict[str, Any], *, allow_remote_urls: bool = False) -> 
         if float in kinds:
             fault = _number_fault(value, place)
         if fault is None and named and not _MEDIA_FIELDS.isdisjoint(value):
-            fault = _media_fault(value, place, allow_remote_urls)
+            fault = _media_fault(value, place, allow_remote_urls, media_root)
         if fault is not None:
             yield fault
             return
@@ -162,10 +167,11 @@ def content_faults(body: dict[str, Any], *, allow_remote_urls: bool = False) -> 
             stack.extend(reversed(inner))
 
 
-def _media_fault(value: dict[str, Any], place: _Place, allow_remote_urls: bool) -> LineFault | None:
+def _media_fault(
+    value: dict[str, Any], place: _Place, allow_remote_urls: bool, media_root: Path | None
+) -> LineFault | None:
     if _top(place) in _NOT_CONTENT:
         return None
-    good = ("data:", "http://", "https://") if allow_remote_urls else ("data:",)
     for name in sorted(_MEDIA_FIELDS.intersection(value)):
         param = _text((place, name))[:_SHOWN]
         found = [value[name]] if name != "source" or type(value[name]) is dict else []
@@ -178,15 +184,11 @@ def _media_fault(value: dict[str, Any], place: _Place, allow_remote_urls: bool) 
                 if one.get("content_hash") is not None:
                     return LineFault(_STEERED, f"`content_hash` {_OWN_CACHE}; leave it out.", param)
                 one = one.get("url")
-            if isinstance(one, str) and not one.lower().startswith(good):
-                return LineFault(
-                    "remote_url_not_allowed",
-                    "Media must be http(s) or data: URLs."
-                    if allow_remote_urls
-                    else "This server fetches no remote media; send the content itself as a data: "
-                    "URL.",
-                    param,
-                )
+            if not isinstance(one, str):
+                continue
+            why = url_fault(one, allow_remote_urls=allow_remote_urls, media_root=media_root)
+            if why is not None:
+                return LineFault("remote_url_not_allowed", why, param)
     return None
 
 

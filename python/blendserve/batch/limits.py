@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 MIN_EXPIRY_SECONDS = 3_600
 MAX_EXPIRY_SECONDS = 2_592_000
@@ -17,7 +18,8 @@ class BatchLimits:
 
     max_lines: int = 50_000
     max_file_bytes: int = 200 * 1024 * 1024
-    max_line_bytes: int = 16 * 1024 * 1024
+    max_line_bytes: int = 64 * 1024 * 1024
+    """A third more than the pictures in it, which are base64."""
     max_json_bytes: int = 256 * 1024
     """Size of a JSON request body, which only ever holds ids and metadata."""
     max_listed_faults: int = 1_000
@@ -26,6 +28,8 @@ class BatchLimits:
     """How long an upload may stay silent, or bring less than 64 KiB, before it is given up."""
     allow_remote_urls: bool = False
     """Whether a body may name http(s) media, which the server would then fetch."""
+    media_root: Path | None = None
+    """Folder below which a body may name media by file: URLs."""
     max_running: int = 8
     """Batches that run at once. Each holds its prompts' tokens in the planner's memory."""
     max_open_batches: int = 50_000

@@ -83,7 +83,12 @@ class Front:
             environment=engine_environment(settings),
             watch=watch or WatchSettings(hang_seconds=settings.engine_hang_seconds),
         )
-        self._proxy = EngineProxy(self.executor, keys, allow_remote_urls=settings.allow_remote_urls)
+        self._proxy = EngineProxy(
+            self.executor,
+            keys,
+            allow_remote_urls=settings.allow_remote_urls,
+            media_root=settings.media_root,
+        )
         self._board = StatusBoard(self.service, self.executor, self.engine.view)
         self._store = store
         self._keys = keys
@@ -185,6 +190,7 @@ def limits_of(settings: Settings) -> BatchLimits:
         max_running=settings.max_running_batches,
         max_open_batches=settings.max_open_batches,
         allow_remote_urls=settings.allow_remote_urls,
+        media_root=settings.media_root,
     )
 
 

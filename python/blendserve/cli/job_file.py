@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
+
+Tokens = NDArray[np.int32]
+Run = tuple[int, int]
 
 _MAX_LINE_BYTES = 1 << 30
 _TOKEN_FIELDS = ("id", "input_ids", "output_len", "max_tokens")
@@ -24,6 +27,10 @@ class JobFileError(ValueError):
     """A file that cannot be planned; names the file, the line and the remedy."""
 
 
+class UncountableMedia(ValueError):
+    """A conversation with pictures of which no tokens can be told; says why."""
+
+
 class Encoder(Protocol):
     """A model's tokenizer and chat template."""
 
@@ -33,6 +40,13 @@ class Encoder(Protocol):
     def chat(self, messages: list[Any], tools: list[Any] | None) -> list[int]:
         """Tokens of a conversation, up to where the answer begins."""
 
+    def media(self, messages: list[Any], tools: list[Any] | None) -> tuple[Tokens, list[Run]]:
+        """The same of one with pictures, and (end, patches) of each, see `MediaRuns`.
+
+        Raises:
+            UncountableMedia
+        """
+
 
 @dataclass
 class JobFile:
@@ -41,8 +55,9 @@ class JobFile:
     ids, lines: its id and line number. token_ids: int32 prompts. max_output_tokens: limits.
     known_output_tokens: lengths that are certain, -1 elsewhere. given_limits: max_tokens of lines
     of token ids, -1 without.
+    runs: (request, end, patches) of the pictures, see `MediaRuns`.
     too_long, media: (id, line) of lines left out: no room for an answer within the context
-    length; content that is not text.
+    length; pictures that cannot be counted. media_fault: why the first of these is.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -53,24 +68,23 @@ class JobFile:
     given_limits: list[int] = field(default_factory=list)
     too_long: list[tuple[str, int]] = field(default_factory=list)
     media: list[tuple[str, int]] = field(default_factory=list)
+    media_fault: str = ""
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One line: its prompts, its limit (None: the context length), whether it is exact, and the
-    limit that was given beside an exact length."""
+    """One line: its prompts, its limit (None: the context length), whether it is exact, the limit
+    that was given beside an exact length, and the pictures of its (only) prompt."""
 
     prompts: list[NDArray[np.int32]]
     limit: int | None
     exact: bool
     given_limit: int = -1
+    runs: tuple[Run, ...] = ()
 
 
 class _BadLine(ValueError):
-    pass
-
-
-class _NotText(Exception):
     pass
 
 
@@ -109,13 +123,17 @@ def read_job_file(
     with stream:
         for line in iter_lines(stream, _MAX_LINE_BYTES):
             try:
-                name, request = _request(line.data, tokenizer)
+                entry = _entry(line.data)
+                name = _name(entry, "id" if "input_ids" in entry else "custom_id")
                 if name in seen:
                     raise _BadLine(
                         f"the id {name!r} is that of line {seen[name]} already; make ids unique"
                     )
                 seen[name] = line.number
-                _add(job, name, line.number, request, context_length)
+                _add(job, name, line.number, _request(entry, tokenizer), context_length)
+            except UncountableMedia as error:
+                job.media_fault = job.media_fault or str(error)
+                job.media.append((name, line.number))
             except _BadLine as error:
                 if leave_out is None:
                     raise JobFileError(f"{path}, line {line.number}: {error}") from error
@@ -128,12 +146,7 @@ def read_job_file(
     return job
 
 
-def _add(
-    job: JobFile, name: str, number: int, request: _Request | None, context_length: int
-) -> None:
-    if request is None:
-        job.media.append((name, number))
-        return
+def _add(job: JobFile, name: str, number: int, request: _Request, context_length: int) -> None:
     for prompt in request.prompts:
         room = context_length - len(prompt)
         # A scoring request may fill the context; any other needs room for a token.
@@ -141,6 +154,7 @@ def _add(
             job.too_long.append((name, number))
             continue
         limit = room if request.limit is None else min(request.limit, room)
+        job.runs.extend((len(job.ids), *run) for run in request.runs)
         job.ids.append(name)
         job.lines.append(number)
         job.token_ids.append(prompt)
@@ -149,38 +163,39 @@ def _add(
         job.given_limits.append(request.given_limit)
 
 
-def _request(data: bytes | None, tokenizer: Callable[[], Encoder]) -> tuple[str, _Request | None]:
+def _entry(data: bytes | None) -> dict[str, Any]:
     if data is None:
         raise _BadLine(f"longer than {_MAX_LINE_BYTES} bytes; split the file's requests into lines")
     try:
         entry = read_entry(data).fields
     except UnreadableLine as error:
         raise _BadLine(f"{error} Write one JSON object per line") from error
-    if "input_ids" in entry:
-        return _token_line(entry)
-    if "body" in entry:
-        return _batch_line(entry, tokenizer)
+    if "input_ids" in entry or "body" in entry:
+        return entry
     raise _BadLine(
         "no request; a line must be a JSON object with custom_id, method, url and body (OpenAI "
         "batch), or with id, input_ids and perhaps output_len (token ids)"
     )
 
 
+def _request(entry: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    return _token_line(entry) if "input_ids" in entry else _batch_line(entry, tokenizer)
+
+
 # -- token ids
 
 
-def _token_line(entry: dict[str, Any]) -> tuple[str, _Request]:
+def _token_line(entry: dict[str, Any]) -> _Request:
     for key in entry:
         if key not in _TOKEN_FIELDS:
             near = difflib.get_close_matches(key, _TOKEN_FIELDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_TOKEN_FIELDS)}"
             raise _BadLine(f"unknown key {key!r}; {hint}")
-    name = _name(entry, "id")
     prompt = _token_array(entry["input_ids"], "input_ids")
     output, limit = _count(entry, "output_len", 0), _count(entry, "max_tokens", 1)
     if output is None or limit is None:
-        return name, _Request([prompt], limit if output is None else output, output is not None)
-    return name, _Request([prompt], min(output, limit), exact=True, given_limit=limit)
+        return _Request([prompt], limit if output is None else output, output is not None)
+    return _Request([prompt], min(output, limit), exact=True, given_limit=limit)
 
 
 def _name(entry: Mapping[str, Any], key: str) -> str:
@@ -225,10 +240,7 @@ def _shown(value: Any) -> str:
 # -- OpenAI batch
 
 
-def _batch_line(
-    entry: dict[str, Any], tokenizer: Callable[[], Encoder]
-) -> tuple[str, _Request | None]:
-    name = _name(entry, "custom_id")
+def _batch_line(entry: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
     body, url = entry["body"], entry.get("url")
     if not isinstance(body, dict):
         raise _BadLine(f"body is {_shown(body)}; it must be a JSON object")
@@ -240,13 +252,12 @@ def _batch_line(
     }
     if url not in readers:
         raise _BadLine(f"url is {_shown(url)}; it must be one of {', '.join(readers)}")
-    try:
-        request = readers[url](body, tokenizer)
-    except _NotText:
-        return name, None
+    request = readers[url](body, tokenizer)
     copies = _count(body, "n", 1) or 1
-    return name, _Request(
-        request.prompts * copies, request.limit, bool(body.get("ignore_eos")) or request.exact
+    return replace(
+        request,
+        prompts=request.prompts * copies,
+        exact=bool(body.get("ignore_eos")) or request.exact,
     )
 
 
@@ -254,8 +265,8 @@ def _chat(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
     limit = _count(body, "max_completion_tokens", 0)
     if limit is None:
         limit = _count(body, "max_tokens", 0)
-    ids = _conversation(body.get("messages"), "messages", body.get("tools"), tokenizer)
-    return _Request([ids], limit, exact=False)
+    ids, runs = _conversation(body.get("messages"), "messages", body.get("tools"), tokenizer)
+    return _Request([ids], limit, exact=False, runs=tuple(runs))
 
 
 def _response(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
@@ -263,8 +274,9 @@ def _response(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Reques
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if isinstance(messages, list) and isinstance(body.get("instructions"), str):
         messages = [{"role": "system", "content": body["instructions"]}, *messages]
-    ids = _conversation(messages, "input", body.get("tools"), tokenizer)
-    return _Request([ids], _count(body, "max_output_tokens", 0), exact=False)
+    ids, runs = _conversation(messages, "input", body.get("tools"), tokenizer)
+    limit = _count(body, "max_output_tokens", 0)
+    return _Request([ids], limit, exact=False, runs=tuple(runs))
 
 
 def _completion(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
@@ -292,24 +304,31 @@ def _prompts(value: Any, key: str, tokenizer: Callable[[], Encoder]) -> Iterator
 
 def _conversation(
     messages: Any, key: str, tools: Any, tokenizer: Callable[[], Encoder]
-) -> NDArray[np.int32]:
+) -> tuple[Tokens, list[Run]]:
     if not isinstance(messages, list) or not messages:
         raise _BadLine(f"{key} is {_shown(messages)}; it must be a list of messages")
     plain = []
+    has_media = False
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _BadLine(f"{key} holds {_shown(message)}; every message needs a role and content")
-        plain.append({**message, "content": _plain_text(message.get("content"), key)})
+        text = _plain_text(message.get("content"), key)
+        has_media = has_media or text is None
+        plain.append({**message, "content": text})
+    tools = tools if isinstance(tools, list) else None
     try:
-        ids = tokenizer().chat(plain, tools if isinstance(tools, list) else None)
-    except JobFileError:
+        if has_media:
+            return tokenizer().media(messages, tools)
+        ids = tokenizer().chat(plain, tools)
+    except (JobFileError, UncountableMedia):
         raise
     except Exception as error:  # Templates are programs of the model's authors.
         raise _BadLine(f"the chat template refuses {key}: {error}; mend the messages") from error
-    return np.array(ids, dtype=np.int32)
+    return np.array(ids, dtype=np.int32), []
 
 
-def _plain_text(content: Any, key: str) -> str:
+def _plain_text(content: Any, key: str) -> str | None:
+    """Of a message's content; None where some of it is no text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -320,6 +339,6 @@ def _plain_text(content: Any, key: str) -> str:
     for part in content:
         text = part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str):
-            raise _NotText
+            return None
         texts.append(text)
     return "\n".join(texts)

@@ -22,6 +22,7 @@ from blendserve.planner import (
     CostModel,
     HardwareError,
     Job,
+    MediaRuns,
     ModelSpecError,
     Partition,
     Plan,
@@ -162,13 +163,14 @@ def _report(options: argparse.Namespace, leave_out: Callable[[int, str], None] |
     if not job_file.ids:
         raise PlanError(
             f"{options.input}: none of its lines can be planned: {len(job_file.too_long)} are too "
-            f"long for the {context} tokens of {cost_model.model.name}, {len(job_file.media)} are "
-            "not text"
+            f"long for the {context} tokens of {cost_model.model.name}, {len(job_file.media)} have "
+            f"media that cannot be counted {job_file.media_fault}".rstrip()
         )
     job = Job(
         token_ids=job_file.token_ids,
         max_output_tokens=np.array(job_file.max_output_tokens),
         known_output_tokens=np.array(job_file.known_output_tokens),
+        media=MediaRuns(*np.array(job_file.runs, dtype=np.int64).reshape(-1, 3).T),
     )
     started = time.perf_counter()
     config = PlannerConfig(sample_fraction=options.sample_fraction)
@@ -250,7 +252,7 @@ def warnings(report: Report) -> list[str]:
     found = list(model.caveats)
     for lines, reason in (
         (job.too_long, f"leave no room for an answer in {model.context_length} tokens of context"),
-        (job.media, "carry something else than text"),
+        (job.media, f"have media that cannot be counted ({job.media_fault})"),
     ):
         if lines:
             name, line = lines[0]
@@ -300,7 +302,7 @@ def alone_seconds(report: Report) -> np.ndarray:
     weights = cost_model.step_costs.token_seconds(1) + cost_model.step_costs.step
     seconds = np.empty(tree.num_leaves)
     seconds[tree.requests] = (
-        cost_model.prefill_seconds_saved(tree.length)
+        plan.encoder.saved_seconds(cost_model, tree.requests, tree.length)
         + output * weights
         + cost_model.memory_seconds(tree.length, output)
     )

@@ -70,9 +70,9 @@ def icicle(report: Report, tree: PrefixTree) -> tuple[NDArray[np.float64], int]:
     output = plan.estimated_output_tokens[plan.order]
     marks = annotate(
         tree,
-        cost_model.compute_seconds(length, output),
+        plan.encoder.compute_seconds(cost_model, plan.order, length, output),
         cost_model.memory_seconds(length, output),
-        cost_model.prefill_seconds_saved,
+        plan.encoder.saved(cost_model),
     )
     n = tree.num_leaves
     columns = min(_COLUMNS, n)

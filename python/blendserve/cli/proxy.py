@@ -7,6 +7,7 @@ passed on names whose KV it may share. The engine's own key never comes back.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 
 import httpx
 from starlette.requests import ClientDisconnect, Request
@@ -59,11 +60,18 @@ class EngineProxy:
     """ASGI: passes requests on to the engine that is up. 503 while there is none."""
 
     def __init__(
-        self, executor: RemoteExecutor, keys: ApiKeys, *, allow_remote_urls: bool = False
+        self,
+        executor: RemoteExecutor,
+        keys: ApiKeys,
+        *,
+        allow_remote_urls: bool = False,
+        media_root: Path | None = None,
     ) -> None:
         self._executor = executor
         self._keys = keys
-        self._bodies = TenantBodies(_IDLE_SECONDS, allow_remote_urls=allow_remote_urls)
+        self._bodies = TenantBodies(
+            _IDLE_SECONDS, allow_remote_urls=allow_remote_urls, media_root=media_root
+        )
         self._client = engine_client()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

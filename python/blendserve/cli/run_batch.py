@@ -129,7 +129,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _checked_run(options: argparse.Namespace, server_flags: list[str], console: Console) -> int:
     settings = settings_of(split_flags(server_flags)[0])
-    limits = replace(LIMITS, allow_remote_urls=settings.allow_remote_urls)
+    limits = replace(
+        LIMITS,
+        allow_remote_urls=settings.allow_remote_urls,
+        media_root=settings.media_root,
+    )
     _check_paths(options)
     with plain_file(options.input, _spool_folder(options)) as source:
         checked = check(

@@ -40,7 +40,7 @@ _NO_MIXED_STEPS = (
 _CPU_FLAGS = (
     "--device", "cpu",
     "--max-total-tokens", "16384",
-    "--mem-fraction-static", "0.1",
+    "--mem-fraction-static", "0.4",
     "--chunked-prefill-size", "512",
     "--attention-backend", "blend",
     "--sleep-on-idle",
@@ -58,6 +58,7 @@ _SETTING_FLAGS = (
         "api_keys_file",
         "engine_hang_seconds",
         "allow_remote_urls",
+        "media_root",
         "allowed_hosts",
     ),
 )

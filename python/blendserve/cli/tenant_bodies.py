@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -32,11 +33,15 @@ class TenantBodies:
     Args:
         idle_seconds: how long a body may stay silent, see `timely`.
         allow_remote_urls: whether a body may name http(s) media.
+        media_root: folder below which it may name files.
     """
 
-    def __init__(self, idle_seconds: float, *, allow_remote_urls: bool) -> None:
+    def __init__(
+        self, idle_seconds: float, *, allow_remote_urls: bool, media_root: Path | None = None
+    ) -> None:
         self._idle_seconds = idle_seconds
         self._allow_remote_urls = allow_remote_urls
+        self._media_root = media_root
 
     async def checked(self, request: Request) -> bytes | None:
         """The body to pass on: what has been checked, written anew, so that the engine reads no
@@ -95,7 +100,9 @@ class TenantBodies:
 
     def _faults(self, path: str, body: dict[str, Any]) -> Iterator[LineFault]:
         yield from steering_faults({name: body[name] for name in body.keys() - _SALTS})
-        yield from content_faults(body, allow_remote_urls=self._allow_remote_urls)
+        yield from content_faults(
+            body, allow_remote_urls=self._allow_remote_urls, media_root=self._media_root
+        )
         if path == "/v1/responses" and body.get("previous_response_id") is not None:
             yield LineFault(
                 "unsupported_parameter",

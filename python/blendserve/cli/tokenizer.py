@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blendserve.cli.job_file import JobFileError
+from blendserve.cli.job_file import JobFileError, Run, Tokens, UncountableMedia
 
 
 class ModelTokenizer:
@@ -32,6 +32,8 @@ class ModelTokenizer:
         except ModelPathError as error:
             raise JobFileError(str(error)) from error
         self._full: Any = None
+        self._media: Any = None
+        self._media_fault: str | None = None
         self._plain: Any = None
         file = Path(self._name) / "tokenizer.json"
         if file.is_file():
@@ -69,6 +71,27 @@ class ModelTokenizer:
         if self._plain is not None:
             return list(self._plain.encode(text, add_special_tokens=False).ids)
         return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def media(self, messages: list[Any], tools: list[Any] | None) -> tuple[Tokens, list[Run]]:
+        """Tokens of a conversation with pictures, and (end, patches) of each."""
+        if self._media is None and self._media_fault is None:
+            self._load_media()
+        if self._media is None:
+            raise UncountableMedia(self._media_fault)
+        try:
+            ids, runs = self._media.read(messages, tools)
+        except Exception as error:
+            # Of any type: the model's processor and SGLang's reading of parts are in there.
+            raise UncountableMedia(str(error) or type(error).__name__) from error
+        return ids, [(run.end, run.patches) for run in runs]
+
+    def _load_media(self) -> None:
+        from blendserve.runtime.media_model import MediaModel, NoMediaModel
+
+        try:
+            self._media = MediaModel(self._name)
+        except (NoMediaModel, ImportError) as error:
+            self._media_fault = str(error)
 
     def _transformers(self) -> Any:
         if self._full is not None:

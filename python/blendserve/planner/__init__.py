@@ -23,6 +23,7 @@ from .kv_account import Candidate, KVAccount
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
+from .media import EncoderWork, MediaRuns
 from .memory_forecast import MemoryForecast
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
@@ -53,6 +54,7 @@ __all__ = [
     "Candidate",
     "CostModel",
     "DualScanner",
+    "EncoderWork",
     "FlatTokens",
     "Gather",
     "Hardware",
@@ -61,6 +63,7 @@ __all__ = [
     "KVAccount",
     "KVView",
     "LengthModel",
+    "MediaRuns",
     "MemoryForecast",
     "ModelSpec",
     "ModelSpecError",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .cost_model import density
-from .prefix_tree import Floats, Ints, PrefixTree
+from .prefix_tree import Floats, PrefixTree
 
-# Prefix tokens (m,) -> compute seconds (m,) that finding them in the cache saves.
-SavedSeconds = Callable[[Ints], Floats]
+# A tree -> for each inner node the compute seconds (m,) that finding its prefix in the cache saves.
+SavedSeconds = Callable[[PrefixTree], Floats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def annotate(tree: PrefixTree, compute: Floats, memory: Floats, saved: SavedSeco
     """Sums and densities of every node. compute, memory: (n,) seconds in leaf order."""
     compute_sum = tree.subtree_sum(compute)
     memory_sum = tree.subtree_sum(memory)
-    saved_sum = tree.saved_in_subtree(saved(tree.depth))
+    saved_sum = tree.saved_in_subtree(saved(tree))
     return Annotation(
         compute_seconds=compute_sum,
         memory_seconds=memory_sum,
@@ -58,7 +58,7 @@ def amortised_compute(tree: PrefixTree, compute: Floats, saved: SavedSeconds) ->
 
     compute: (n,) seconds in leaf order, without sharing.
     """
-    prefix = saved(tree.depth)
+    prefix = saved(tree)
     leaves_below = np.maximum(tree.end - tree.first, 1)
     path = np.zeros(tree.num_nodes)
     for nodes in tree.levels[1:]:

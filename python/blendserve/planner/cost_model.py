@@ -122,6 +122,21 @@ class CostModel:
         """
         return self.compute_seconds(cached_tokens, 0.0)
 
+    def encoder_seconds(self, patches: ArrayLike) -> Floats:
+        """2 V P + 4 L H P min(P, R) FLOPs at the rate of the GEMMs: what the vision encoder takes
+        for a picture of P patches, each of which V parameters work on, and which attends to R
+        others at most. 0 where the model has no encoder, or it is not known."""
+        p = np.asarray(patches, dtype=np.float64)
+        vision = self.model.vision
+        if vision is None:
+            return np.zeros_like(p)
+        pairs = p * (np.minimum(p, vision.reach) if vision.reach else p)
+        if vision.window:
+            full = vision.full_layers / vision.layers
+            pairs = full * pairs + (1 - full) * p * np.minimum(p, vision.window)
+        flops = 2.0 * vision.params_per_patch * p + 4.0 * vision.layers * vision.width * pairs
+        return np.asarray(flops * self.rates.token / (2.0 * self.model.params_per_token))
+
     def density(self, prompt_tokens: ArrayLike, output_tokens: ArrayLike) -> Floats:
         """rho of requests on their own; inf where d = 0."""
         return density(

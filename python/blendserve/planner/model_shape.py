@@ -20,7 +20,8 @@ _KNOWN_TYPES = (
     "gemma3n, glm, glm4, glm4_moe, gpt_oss, granite, internlm2, internlm3, internvl_chat, "
     "kimi_k2, llama, llama4, llama4_text, llava, mimo, minicpm, minicpm3, mistral, mistral3, "
     "mixtral, mllama, olmo, olmo2, phi3, phi4mm, phimoe, qwen, qwen2, qwen2_5_vl, qwen2_moe, "
-    "qwen2_vl, qwen3, qwen3_moe, qwen3_next, qwen3_vl, qwen3_vl_moe, seed_oss, smollm3, solar, "
+    "qwen2_5_vl_text, qwen2_vl, qwen2_vl_text, qwen3, qwen3_moe, qwen3_next, qwen3_vl, "
+    "qwen3_vl_moe, qwen3_vl_moe_text, qwen3_vl_text, seed_oss, smollm3, solar, "
     "stablelm, starcoder2, yi"
 )
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .model_shape import ConfigReader, ModelShape, ModelSpecError, parameter_counts
+from .vision_shape import VisionShape, vision_shape
 
 __all__ = ["MODEL_SPECS", "ModelSpec", "ModelSpecError", "model_spec"]
 
@@ -50,6 +51,7 @@ class ModelSpec:
     dtype_bytes: bytes per element of the serving dtype.
     weight_dtype, kv_dtype: of the matrices and of the KV cache, as kernel tables name them.
     shape: the integers that all this follows from.
+    vision: the encoder of pictures; None where there is none.
     caveats: what of the config this reading does not know; to be shown to whoever relies on it.
     """
 
@@ -75,6 +77,7 @@ class ModelSpec:
     kv_dtype: str
     shape: ModelShape
     caveats: tuple[str, ...] = ()
+    vision: VisionShape | None = None
 
     @classmethod
     def from_config(
@@ -137,6 +140,7 @@ class ModelSpec:
             kv_dtype="fp8" if kv_element == 1 else "bfloat16",
             shape=shape,
             caveats=reader.caveats(),
+            vision=vision_shape(mapping),
         )
 
     def with_kv_bytes(self, factor: float) -> ModelSpec:

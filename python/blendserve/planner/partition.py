@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .annotation import amortised_compute
 from .cost_model import CostModel, density
+from .media import EncoderWork
 from .plan import Plan
 from .prefix_tree import Floats, Ints, PrefixTree
 from .transform import CommonPrefix
@@ -179,14 +180,17 @@ def _cheapest_cut(
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """Of each position of the plan: unshared costs, leaf of the tree; and how prefixes compare."""
+    """Of each position of the plan: the request, its unshared costs, its leaf of the tree; and how
+    prefixes compare."""
 
+    request: Ints
     compute: Floats
     memory: Floats
     length: Ints
     leaf: Ints
     common: CommonPrefix
     cost_model: CostModel
+    encoder: EncoderWork
 
     @staticmethod
     def of(plan: Plan, cost_model: CostModel) -> _Sums:
@@ -197,13 +201,19 @@ class _Sums:
         length = tree.length[leaf]
         output = plan.estimated_output_tokens[plan.order]
         return _Sums(
-            compute=cost_model.compute_seconds(length, output),
+            request=plan.order,
+            compute=plan.encoder.compute_seconds(cost_model, plan.order, length, output),
             memory=cost_model.memory_seconds(length, output),
             length=length,
             leaf=leaf,
             common=CommonPrefix(tree.shared),
             cost_model=cost_model,
+            encoder=plan.encoder,
         )
+
+    def saved(self, positions: Ints, cached: Ints) -> Floats:
+        """Compute that the requests at these positions save by so many cached tokens."""
+        return self.encoder.saved_seconds(self.cost_model, self.request[positions], cached)
 
     def shared(self, positions: Ints) -> Ints:
         """Tokens in common with the predecessor, within these positions."""
@@ -230,13 +240,13 @@ def _even_out(plan: Plan, sums: _Sums, owner: Ints, replicas: int) -> Ints:
 
 def _even_out_once(sums: _Sums, owner: Ints, replicas: int, budget: float) -> float | None:
     """Changes `owner` in place; the prefix tokens that it cost, None if nothing was moved."""
-    compute, prefix = np.zeros(replicas), np.zeros(len(owner))
+    compute, prefix = np.zeros(replicas), np.zeros(len(owner), dtype=np.int64)
     for k in range(replicas):
         at = np.flatnonzero(owner == k)
         shared = sums.shared(at)
-        compute[k] = (sums.compute[at] - sums.cost_model.prefill_seconds_saved(shared)).sum()
+        compute[k] = (sums.compute[at] - sums.saved(at, shared)).sum()
         prefix[at] = np.maximum(shared, np.append(shared, 0)[1:])
-    tail = sums.compute - sums.cost_model.prefill_seconds_saved(prefix)
+    tail = sums.compute - sums.saved(np.arange(len(owner)), prefix)
     memory = np.bincount(owner, sums.memory, minlength=replicas)
     scale = max(float(compute.mean()), float(memory.mean()))
     settled = np.zeros(len(owner), dtype=bool)
@@ -324,7 +334,7 @@ def _sub_plan(plan: Plan, sums: _Sums, at: Ints) -> Plan:
     order = plan.order[at]
     shared = sums.shared(at)
     planned = PrefixTree.from_lcp(order, sums.length[at], shared)
-    saved = sums.cost_model.prefill_seconds_saved
+    saved = sums.encoder.saved(sums.cost_model)
     compute = amortised_compute(planned, sums.compute[at], saved)
     memory = sums.memory[at]
     rho = density(compute, memory)

@@ -14,6 +14,7 @@ from .cost_model import CostModel, density
 from .flat_tokens import FlatTokens
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
+from .media import EncoderWork, MediaRuns
 from .prefix_tree import Floats, Ints, PrefixTree
 from .spread import spread_known
 from .transform import transform
@@ -66,12 +67,14 @@ class Job:
     token_ids: n prompts, 1-d integer arrays.
     max_output_tokens: (n,) limit on each output; anything that converts to int64.
     known_output_tokens: (n,) lengths known beforehand, -1 where unknown; None when none is.
+    media: the pictures in the prompts.
     Raises ValueError for shapes that do not match or negative limits.
     """
 
     token_ids: Sequence[NDArray[np.int32]]
     max_output_tokens: NDArray[Any]
     known_output_tokens: NDArray[Any] | None = None
+    media: MediaRuns = field(default_factory=MediaRuns.none)
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -93,12 +96,14 @@ class Job:
         offsets: NDArray[Any],
         max_output_tokens: NDArray[Any],
         known_output_tokens: NDArray[Any] | None = None,
+        media: MediaRuns | None = None,
     ) -> Job:
         """A job whose prompts stand end to end in one array, tokens[offsets[r] : offsets[r + 1]]:
         the leanest form, as int32 tokens are never copied. Raises ValueError for ids outside
         0 .. 2^31 - 1 and offsets that do not cover the tokens in order."""
         prompts = FlatTokens.checked(tokens, offsets)
-        return cls(prompts, max_output_tokens, known_output_tokens)
+        media = MediaRuns.none() if media is None else media
+        return cls(prompts, max_output_tokens, known_output_tokens, media)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -134,6 +139,7 @@ class Plan:
     split_nodes: prefix tree nodes that the transformation split. moved_requests: requests that
         stand apart from those with which they share most, and so compute some prefix again.
     tree: of the whole job; hand it back to `make_plan` to plan again without building it anew.
+    encoder: work of the vision encoder for the job's pictures.
     """
 
     order: Ints
@@ -153,6 +159,7 @@ class Plan:
     split_nodes: int
     moved_requests: int
     tree: PrefixTree = field(repr=False)
+    encoder: EncoderWork = field(repr=False)
 
 
 def make_plan(
@@ -212,9 +219,10 @@ def make_plan(
 
     rest = tree.subset(waiting[tree.requests])
     leaf_output = output[rest.requests]
-    compute = cost_model.compute_seconds(rest.length, leaf_output)
+    encoder = EncoderWork.of(cost_model, job.media)
+    compute = encoder.compute_seconds(cost_model, rest.requests, rest.length, leaf_output)
     memory = config.memory_seconds(cost_model, rest, leaf_output)
-    saved = cost_model.prefill_seconds_saved
+    saved = encoder.saved(cost_model)
     result = transform(rest, compute, memory, saved, config.sharing_preserved)
 
     order = rest.requests[result.order]
@@ -258,6 +266,7 @@ def make_plan(
         split_nodes=int(result.split_nodes.sum()),
         moved_requests=int((in_common < rest.depth[rest.leaf_parent[result.order]]).sum()),
         tree=tree,
+        encoder=encoder,
     )
 
 

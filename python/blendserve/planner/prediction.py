@@ -162,7 +162,8 @@ def predict_order(
     leaves = leaf[order]
     prompt, output = tree.length[leaves], plan.estimated_output_tokens[order]
     cached = replay_cache(tree, leaves, output, capacity)
-    compute = cost_model.compute_seconds(prompt, output) - cost_model.prefill_seconds_saved(cached)
+    compute = plan.encoder.compute_seconds(cost_model, order, prompt, output)
+    compute = compute - plan.encoder.saved_seconds(cost_model, order, cached)
     memory = cost_model.memory_seconds(prompt, output)
     held = np.asarray(account_tokens(prompt - cached, output), dtype=np.float64)  # type: ignore[arg-type]
     window = np.floor((np.cumsum(held) - held) / capacity).astype(np.int64)
@@ -241,8 +242,8 @@ def predict(
     planned[plan.order] = True
     tree = plan.tree.subset(planned[plan.tree.requests])
     output = plan.estimated_output_tokens[tree.requests]
-    compute = cost_model.compute_seconds(tree.length, output)
-    compute = compute - cost_model.prefill_seconds_saved(tree.shared)
+    compute = plan.encoder.compute_seconds(cost_model, tree.requests, tree.length, output)
+    compute = compute - plan.encoder.saved_seconds(cost_model, tree.requests, tree.shared)
     memory = cost_model.memory_seconds(tree.length, output)
     work = np.cumsum(compute + memory)
     cuts = np.searchsorted(work, (work[-1] if len(work) else 0.0) * np.arange(1, k) / k)

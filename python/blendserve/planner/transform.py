@@ -194,8 +194,8 @@ def _outliers(
     Ranked by how far off they stand (log of the density ratio to their unit's) times the seconds
     they stand for, per prefix token that moving them costs.
     """
-    planned = PrefixTree.from_lcp(result.order, tree.length[result.order], result.shared)
     order = result.order
+    planned = PrefixTree.from_lcp(tree.requests[order], tree.length[order], result.shared)
     own_compute = amortised_compute(planned, compute[order], saved)
     unit = result.unit_density[result.unit]
     in_place = density(own_compute, memory[order])
@@ -239,7 +239,7 @@ def _lay_out(
     children = size.copy()
     alive = np.zeros(m, dtype=bool)
     levels = [nodes[~split[nodes]] for nodes in tree.levels]
-    prefix = saved(tree.depth)
+    prefix = saved(tree)
     for nodes in reversed(levels[1:]):
         nodes = nodes[size[nodes] > 0]
         alive[nodes] = True

@@ -5,7 +5,8 @@ which is before it imports ``torchvision`` and ``sgl_kernel``. PyPI has CUDA bui
 both, so on a machine without CUDA this module puts stand-ins in their place: SGLang's dense
 models need nothing of them but names at import time, and one real function. On a machine with
 CUDA it does nothing. Real packages that can be imported are left in place; SGLang's CUDA build of
-sgl_kernel cannot without NVIDIA's driver.
+sgl_kernel cannot without NVIDIA's driver. Models that read images need the real torchvision, which
+can be imported once its operators are declared (`cpu_media`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
+
+from blendserve.runtime.cpu_media import declare_sglang_operators, declare_torchvision_operators
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +163,13 @@ def _install_sgl_kernel() -> None:
     why = "speculative decoding, HiCache and AMX kernels need SGLang's own sgl_kernel build."
     kernels = {name: _unsupported(f"sgl_kernel.{name}", why) for name in _UNSUPPORTED_KERNELS}
     _new_module("sgl_kernel", assign_req_to_token_pool_cpu=assign_req_to_token_pool_cpu, **kernels)
+    declare_sglang_operators()
 
 
 def _install_torchvision() -> None:
     if _is_installed("torchvision"):
+        if "torchvision" not in sys.modules:
+            declare_torchvision_operators()
         return
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.utils import import_utils

@@ -24,6 +24,7 @@ from blendserve.runtime.guard import not_live
 from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.media_checks import checking_media, kinds_read
 from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
@@ -85,7 +86,8 @@ class BlendExecutor:
             tokenizer_manager._create_tokenized_object,
             ModelLimits.of(tokenizer_manager, kv_tokens, page_size),
         )
-        generate = guarded(salted(tokenizer_manager.generate_request))
+        generate = salted(tokenizer_manager.generate_request)
+        generate = guarded(checking_media(generate, kinds_read(tokenizer_manager)))
         tokenizer_manager.generate_request = paced(generate, pacer)
         app.add_middleware(RefuseBodies)
         self._reader = PromptReader(app, tokenizer_manager)
@@ -183,6 +185,7 @@ class BlendExecutor:
         # Reads files, so it is done before anybody asks.
         logger.info("BlendServe: this engine is %s", self.fingerprint)
         refuse_in_handlers(self._app.state)
+        self._reader.probe_on(asyncio.get_running_loop())
         self._threads.planning.submit(self._planner.start)
         self._tasks.append(asyncio.create_task(self._receiver.run()))
         if self._server_args.enable_metrics:

@@ -77,6 +77,7 @@ def mount(
             max_running=settings.max_running_batches,
             max_open_batches=settings.max_open_batches,
             allow_remote_urls=settings.allow_remote_urls,
+            media_root=settings.media_root,
         )
         store = BatchStore(settings.batch_dir)
     except (UnsupportedSGLang, BatchDirectoryError, ValueError) as error:

@@ -20,6 +20,7 @@ import numpy as np
 
 from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import LineSource
+from blendserve.planner import MediaRuns
 from blendserve.runtime.plan_worker import Planner, PromptBatch
 from blendserve.runtime.prompts import Prompt, PromptReader
 
@@ -115,4 +116,11 @@ def _batch(prompts: Sequence[Prompt]) -> PromptBatch:
         lengths=np.array([len(ids) for ids in tokens], dtype=np.int64),
         max_output_tokens=np.array([p.max_output_tokens for p in prompts], dtype=np.int64),
         ignore_eos=np.array([p.ignore_eos for p in prompts], dtype=np.bool_),
+        media=_media(prompts),
     )
+
+
+def _media(prompts: Sequence[Prompt]) -> MediaRuns:
+    runs = [(at, run.end, run.patches) for at, p in enumerate(prompts) for run in p.media]
+    request, end, patches = np.array(runs, dtype=np.int64).reshape(-1, 3).T
+    return MediaRuns(request, end, patches)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from blendserve.planner import (
     CostModel,
     DualScanner,
     Job,
+    MediaRuns,
     NextUse,
     Plan,
     PlannerConfig,
@@ -48,12 +49,14 @@ class PromptBatch:
         lengths: int64 [k], prompt tokens.
         max_output_tokens: int64 [k].
         ignore_eos: bool [k], true where the output is as long as its limit.
+        media: the pictures in them; requests are numbered within the batch.
     """
 
     tokens: NDArray[np.int32]
     lengths: Ints
     max_output_tokens: Ints
     ignore_eos: NDArray[np.bool_]
+    media: MediaRuns = field(default_factory=MediaRuns.none)
 
 
 def _positions(values: array[int]) -> Ints:
@@ -227,6 +230,7 @@ class _PlannedJob:
         self._lengths = array("q")
         self._limits = array("q")
         self._exact = array("b")
+        self._media = {name: array("q") for name in ("request", "end", "patches")}
         self._job: Job | None = None
         self._tree: PrefixTree | None = None
         self._started: set[int] = set()
@@ -235,6 +239,9 @@ class _PlannedJob:
         self._timetable: Timetable | None = None
 
     def append(self, batch: PromptBatch) -> None:
+        media = replace(batch.media, request=batch.media.request + len(self._lengths))
+        for name, values in self._media.items():
+            values.frombytes(np.asarray(getattr(media, name), dtype=np.int64).tobytes())
         self._tokens.frombytes(batch.tokens.astype(np.int32, copy=False).tobytes())
         self._lengths.frombytes(batch.lengths.astype(np.int64, copy=False).tobytes())
         self._limits.frombytes(batch.max_output_tokens.astype(np.int64, copy=False).tobytes())
@@ -266,8 +273,15 @@ class _PlannedJob:
         limits = _view(self._limits, np.int64)
         exact = _view(self._exact, np.int8).astype(bool)
         return Job.from_flat(
-            _view(self._tokens, np.int32), offsets, limits, np.where(exact, limits, -1)
+            _view(self._tokens, np.int32),
+            offsets,
+            limits,
+            np.where(exact, limits, -1),
+            self._runs(),
         )
+
+    def _runs(self) -> MediaRuns:
+        return MediaRuns(**{name: _view(values, np.int64) for name, values in self._media.items()})
 
     def _remember(self, plan: Plan) -> None:
         """Keep the tree, which does not change, and let go of the prompts, which it stands for."""
@@ -279,6 +293,7 @@ class _PlannedJob:
             np.zeros(n + 1, dtype=np.int64),
             limits,
             np.where(exact, limits, -1),
+            self._runs(),
         )
         self._tree = plan.tree
         self._tokens = array("i")
@@ -322,8 +337,8 @@ def _bound_seconds(plan: Plan, cost_model: CostModel) -> float:
         return 0.0
     rest = plan.tree.subset(~np.isnan(plan.request_density[plan.tree.requests]))
     output = plan.estimated_output_tokens[rest.requests]
-    compute = cost_model.compute_seconds(rest.length, output)
-    compute = compute - cost_model.prefill_seconds_saved(rest.shared)
+    compute = plan.encoder.compute_seconds(cost_model, rest.requests, rest.length, output)
+    compute = compute - plan.encoder.saved_seconds(cost_model, rest.requests, rest.shared)
     return float(max(compute.sum(), cost_model.memory_seconds(rest.length, output).sum()))
 
 

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 
 from blendserve.batch.errors import cause_of, reason_of
 from blendserve.batch.line_parser import is_too_deep, too_deep
+from blendserve.runtime.media_checks import keeping_media
 from blendserve.runtime.request_checks import check_before
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ def refuse_in_handlers(state: Any) -> None:
     for handler in (getattr(state, name, None) for name in _HANDLERS):
         for step in _STEPS if handler is not None else ():
             setattr(handler, step, refusing(getattr(handler, step)))
+    chat = getattr(state, "openai_serving_chat", None)
+    if chat is not None:
+        chat._convert_to_internal_request = keeping_media(chat._convert_to_internal_request)
     responses = getattr(state, "openai_serving_responses", None)
     if responses is not None:
         responses.create_responses = repeating(responses)
