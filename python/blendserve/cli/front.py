@@ -102,6 +102,7 @@ class Front:
             build_page_router(),
             build_health_router(lambda: self.executor.address is not None),
             self._board.router(),
+            self._proxy.programs_router(),
         ]
         routes = OwnRoutes(routers, rest=self._proxy, lifespan=self._life)
         return OriginGuard(KeyGuard(routes, self._keys), None if self._keys else hosts)

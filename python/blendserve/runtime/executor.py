@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from typing import Any
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSource
 from blendserve.config import Settings
@@ -27,10 +28,16 @@ from blendserve.runtime.line_client import LineClient
 from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
+from blendserve.runtime.program_client import ProgramClient
+from blendserve.runtime.program_job import ProgramJob, ProgramView
 from blendserve.runtime.prompts import PromptReader
 from blendserve.runtime.refusals import RefuseBodies, guarded, refuse_in_handlers
 from blendserve.runtime.request_checks import ModelLimits, checked
+from blendserve.runtime.tickets import Tickets, ticketed
 from sgl_kernel_ext import cpu
+
+if TYPE_CHECKING:
+    from blendserve.runtime.program_routes import Programs, ProgramStream
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +92,9 @@ class BlendExecutor:
             tokenizer_manager._create_tokenized_object,
             ModelLimits.of(tokenizer_manager, kv_tokens, page_size),
         )
-        generate = guarded(salted(tokenizer_manager.generate_request))
-        tokenizer_manager.generate_request = paced(generate, pacer)
+        self._tickets = Tickets()
+        generate = salted(ticketed(tokenizer_manager.generate_request, self._tickets))
+        tokenizer_manager.generate_request = paced(guarded(generate), pacer)
         app.add_middleware(RefuseBodies)
         self._reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
@@ -168,13 +176,47 @@ class BlendExecutor:
             threads=self._threads,
             dispatcher=self._dispatcher,
         )
-        self._runners[job_id] = runner
-        try:
+        with self.shown(runner):
             async with aclosing(runner.run()) as results:
                 async for result in results:
                     yield result
+
+    def program_job(self, given: Programs, salt: str, stream: ProgramStream) -> ProgramJob:
+        """A job of frontend programs, which runs once `run_all` of it does."""
+        view = ProgramView(
+            f"programs_{uuid.uuid4().hex}",
+            name=given.name,
+            programs=len(given.programs),
+            running_limit=given.limit,
+            owner=salt,
+        )
+        client = ProgramClient(
+            salt,
+            stream.go,
+            tickets=self._tickets,
+            dispatcher=self._dispatcher,
+            abort=self._tokenizer_manager.abort_request,
+            tokens_so_far=self._tokens_so_far,
+        )
+        return ProgramJob(
+            view,
+            given.programs,
+            client,
+            stream.limit,
+            reader=self._reader,
+            planner=self._planner,
+            threads=self._threads,
+            dispatcher=self._dispatcher,
+        )
+
+    @contextmanager
+    def shown(self, runner: JobRunner) -> Iterator[None]:
+        """Among the jobs that run, for as long as this lasts."""
+        self._runners[runner.job_id] = runner
+        try:
+            yield
         finally:
-            del self._runners[job_id]
+            del self._runners[runner.job_id]
 
     # -- life and view -------------------------------------------------------------------------
 

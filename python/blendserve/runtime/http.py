@@ -30,6 +30,7 @@ from blendserve.config import load_settings
 from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.executor import BlendExecutor
 from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
+from blendserve.runtime.program_routes import build_programs_router
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def mount(
             app.include_router(
                 build_engine_router(executor, lambda: _engine_view(executor), settings.batch_dir)
             )
+            app.include_router(build_programs_router(executor))
             _extend_life(app, tokenizer_manager, executor, None)
             return
         limits = BatchLimits(
@@ -87,6 +89,7 @@ def mount(
         build_page_router(),
         build_health_router(lambda: tokenizer_manager.server_status.value == "Up"),
         _status_router(executor, service),
+        build_programs_router(executor),
     ]
     # Where SGLang asks for a key, it asks before these.
     hosts = KnownHosts.of(settings.allowed_hosts, server_args.host)

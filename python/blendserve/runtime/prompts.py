@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from blendserve.runtime.request_checks import MAX_SEQUENCES
 
@@ -59,6 +60,8 @@ class PromptReader:
             UnreadablePrompt: the body is one that the server refuses or that has no plain tokens.
             Exception: of any type, out of SGLang's handlers: a body that it does not foresee.
         """
+        if url == "/generate":
+            return self._prompt(GenerateReqInput(**body))
         if url == "/v1/chat/completions":
             handler = self._app.state.openai_serving_chat
             request: Any = ChatCompletionRequest(**body)
@@ -69,7 +72,9 @@ class PromptReader:
             raise UnreadablePrompt(f"{url} has no prompt to plan with")
         if (fault := handler._validate_request(request)) is not None:
             raise UnreadablePrompt(fault)
-        adapted, _ = handler._convert_to_internal_request(request, None)
+        return self._prompt(handler._convert_to_internal_request(request, None)[0])
+
+    def _prompt(self, adapted: Any) -> Prompt:
         token_ids, prompts = self._token_ids(adapted)
         sampling = adapted.sampling_params or {}
         n = 1 if sampling.get("n") is None else sampling["n"]

@@ -1,0 +1,100 @@
+"""A BlendServe server as a backend of SGLang's frontend language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sglang.lang.interpreter as interpreter
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+
+from blendserve.frontend.held import running_program
+from blendserve.frontend.program_run import ProgramRun
+
+# Of ``custom_params``; as the server names it (runtime/tickets.py, which needs more than a client).
+TICKET_PARAM = "blend_ticket"
+
+
+class Endpoint(RuntimeEndpoint):  # type: ignore[misc]
+    """SGLang's `RuntimeEndpoint`, whose `run_batch` is planned by the server as one job.
+
+    Args:
+        url: of `blendserve serve`.
+        api_key: if the server asks for one.
+        verify: file of certificates to trust.
+        chat_template_name: SGLang's; None: found by the model's name.
+
+    Raises:
+        RuntimeError, URLError: no server answers there.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        verify: str | None = None,
+        chat_template_name: str | None = None,
+    ) -> None:
+        super().__init__(url.rstrip("/"), api_key, verify, chat_template_name)
+        _schedule_batches()
+
+    def _add_images(self, s: Any, data: dict[str, Any]) -> None:
+        """The last thing before any request of a program is sent: here it waits for its turn."""
+        super()._add_images(s, data)
+        program = running_program.get()
+        if program is None or program.endpoint is not self:
+            return
+        ticket = program.go_ahead(data)
+        if ticket is not None:
+            params = {**data["sampling_params"], "custom_params": {TICKET_PARAM: ticket}}
+            data["sampling_params"] = params
+
+    def generate(self, s: Any, sampling_params: Any) -> tuple[Any, Any]:
+        """SGLang's, but half an answer is an error: the server aborts what a cancelled job has."""
+        text, meta = super().generate(s, sampling_params)
+        for one in meta if isinstance(meta, list) else [meta]:
+            reason = one.get("finish_reason") or {}
+            if isinstance(reason, dict) and reason.get("type") == "abort":
+                said = reason.get("message") or "the job was cancelled or lost its connection"
+                raise RuntimeError(f"The server aborted this request: {said}.")
+        return text, meta
+
+
+def _schedule_batches() -> None:
+    """`SglFunction.run_batch` comes here for backends of ours; for others nothing changes."""
+    original = interpreter.run_program_batch
+    if not getattr(original, "blendserve", False):
+        interpreter.run_program_batch = _batches_of_ours(original)
+
+
+def _batches_of_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    def run_program_batch(
+        program: Any,
+        backend: Any,
+        batch_arguments: Any,
+        default_sampling_para: Any,
+        num_threads: int | str,
+        progress_bar: bool,
+        generator_style: bool = False,
+    ) -> Any:
+        endpoint = getattr(backend, "endpoint", backend)
+        # One thread asks for one program after the other, in the order given.
+        if not isinstance(endpoint, Endpoint) or num_threads == 1 or len(batch_arguments) == 1:
+            return original(
+                program,
+                backend,
+                batch_arguments,
+                default_sampling_para,
+                num_threads,
+                progress_bar,
+                generator_style=generator_style,
+            )
+        run = ProgramRun(
+            program, endpoint, batch_arguments, default_sampling_para, num_threads, progress_bar
+        )
+        if generator_style:
+            return run.results(in_waves=True)
+        return list(run.results())
+
+    run_program_batch.blendserve = True  # type: ignore[attr-defined]
+    return run_program_batch
