@@ -84,7 +84,7 @@ class Front:
             watch=watch or WatchSettings(hang_seconds=settings.engine_hang_seconds),
         )
         self._proxy = EngineProxy(self.executor, keys, allow_remote_urls=settings.allow_remote_urls)
-        self._board = StatusBoard(self.service, self.executor, self.engine.view)
+        self._board = StatusBoard(self.service, self.executor, self.engine.view, keys.cache_salt)
         self._store = store
         self._keys = keys
         self.app = self._build_app(KnownHosts.of(settings.allowed_hosts, host))

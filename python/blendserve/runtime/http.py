@@ -25,6 +25,8 @@ from blendserve.batch import (
     build_page_router,
     build_router,
     is_own,
+    progress_of_programs,
+    without_owner,
 )
 from blendserve.config import load_settings
 from blendserve.runtime.cache_salt import SaltReader
@@ -163,7 +165,13 @@ def _status_router(executor: BlendExecutor, service: BatchService) -> APIRouter:
         """What the scheduler and the running jobs are doing now."""
         view = _engine_view(executor)
         for job in view["jobs"]:
-            job["progress"] = dataclasses.asdict(service.live_progress(job["job_id"]))
+            progress = (
+                progress_of_programs(job)
+                if "programs" in job
+                else service.live_progress(job["job_id"])
+            )
+            job["progress"] = dataclasses.asdict(progress)
+        view["jobs"] = [without_owner(job) for job in view["jobs"]]
         return view
 
     return router

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from blendserve.batch.executor import BatchLine
@@ -35,7 +35,8 @@ class ProgramView(JobView):
         programs: how many there are.
         ended, failed: of these; a failed one has ended, too.
         running_limit: programs that may run at once, None for any number.
-        owner: salt of the tenant; the front process shows it to nobody.
+        owner: salt of the tenant; nobody is shown it.
+        started_at: unix seconds.
     """
 
     name: str = ""
@@ -44,6 +45,7 @@ class ProgramView(JobView):
     failed: int = 0
     running_limit: int | None = None
     owner: str = ""
+    started_at: float = field(default_factory=time.time)
 
 
 class FirstPrompts:
