@@ -32,10 +32,10 @@ from blendserve.frontend import Endpoint
 from blendserve.runtime.default_model import resolve_model_path
 
 MODEL = "smollm2-135m"
-WORDS = """
-river stone light paper green quick table summer house music window garden silver letter
-mountain yellow engine bread forest doctor
-""".split()
+WORDS = [
+    *("river", "stone", "light", "paper", "green", "quick", "table", "summer", "house", "music"),
+    *("window", "garden", "silver", "letter", "mountain", "yellow", "engine", "bread", "forest"),
+]
 GREEDY = {"temperature": 0}
 
 # -- programs

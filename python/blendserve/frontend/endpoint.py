@@ -92,9 +92,7 @@ def _batches_of_ours(original: Callable[..., Any]) -> Callable[..., Any]:
         run = ProgramRun(
             program, endpoint, batch_arguments, default_sampling_para, num_threads, progress_bar
         )
-        if generator_style:
-            return run.results(in_waves=True)
-        return list(run.results())
+        return run.in_waves() if generator_style else run.all()
 
     run_program_batch.blendserve = True  # type: ignore[attr-defined]
     return run_program_batch

@@ -31,6 +31,8 @@ class Gate(Protocol):
 
     def widen(self, limit: int) -> None: ...
 
+    def end(self, programs: Sequence[HeldProgram], error: BaseException) -> None: ...
+
     def refuse(self, error: BaseException) -> None: ...
 
 
@@ -129,15 +131,13 @@ class Link:
             self._gate.admit(self._programs[number], ticket)
         if "limit" in event:
             self._gate.widen(event["limit"])
+        if "cancelled" in event:
+            self._gate.end(self._programs, Stopped("The job of this program was cancelled."))
 
     def _release(self, said: dict[str, Any]) -> None:
         """The stream is over: what is still held runs without a plan, or not at all."""
         held = [program for program in self._programs if not program.gone]
         if not held:
-            return
-        if "cancelled" in said:
-            for program in held:
-                program.fail(Stopped("This job was cancelled before the program's turn came."))
             return
         why = said.get("failed") or "the connection ended"
         warnings.warn(f"{len(held)} programs run without a plan: {why}", stacklevel=2)

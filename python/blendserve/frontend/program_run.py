@@ -14,6 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any
 
 import sglang.lang.interpreter as interpreter
@@ -82,26 +84,42 @@ class ProgramRun:
         self._failure: BaseException | None = None
         self._stopped = False
 
-    def results(self, *, in_waves: bool = False) -> Iterator[Any]:
-        """The state of each run, in the order of the inputs. Raises what a program raised.
+    def all(self) -> list[Any]:
+        """The states, in the order of the inputs. What a program raised is raised once all others
+        have ended."""
+        with self._feeding():
+            ended = [self._take(index) for index in range(len(self._arguments))]
+            return [future.result() for future in ended]
 
-        in_waves: start no more than two waves beyond what has been taken from here.
-        """
-        if in_waves:
-            self._most_untaken = 2 * WAVE
+    def in_waves(self) -> Iterator[Any]:
+        """The states one by one, in the order of the inputs; no more than two waves are started
+        beyond what has been taken from here. Raises what a program raised, in its place."""
+        self._most_untaken = 2 * WAVE
+        with self._feeding():
+            for index in range(len(self._arguments)):
+                yield self._take(index).result()
+
+    @contextmanager
+    def _feeding(self) -> Iterator[None]:
         feeder = threading.Thread(target=self._feed, name="blendserve-feed", daemon=True)
         feeder.start()
         try:
-            for index in range(len(self._arguments)):
-                state = self._started(index).result.result()
-                with self._changed:
-                    del self._programs[index]
-                    self._taken += 1
-                    self._changed.notify_all()
-                yield state
+            yield
         finally:
             self._stop()
             feeder.join()
+
+    def _take(self, index: int) -> Future[Any]:
+        """A program that has ended. Raises if the server takes none."""
+        program = self._started(index)
+        wait([program.result])
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            del self._programs[index]
+            self._taken += 1
+            self._changed.notify_all()
+        return program.result
 
     def _started(self, index: int) -> HeldProgram:
         with self._changed:
@@ -114,16 +132,11 @@ class ProgramRun:
         """Start nothing more, end what is held, and wait for what runs, as SGLang does."""
         with self._changed:
             self._stopped = True
-            held, self._held = list(self._held), set()
-            self._waiting.clear()
             links = list(self._links)
-            if held:
+            if self._held:
                 for link in links:
                     link.cancel()
-            self._changed.notify_all()
-        for program in held:
-            program.fail(self._failure or Stopped("run_batch ended before its turn came."))
-        with self._changed:
+            self.end(list(self._held), self._failure or _too_late())
             self._changed.wait_for(lambda: not self._alive)
         # What the server has is gone when this returns, if it answers at all.
         for link in links:
@@ -224,7 +237,7 @@ class ProgramRun:
         with self._changed:
             self._starting -= 1
             if self._stopped or self._failure is not None:
-                program.fail(self._failure or Stopped("run_batch ended before its turn came."))
+                program.fail(self._failure or _too_late())
                 return
             self._held.add(program)
             self._gathered.append((program, body))
@@ -265,14 +278,19 @@ class ProgramRun:
             self._limit = max(self._limit, limit)
             self._open()
 
+    def end(self, programs: Sequence[HeldProgram], error: BaseException) -> None:
+        """The next request of these programs raises, whether they are held or run."""
+        with self._changed:
+            self._held.difference_update(programs)
+            for program in programs:
+                program.fail(error)
+            self._changed.notify_all()
+
     def refuse(self, error: BaseException) -> None:
         """The server takes no programs: the whole run fails."""
         with self._changed:
             self._failure = error
-            held, self._held = list(self._held), set()
-            self._changed.notify_all()
-        for program in held:
-            program.fail(error)
+            self.end(list(self._held), error)
 
     def _admit(self, program: HeldProgram, ticket: str | None) -> None:
         if program in self._held:
@@ -282,11 +300,17 @@ class ProgramRun:
     def _open(self) -> None:
         while self._waiting and self._running < self._limit:
             program, ticket = self._waiting.popleft()
+            if program not in self._held:
+                continue  # It has been ended meanwhile.
             self._held.discard(program)
             self._running += 1
             program.running = True
             program.go(ticket)
         self._changed.notify_all()
+
+
+def _too_late() -> Stopped:
+    return Stopped("run_batch ended before this program's turn came.")
 
 
 def _bar(total: int) -> Any:

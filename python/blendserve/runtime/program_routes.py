@@ -9,7 +9,8 @@ The first one's answer is a stream of JSON lines, for as long as the programs ru
     {"go": [[3, "ticket"], [7, null]]}     these may send their requests; null: without a plan
     {"limit": 64}                          so many may run at once from now on
     {}                                     nothing new; the connection lives
-    {"cancelled": true} | {"failed": "..."} | {"end": true}     the last line
+    {"cancelled": true}                    no more programs are to run
+    {"failed": "..."} | {"end": true}      the last line
 
 A client that closes it has nothing left on the server.
 """
@@ -105,7 +106,10 @@ class ProgramStream:
             await self.job.run_all()
 
     def cancel(self) -> None:
+        """The client is told at once, so that it lets no more programs go while some are ended."""
         if self._task is not None:
+            self._others.append({"cancelled": True})
+            self._news.set()
             self._task.cancel()
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -200,7 +204,7 @@ def _error(error: ApiError) -> Response:
 
 def _ending(task: asyncio.Task[None]) -> bytes:
     if task.cancelled():
-        return _line({"cancelled": True})
+        return _line({"end": True})
     failure = task.exception()
     if failure is None:
         return _line({"end": True})
