@@ -350,6 +350,36 @@ def test_a_cancelled_job_ends_its_held_programs_with_an_error(
     assert server.wait_until_clean()
 
 
+def test_programs_go_on_without_a_plan_where_the_job_fails(
+    server: ProgramServer, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Any) -> None:
+        raise OSError("no planner")
+
+    monkeypatch.setattr(program_job.ProgramJob, "run_all", fail)
+    with pytest.warns(UserWarning, match="12 programs run without a plan: OSError"):
+        states = two_steps.run_batch(inputs(4, 3), **GREEDY, backend=endpoint, num_threads=2)
+    assert all(state.error() is None for state in states)
+    assert {asked.tag for asked in server.asked} == {None}
+    assert server.most_at_once <= 2
+
+
+def test_a_prompt_that_is_not_planned_is_answered_all_the_same(
+    server: ProgramServer, endpoint: Endpoint
+) -> None:
+    @sgl.function
+    def maybe_empty(s: Any, text: str) -> None:
+        s += text + sgl.gen("x", max_tokens=2, ignore_eos=True)
+
+    texts = ["", "a b", "", "a c"]
+    states = maybe_empty.run_batch(
+        [{"text": text} for text in texts], **GREEDY, backend=endpoint, num_threads=4
+    )
+    assert [state.error() for state in states] == [None] * 4
+    assert sorted(asked.text for asked in server.asked if asked.tag) == ["a b", "a c"]
+    assert server.wait_until_clean()
+
+
 def test_a_server_that_takes_no_programs_is_named(
     server: ProgramServer, endpoint: Endpoint
 ) -> None:

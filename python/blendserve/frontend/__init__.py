@@ -5,14 +5,28 @@
 
     sgl.set_default_backend(Endpoint("http://127.0.0.1:30000"))
 
-Importing it raises `UnsupportedSGLang` where SGLang's frontend is not the one that it extends.
+`Endpoint` and `Runtime` raise `UnsupportedSGLang` at their import where SGLang's frontend is not
+the one that they extend.
 """
 
-from blendserve.frontend.seams import check_frontend
+from __future__ import annotations
 
-# Before the rest, which takes SGLang's classes as they should be.
-check_frontend()
+from typing import TYPE_CHECKING, Any
 
-from blendserve.frontend.endpoint import Endpoint  # noqa: E402
+if TYPE_CHECKING:
+    from blendserve.frontend.endpoint import Endpoint
+    from blendserve.frontend.runtime import Runtime
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "Runtime"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from blendserve.frontend.seams import check_frontend
+
+    # Before the rest, which takes SGLang's classes as they should be.
+    check_frontend()
+    from blendserve.frontend import endpoint, runtime
+
+    return {"Endpoint": endpoint.Endpoint, "Runtime": runtime.Runtime}[name]
