@@ -53,7 +53,8 @@ def client(url: str, count: int, threads: int) -> None:
 
 
 def peak_mib() -> int:
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VmHWM"))
     return int(line.split()[1]) // 1024
 
 
