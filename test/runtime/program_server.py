@@ -84,6 +84,7 @@ class ProgramServer:
     jobs: dict[str, ProgramJob] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     seen_jobs: int = 0
+    windows: list[float | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.credits = Credits()
@@ -98,8 +99,10 @@ class ProgramServer:
 
     def program_job(self, given: Programs, salt: str, stream: ProgramStream) -> ProgramJob:
         self.seen_jobs += 1
+        self.windows.append(given.window_seconds)
         view = ProgramView(
             f"programs_{self.seen_jobs}",
+            deadline=given.window_seconds and time.time() + given.window_seconds,
             name=given.name,
             programs=len(given.programs),
             running_limit=given.limit,

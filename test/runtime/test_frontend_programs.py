@@ -350,6 +350,20 @@ def test_a_cancelled_job_ends_its_held_programs_with_an_error(
     assert server.wait_until_clean()
 
 
+def test_a_window_is_that_of_the_whole_run(
+    server: ProgramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_run, "WAVE", 4)
+    monkeypatch.setattr(program_run, "_FEW_HELD", 1)
+    endpoint = Endpoint(server.url, window_seconds=1000)
+    two_steps.run_batch(inputs(4, 3), **GREEDY, backend=endpoint, num_threads=2)
+    windows = [window for window in server.windows if window is not None]
+    assert len(windows) == server.seen_jobs > 1
+    assert 1000 >= windows[0] > windows[-1] > 900
+    with pytest.raises(ValueError, match="window_seconds is 0"):
+        Endpoint(server.url, window_seconds=0)
+
+
 def test_programs_go_on_without_a_plan_where_the_job_fails(
     server: ProgramServer, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

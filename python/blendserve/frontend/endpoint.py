@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]
         api_key: if the server asks for one.
         verify: file of certificates to trust.
         chat_template_name: SGLang's; None: found by the model's name.
+        window_seconds: in which a `run_batch` should end. It goes before other jobs if it may not,
+            as a batch does at the end of its completion window. None: no haste.
 
     Raises:
         RuntimeError, URLError: no server answers there.
@@ -34,8 +37,13 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]
         api_key: str | None = None,
         verify: str | None = None,
         chat_template_name: str | None = None,
+        *,
+        window_seconds: float | None = None,
     ) -> None:
+        if window_seconds is not None and not 0 < window_seconds < math.inf:
+            raise ValueError(f"window_seconds is {window_seconds}; give a number above 0, or None.")
         super().__init__(url.rstrip("/"), api_key, verify, chat_template_name)
+        self.window_seconds = window_seconds
         _schedule_batches()
 
     def _add_images(self, s: Any, data: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ class Link:
         bodies: what it is told.
         name: of the program.
         limit: programs that may run at once.
+        window_seconds: see `Endpoint`.
     """
 
     def __init__(
@@ -56,11 +57,17 @@ class Link:
         bodies: Sequence[dict[str, Any]],
         name: str,
         limit: int,
+        window_seconds: float | None = None,
     ) -> None:
         self._gate = gate
         self._programs = programs
         self._numbers = {program: number for number, program in enumerate(programs)}
-        self._given = {"name": name, "limit": limit, "programs": list(bodies)}
+        self._given: dict[str, Any] = {
+            "name": name,
+            "limit": limit,
+            "window_seconds": window_seconds,
+            "programs": list(bodies),
+        }
         key = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         self._client = httpx.Client(
             base_url=endpoint.base_url,

@@ -61,6 +61,7 @@ class ProgramRun:
         if num_threads == "auto":
             num_threads = max(96, multiprocessing.cpu_count() * 16)
         self._limit = int(num_threads)
+        self._began = time.monotonic()
         self._program = program
         self._endpoint = endpoint
         self._arguments = arguments
@@ -208,9 +209,14 @@ class ProgramRun:
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         programs, bodies = zip(*gathered, strict=True)
         name = getattr(self._program.func, "__name__", "program")
-        link = Link(self._endpoint, self, programs, bodies, name, self._limit)
+        link = Link(self._endpoint, self, programs, bodies, name, self._limit, self._seconds_left())
         self._links.append(link)
         return link
+
+    def _seconds_left(self) -> float | None:
+        """For the jobs of a run, which are due together."""
+        window = self._endpoint.window_seconds
+        return window and max(window - (time.monotonic() - self._began), 1e-3)
 
     # -- each program's own thread -----------------------------------------------------------------
 

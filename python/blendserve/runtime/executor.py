@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +186,7 @@ class BlendExecutor:
         """A job of frontend programs, which runs once `run_all` of it does."""
         view = ProgramView(
             f"programs_{uuid.uuid4().hex}",
+            deadline=given.window_seconds and time.time() + given.window_seconds,
             name=given.name,
             programs=len(given.programs),
             running_limit=given.limit,

@@ -87,6 +87,7 @@ class ProgramJob(JobRunner):
             view.job_id,
             FirstPrompts(bodies),
             range(len(bodies)),
+            deadline=view.deadline,
             reader=reader,
             client=client,
             planner=planner,

@@ -51,6 +51,8 @@ class Programs(BaseModel):
 
     name: str = Field(default="program", max_length=200)
     limit: int | None = Field(default=None, ge=1)
+    # In which they should all have ended, from now on; they go first if they may not have.
+    window_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     programs: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_PROGRAMS)
 
 
