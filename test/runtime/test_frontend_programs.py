@@ -385,7 +385,7 @@ def test_a_prompt_that_is_not_planned_is_answered_all_the_same(
     def maybe_empty(s: Any, text: str) -> None:
         s += text + sgl.gen("x", max_tokens=2, ignore_eos=True)
 
-    texts = ["", "a b", "", "a c"]
+    texts = ["", "a b", "half of \ud83d", "a c"]
     states = maybe_empty.run_batch(
         [{"text": text} for text in texts], **GREEDY, backend=endpoint, num_threads=4
     )

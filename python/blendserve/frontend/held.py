@@ -66,10 +66,29 @@ class HeldProgram:
 
 
 def planned_part(data: dict[str, Any]) -> dict[str, Any]:
-    """What the server plans with, of a request's body; it refuses to plan what it cannot read."""
-    if data.get("image_data") is not None or not data.get("text"):
-        return {"unplanned": True}
-    given = data["sampling_params"]
+    """What the server plans with, of a request's body; it refuses to plan what it cannot read.
+
+    What is odd about a request is left to it alone, and must not spoil the job.
+    """
+    text, given = data.get("text"), data["sampling_params"]
     names = ("max_new_tokens", "ignore_eos", "n")
     params = {name: given[name] for name in names if given.get(name) is not None}
-    return {"text": data["text"], "sampling_params": params}
+    if data.get("image_data") is not None or not _is_text(text):
+        return _UNPLANNED
+    if not all(isinstance(value, int) for value in params.values()):
+        return _UNPLANNED
+    return {"text": text, "sampling_params": params}
+
+
+_UNPLANNED = {"unplanned": True}
+
+
+def _is_text(text: Any) -> bool:
+    """Whether it is a text that is not empty, and that UTF-8 can have."""
+    if not isinstance(text, str) or not text:
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
