@@ -215,8 +215,8 @@ class ProgramRun:
 
     def _seconds_left(self) -> float | None:
         """For the jobs of a run, which are due together."""
-        window = self._endpoint.window_seconds
-        return window and max(window - (time.monotonic() - self._began), 1e-3)
+        window: float | None = self._endpoint.window_seconds
+        return None if window is None else max(window - (time.monotonic() - self._began), 1e-3)
 
     # -- each program's own thread -----------------------------------------------------------------
 
@@ -320,6 +320,6 @@ def _too_late() -> Stopped:
 
 
 def _bar(total: int) -> Any:
-    import tqdm
+    import tqdm  # type: ignore[import-untyped]
 
     return tqdm.tqdm(total=total)

@@ -105,7 +105,9 @@ def take_ticket(obj: Any) -> str | None:
     Raises ValueError, which SGLang answers with 400, for one that is no text.
     """
     given = getattr(obj, "sampling_params", None)
-    custom = given.get("custom_params") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping):
+        return None
+    custom = given.get("custom_params")
     if not isinstance(custom, Mapping) or TICKET_PARAM not in custom:
         return None
     ticket = custom[TICKET_PARAM]
