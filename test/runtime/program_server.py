@@ -73,6 +73,7 @@ class ProgramServer:
         asked: all requests, in the order in which they came.
         most_at_once: requests that were with the engine at the same time.
         frozen: while it is set, nothing is answered.
+        unavailable: so many requests to a path are answered 503, as while the engine restarts.
     """
 
     url: str = ""
@@ -85,6 +86,7 @@ class ProgramServer:
     tickets: Tickets = field(default_factory=Tickets)
     seen_jobs: int = 0
     windows: list[float | None] = field(default_factory=list)
+    unavailable: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.credits = Credits()
@@ -175,6 +177,16 @@ class ProgramServer:
     def app(self) -> FastAPI:
         app = FastAPI()
         app.add_middleware(SaltReader)
+
+        @app.middleware("http")
+        async def restarting(request: Request, call_next: Any) -> Any:
+            path = request.url.path
+            if self.unavailable.get(path, 0) > 0:
+                self.unavailable[path] -= 1
+                error = {"message": "restarting", "code": "engine_unavailable"}
+                return JSONResponse({"error": error}, 503)
+            return await call_next(request)
+
         app.include_router(build_programs_router(self))
 
         @app.get("/get_model_info")

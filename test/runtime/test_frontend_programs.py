@@ -17,6 +17,7 @@ import sglang as sgl
 from program_server import CACHE_SALT_HEADER, ProgramServer, serving
 
 from blendserve.frontend import Endpoint, program_run
+from blendserve.frontend import endpoint as endpoint_module
 from blendserve.frontend.link import ServerRefused
 from blendserve.planner import Side
 from blendserve.runtime import program_job
@@ -362,6 +363,20 @@ def test_a_window_is_that_of_the_whole_run(
     assert 1000 >= windows[0] > windows[-1] > 900
     with pytest.raises(ValueError, match="window_seconds is 0"):
         Endpoint(server.url, window_seconds=0)
+
+
+def test_programs_wait_for_an_engine_that_restarts(
+    server: ProgramServer, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_run, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(endpoint_module, "RETRY_SECONDS", 0.02)
+    server.unavailable = {"/blendserve/programs": 3, "/generate": 5}
+    states = two_steps.run_batch(inputs(3, 3), **GREEDY, backend=endpoint, num_threads=3)
+    assert [state.error() for state in states] == [None] * 9
+    assert server.unavailable == {"/blendserve/programs": 0, "/generate": 0}
+    # The first place that the server answered at had all of them.
+    assert len(server.asked) == 18
+    assert all(asked.tag is not None for asked in server.asked)
 
 
 def test_programs_go_on_without_a_plan_where_the_job_fails(

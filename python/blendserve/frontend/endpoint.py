@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import sglang.lang.interpreter as interpreter
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
 from blendserve.frontend.held import running_program
-from blendserve.frontend.program_run import ProgramRun
+from blendserve.frontend.program_run import RESTART_SECONDS, RETRY_SECONDS, ProgramRun
 
 # Of ``custom_params``; as the server names it (runtime/tickets.py, which needs more than a client).
 TICKET_PARAM = "blend_ticket"
@@ -59,13 +61,38 @@ class Endpoint(RuntimeEndpoint):  # type: ignore[misc]
 
     def generate(self, s: Any, sampling_params: Any) -> tuple[Any, Any]:
         """SGLang's, but half an answer is an error: the server aborts what a cancelled job has."""
-        text, meta = super().generate(s, sampling_params)
+        # A copy each time: SGLang's changes what it is given.
+        again = super().generate
+        text, meta = _patiently(lambda: again(s, copy.deepcopy(sampling_params)))
         for one in meta if isinstance(meta, list) else [meta]:
             reason = one.get("finish_reason") or {}
             if isinstance(reason, dict) and reason.get("type") == "abort":
                 said = reason.get("message") or "the job was cancelled or lost its connection"
                 raise RuntimeError(f"The server aborted this request: {said}.")
         return text, meta
+
+    def select(self, *args: Any, **kwargs: Any) -> Any:
+        again = super().select
+        return _patiently(lambda: again(*args, **kwargs))
+
+    def commit_lazy_operations(self, s: Any) -> None:
+        again = super().commit_lazy_operations
+        _patiently(lambda: again(s))
+
+
+def _patiently(ask: Callable[[], Any]) -> Any:
+    """What is asked, again for as long as the engine is being restarted: batches wait, too."""
+    deadline = time.monotonic() + RESTART_SECONDS
+    while True:
+        try:
+            return ask()
+        except RuntimeError as error:
+            said = error.args[0] if error.args else None
+            fault = said.get("error") if isinstance(said, dict) else None
+            code = fault.get("code") if isinstance(fault, dict) else None
+            if code != "engine_unavailable" or time.monotonic() >= deadline:
+                raise
+        time.sleep(RETRY_SECONDS)
 
 
 def _schedule_batches() -> None:

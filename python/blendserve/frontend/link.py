@@ -29,6 +29,8 @@ class Gate(Protocol):
 
     def admit(self, program: HeldProgram, ticket: str | None) -> None: ...
 
+    def again(self, held: Sequence[tuple[HeldProgram, dict[str, Any]]]) -> bool: ...
+
     def widen(self, limit: int) -> None: ...
 
     def end(self, programs: Sequence[HeldProgram], error: BaseException) -> None: ...
@@ -61,6 +63,7 @@ class Link:
     ) -> None:
         self._gate = gate
         self._programs = programs
+        self._bodies = bodies
         self._numbers = {program: number for number, program in enumerate(programs)}
         self._given: dict[str, Any] = {
             "name": name,
@@ -112,7 +115,7 @@ class Link:
         except ServerRefused as error:
             self._gate.refuse(error)
         except (httpx.HTTPError, ValueError) as error:
-            said = {"failed": f"{type(error).__name__}: {error}"}
+            said = {"lost": f"{type(error).__name__}: {error}"}
         finally:
             with self._news:
                 self._closed = True
@@ -143,12 +146,16 @@ class Link:
 
     def _release(self, said: dict[str, Any]) -> None:
         """The stream is over: what is still held runs without a plan, or not at all."""
-        held = [program for program in self._programs if not program.gone]
+        both = zip(self._programs, self._bodies, strict=True)
+        held = [(program, body) for program, body in both if not program.gone]
         if not held:
             return
-        why = said.get("failed") or "the connection ended"
+        # Without a last word the engine has died, or there was none.
+        if "failed" not in said and self._gate.again(held):
+            return
+        why = said.get("failed") or said.get("lost") or "the connection ended"
         warnings.warn(f"{len(held)} programs run without a plan: {why}", stacklevel=2)
-        for program in held:
+        for program, _ in held:
             self._gate.admit(program, None)
 
     def _tell(self) -> None:

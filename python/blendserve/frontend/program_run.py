@@ -35,6 +35,9 @@ _MOST_LINKS = 16
 # Where even that does not help, a program runs without a plan rather than wait.
 _MOST_WAIT_SECONDS = 5.0
 _CLOSE_SECONDS = 10.0
+# So long the engine may take to come back, and so often it is looked for.
+RESTART_SECONDS = 300.0
+RETRY_SECONDS = 1.0
 
 
 class ProgramRun:
@@ -82,6 +85,7 @@ class ProgramRun:
         self._waiting: deque[tuple[HeldProgram, str | None]] = deque()
         self._running = 0
         self._links: list[Link] = []
+        self._lost_at: float | None = None
         self._failure: BaseException | None = None
         self._stopped = False
 
@@ -276,7 +280,25 @@ class ProgramRun:
     def admit(self, program: HeldProgram, ticket: str | None) -> None:
         """The server says that a program may go on; it does as soon as there is room."""
         with self._changed:
+            if ticket is not None:
+                self._lost_at = None
             self._admit(program, ticket)
+
+    def again(self, held: Sequence[tuple[HeldProgram, dict[str, Any]]]) -> bool:
+        """These have lost their server, and become another job. False if it has been away for too
+        long. Waits for a moment."""
+        time.sleep(RETRY_SECONDS)
+        with self._changed:
+            now = time.monotonic()
+            self._lost_at = self._lost_at or now
+            if now - self._lost_at > RESTART_SECONDS:
+                return False
+            programs = {program for program, _ in held}
+            self._waiting = deque(one for one in self._waiting if one[0] not in programs)
+            self._gathered += [one for one in held if one[0] in self._held]
+            self._gathered_at = now
+            self._changed.notify_all()
+        return True
 
     def widen(self, limit: int) -> None:
         """More programs may run at once: those that do may wait for others."""

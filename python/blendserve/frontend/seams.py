@@ -20,6 +20,8 @@ FRONTEND_SIGNATURES: Mapping[str, tuple[str, ...]] = {
     ),
     f"{_ENDPOINT}.__init__": ("self", "base_url", "api_key", "verify", "chat_template_name"),
     f"{_ENDPOINT}.generate": ("self", "s", "sampling_params"),
+    f"{_ENDPOINT}.select": ("self", "s", "..."),
+    f"{_ENDPOINT}.commit_lazy_operations": ("self", "s"),
     # Each request of a program goes through it, with its whole body, right before it is sent.
     f"{_ENDPOINT}._add_images": ("self", "s", "data"),
 }
