@@ -1,10 +1,11 @@
 """Programs in SGLang's own frontend language, run against a BlendServe server.
 
-Nothing here knows of BlendServe: the same file runs against a stock SGLang server. It shows gen,
-a regex-constrained gen, select, fork and join, and run_batch over fifty inputs, and it checks
-what comes back.
+The programs know nothing of BlendServe: they run against a stock SGLang server, too. They show
+gen, a regex-constrained gen, select, fork and join, and run_batch over fifty inputs, and what comes
+back is checked. With --planned the fifty are one job, which the server plans; that takes one line
+in `main`.
 
-    python examples/frontend_program.py --url http://127.0.0.1:30000
+    python examples/frontend_program.py --url http://127.0.0.1:30000 --planned
 """
 
 from __future__ import annotations
@@ -126,9 +127,14 @@ def run_many() -> list[str]:
     return problems
 
 
-def main(url: str) -> int:
+def main(url: str, planned: bool = False) -> int:
     """Run all programs against the server at `url`; return the exit status, 0 if all is well."""
-    sgl.set_default_backend(sgl.RuntimeEndpoint(url))
+    if planned:
+        from blendserve.frontend import Endpoint
+
+        sgl.set_default_backend(Endpoint(url))
+    else:
+        sgl.set_default_backend(sgl.RuntimeEndpoint(url))
     problems = run_single_programs() + run_many()
     for problem in problems:
         print(f"malformed: {problem}", file=sys.stderr)
@@ -138,4 +144,6 @@ def main(url: str) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the server's address")
-    sys.exit(main(parser.parse_args().url))
+    parser.add_argument("--planned", action="store_true", help="run_batch as a planned job")
+    options = parser.parse_args()
+    sys.exit(main(options.url, options.planned))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,3 +117,38 @@ def test_no_page_may_read_what_the_engine_says(server: Server) -> None:
         assert len(plain.headers.get_list("date")) == len(plain.headers.get_list("server")) == 1
         assert http.get(f"/v1/models/{MODEL_NAME}").status_code == 200
         assert http.options("/v1/models").status_code == 405
+
+
+def test_programs_of_a_tenant_are_its_own(server: Server) -> None:
+    program = {"text": "a b c", "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    client = httpx.Client(base_url=server.url, headers=headers, timeout=60)
+    path = "/blendserve/programs"
+    assert httpx.post(f"{server.url}{path}", json={"programs": [program]}).status_code == 401
+
+    def jobs_seen(key: str) -> list[str]:
+        shown = {"Authorization": f"Bearer {key}"}
+        status = httpx.get(f"{server.url}/blendserve/status", headers=shown, timeout=60).json()
+        assert not any("owner" in job for job in status["jobs"])
+        return [job["job_id"] for job in status["jobs"]]
+
+    def ask_with(ticket: str, key: str) -> int:
+        params = {**program["sampling_params"], "custom_params": {"blend_ticket": ticket}}
+        body = {**program, "sampling_params": params}
+        return ask(server, key, "/generate", body).status_code
+
+    with client, client.stream("POST", path, json={"programs": [program] * 2}) as stream:
+        events = (json.loads(line) for line in stream.iter_lines())
+        job = next(events)["job"]
+        ticket = next(event for event in events if "go" in event)["go"][0][1]
+        # The status is half a second old at the most.
+        deadline = time.monotonic() + 30
+        while jobs_seen(ALICE) != [job] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert jobs_seen(ALICE) == jobs_seen(ROOT) == [job]
+        assert jobs_seen(BOB) == []
+        # Another's ticket is as good as none; so is one that nobody was given.
+        assert ask_with(ticket, BOB) == ask_with("forged", ALICE) == ask_with(ticket, ALICE) == 200
+        assert ask(server, BOB, f"{path}/{job}", {"cancel": True}).status_code == 404
+        assert ask(server, ALICE, f"{path}/{job}", {"ended": [0, 1]}).status_code == 200
+        assert [*events][-1] == {"end": True}

@@ -30,7 +30,7 @@ from blendserve.batch.objects import BatchFault, BatchObject
 from blendserve.batch.origin import KnownHosts, OriginGuard
 from blendserve.batch.own_routes import OwnRoutes, is_own
 from blendserve.batch.page import build_page_router
-from blendserve.batch.progress import Progress
+from blendserve.batch.progress import Progress, progress_of_programs, without_owner
 from blendserve.batch.remote import (
     CACHE_SALT_HEADER,
     EngineAddress,
@@ -77,8 +77,10 @@ __all__ = [
     "engine_client",
     "error_response",
     "is_own",
+    "progress_of_programs",
     "steering_faults",
     "steering_headers",
     "tenant_of",
     "timely",
+    "without_owner",
 ]

@@ -65,7 +65,15 @@ class LineResult:
     error: LineError | None = None
 
 
-class LineSource(Protocol):
+class Lines(Protocol):
+    """Lines by index."""
+
+    def read(self, index: int) -> BatchLine:
+        """The line `index`. Safe to call from several threads."""
+        ...
+
+
+class LineSource(Lines, Protocol):
     """The lines of one input file, read on demand: only their offsets are held in memory."""
 
     @property
@@ -77,10 +85,6 @@ class LineSource(Protocol):
     def max_line_bytes(self) -> int: ...
 
     def __len__(self) -> int: ...
-
-    def read(self, index: int) -> BatchLine:
-        """The line `index`, read from disk. Safe to call from several threads."""
-        ...
 
 
 def same_engine(begun: str, fingerprint: str) -> bool:

@@ -53,6 +53,24 @@ class Progress:
         return self.completed + self.failed
 
 
+def progress_of_programs(job: Mapping[str, Any]) -> Progress:
+    """The engine's view of a job of frontend programs, in the shape of a batch's progress. It is no
+    batch: the engine alone knows it, and nothing of it is durable."""
+    return Progress(
+        total=job["programs"],
+        completed=max(job["ended"] - job["failed"], 0),
+        failed=job["failed"],
+        usage=Usage(job["answered_prompt_tokens"], job["answered_cached_tokens"]),
+        started_at=job["started_at"],
+        phase="running",
+    )
+
+
+def without_owner(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's view of a job as it may be shown: the owner's name there is a secret."""
+    return {name: value for name, value in job.items() if name != "owner"}
+
+
 def usage_of(body: Mapping[str, Any] | None) -> Usage:
     """The tokens that a response body reports; zeros where it reports none.
 

@@ -89,7 +89,7 @@ class Front:
             allow_remote_urls=settings.allow_remote_urls,
             media_root=settings.media_root,
         )
-        self._board = StatusBoard(self.service, self.executor, self.engine.view)
+        self._board = StatusBoard(self.service, self.executor, self.engine.view, keys.cache_salt)
         self._store = store
         self._keys = keys
         self.app = self._build_app(KnownHosts.of(settings.allowed_hosts, host))
@@ -107,6 +107,7 @@ class Front:
             build_page_router(),
             build_health_router(lambda: self.executor.address is not None),
             self._board.router(),
+            self._proxy.programs_router(),
         ]
         routes = OwnRoutes(routers, rest=self._proxy, lifespan=self._life)
         return OriginGuard(KeyGuard(routes, self._keys), None if self._keys else hosts)

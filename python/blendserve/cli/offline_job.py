@@ -170,7 +170,7 @@ class OfflineJob:
         Raises:
             JobRefused, EngineFailed: it cannot go on; nothing that was finished is lost.
         """
-        board = StatusBoard(self._service, self._executor, self.engine.view)
+        board = StatusBoard(self._service, self._executor, self.engine.view, lambda _: "")
         keeper = FigureKeeper()
         await self._service.start()
         engine = asyncio.create_task(self.engine.run())

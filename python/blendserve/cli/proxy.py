@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import httpx
+from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -41,6 +42,8 @@ _HOP_HEADERS = frozenset(
 )
 # Of an answer: this process writes its own.
 _OWN_HEADERS = frozenset({"date", "server"})
+# Programs of the frontend that run as a job: the one of our own routes that the engine answers.
+PROGRAMS_PATH = "/blendserve/programs"
 # What any tenant may ask of the engine; the rest steers it, and is for admins. Stored responses are
 # not here: the engine does not know whose they are.
 _TENANT_PATHS = frozenset(
@@ -50,9 +53,10 @@ _TENANT_PATHS = frozenset(
         *("/model_info", "/get_model_info", "/v1/models", "/v1/chat/completions"),
         *("/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank", "/v1/score"),
         *("/v1/classify", "/v1/messages", "/v1/messages/count_tokens"),
+        PROGRAMS_PATH,
     )
 )
-_MODEL_PREFIX = "/v1/models/"
+_TENANT_PREFIXES = ("/v1/models/", f"{PROGRAMS_PATH}/")
 _IDLE_SECONDS = 60.0
 
 
@@ -89,6 +93,13 @@ class EngineProxy:
             answer = error_response(400, "The request ended early.", "request_incomplete")
         await answer(scope, receive, send)
 
+    def programs_router(self) -> APIRouter:
+        """For `OwnRoutes`: the paths of ours that are passed on, too."""
+        router = APIRouter()
+        for path in (PROGRAMS_PATH, f"{PROGRAMS_PATH}/{{job_id}}"):
+            router.add_route(path, self)  # type: ignore[arg-type]
+        return router
+
     async def close(self) -> None:
         await self._client.aclose()
 
@@ -103,7 +114,7 @@ class EngineProxy:
         if {".", ".."} & set(path.split("/")):
             return error_response(404, "There is no such route.", "not_found")
         is_admin = bool(request.scope.get(ADMIN_SCOPE_KEY))
-        is_for_tenants = path in _TENANT_PATHS or path.startswith(_MODEL_PREFIX)
+        is_for_tenants = path in _TENANT_PATHS or path.startswith(_TENANT_PREFIXES)
         if not is_admin and not is_for_tenants:
             return error_response(403, "This route is for keys marked `admin`.", "admin_only")
         address = self._executor.address

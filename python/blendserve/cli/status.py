@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,7 +17,9 @@ from blendserve.batch import (
     BatchService,
     RemoteExecutor,
     engine_client,
+    progress_of_programs,
     tenant_of,
+    without_owner,
 )
 from blendserve.cli.engine_process import EngineState
 
@@ -29,8 +32,13 @@ class StatusBoard:
     """Asks the engine and the service, and shows each tenant its own jobs."""
 
     def __init__(
-        self, service: BatchService, executor: RemoteExecutor, engine: EngineState
+        self,
+        service: BatchService,
+        executor: RemoteExecutor,
+        engine: EngineState,
+        cache_salt: Callable[[str], str],
     ) -> None:
+        self._cache_salt = cache_salt
         self._service = service
         self._executor = executor
         self._engine = engine
@@ -48,9 +56,9 @@ class StatusBoard:
             counters = await self.counters()
             everything = bool(request.scope.get(ADMIN_SCOPE_KEY))
             jobs = [
-                {**job, "progress": progress}
+                {**without_owner(job), "progress": progress}
                 for job in counters["jobs"]
-                if (progress := await self._progress(job["job_id"], tenant_of(request), everything))
+                if (progress := await self._progress(job, tenant_of(request), everything))
             ]
             engine = dataclasses.asdict(self._engine)
             shown = {"engine": engine, "schedulers": counters["schedulers"], "jobs": jobs}
@@ -80,8 +88,16 @@ class StatusBoard:
         await self._client.aclose()
 
     async def _progress(
-        self, batch_id: str, tenant: str, everything: bool
+        self, job: dict[str, Any], tenant: str, everything: bool
     ) -> dict[str, Any] | None:
+        """None for a job that the tenant may not see."""
+        if "programs" in job:
+            # Of the frontend: no batch, so the engine knows all of it.
+            is_own = job["owner"] == self._cache_salt(tenant)
+            if not (everything or is_own):
+                return None
+            return dataclasses.asdict(progress_of_programs(job))
+        batch_id = job["job_id"]
         if everything:
             return dataclasses.asdict(self._service.live_progress(batch_id))
         try:

@@ -155,10 +155,12 @@ class Dispatcher:
     @property
     def target_density(self) -> float:
         """Of what has not been sent, of all jobs together; inf where nothing of it decodes."""
-        compute, memory = self._waiting_seconds()
+        compute, memory = self.waiting_seconds
         return compute / memory if memory > 0 else math.inf
 
-    def _waiting_seconds(self) -> tuple[float, float]:
+    @property
+    def waiting_seconds(self) -> tuple[float, float]:
+        """Compute and memory seconds of what has not been sent, of all jobs together."""
         seconds = [job.waiting_seconds for job in self._jobs]
         return sum(compute for compute, _ in seconds), sum(memory for _, memory in seconds)
 
@@ -217,7 +219,7 @@ class Dispatcher:
             return True
         for side in sorted(Side, key=self._available, reverse=True):
             if self._available(side) > 0 and (job := self._choose(side)) is not None:
-                turn = Turn(side, self._ranks[side], self._waiting_seconds())
+                turn = Turn(side, self._ranks[side], self.waiting_seconds)
                 self._ranks[side] += 1
                 self._last[side] = job
                 job.send(turn)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from typing import Any
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSource
 from blendserve.config import Settings
@@ -28,10 +30,16 @@ from blendserve.runtime.media_checks import checking_media, kinds_read
 from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
 from blendserve.runtime.planner_process import PlannerProcess
+from blendserve.runtime.program_client import ProgramClient
+from blendserve.runtime.program_job import ProgramJob, ProgramView
 from blendserve.runtime.prompts import PromptReader
 from blendserve.runtime.refusals import RefuseBodies, guarded, refuse_in_handlers
 from blendserve.runtime.request_checks import ModelLimits, checked
+from blendserve.runtime.tickets import Tickets, ticketed
 from sgl_kernel_ext import cpu
+
+if TYPE_CHECKING:
+    from blendserve.runtime.program_routes import Programs, ProgramStream
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +94,8 @@ class BlendExecutor:
             tokenizer_manager._create_tokenized_object,
             ModelLimits.of(tokenizer_manager, kv_tokens, page_size),
         )
-        generate = salted(tokenizer_manager.generate_request)
+        self._tickets = Tickets()
+        generate = salted(ticketed(tokenizer_manager.generate_request, self._tickets))
         generate = guarded(checking_media(generate, kinds_read(tokenizer_manager)))
         tokenizer_manager.generate_request = paced(generate, pacer)
         app.add_middleware(RefuseBodies)
@@ -170,13 +179,48 @@ class BlendExecutor:
             threads=self._threads,
             dispatcher=self._dispatcher,
         )
-        self._runners[job_id] = runner
-        try:
+        with self.shown(runner):
             async with aclosing(runner.run()) as results:
                 async for result in results:
                     yield result
+
+    def program_job(self, given: Programs, salt: str, stream: ProgramStream) -> ProgramJob:
+        """A job of frontend programs, which runs once `run_all` of it does."""
+        view = ProgramView(
+            f"programs_{uuid.uuid4().hex}",
+            deadline=given.window_seconds and time.time() + given.window_seconds,
+            name=given.name,
+            programs=len(given.programs),
+            running_limit=given.limit,
+            owner=salt,
+        )
+        client = ProgramClient(
+            salt,
+            stream.go,
+            tickets=self._tickets,
+            dispatcher=self._dispatcher,
+            abort=self._tokenizer_manager.abort_request,
+            tokens_so_far=self._tokens_so_far,
+        )
+        return ProgramJob(
+            view,
+            given.programs,
+            client,
+            stream.limit,
+            reader=self._reader,
+            planner=self._planner,
+            threads=self._threads,
+            dispatcher=self._dispatcher,
+        )
+
+    @contextmanager
+    def shown(self, runner: JobRunner) -> Iterator[None]:
+        """Among the jobs that run, for as long as this lasts."""
+        self._runners[runner.job_id] = runner
+        try:
+            yield
         finally:
-            del self._runners[job_id]
+            del self._runners[runner.job_id]
 
     # -- life and view -------------------------------------------------------------------------
 

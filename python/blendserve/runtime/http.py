@@ -25,11 +25,14 @@ from blendserve.batch import (
     build_page_router,
     build_router,
     is_own,
+    progress_of_programs,
+    without_owner,
 )
 from blendserve.config import load_settings
 from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.executor import BlendExecutor
 from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
+from blendserve.runtime.program_routes import build_programs_router
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ def mount(
             app.include_router(
                 build_engine_router(executor, lambda: _engine_view(executor), settings.batch_dir)
             )
+            app.include_router(build_programs_router(executor))
             _extend_life(app, tokenizer_manager, executor, None)
             return
         limits = BatchLimits(
@@ -88,6 +92,7 @@ def mount(
         build_page_router(),
         build_health_router(lambda: tokenizer_manager.server_status.value == "Up"),
         _status_router(executor, service),
+        build_programs_router(executor),
     ]
     # Where SGLang asks for a key, it asks before these.
     hosts = KnownHosts.of(settings.allowed_hosts, server_args.host)
@@ -161,7 +166,13 @@ def _status_router(executor: BlendExecutor, service: BatchService) -> APIRouter:
         """What the scheduler and the running jobs are doing now."""
         view = _engine_view(executor)
         for job in view["jobs"]:
-            job["progress"] = dataclasses.asdict(service.live_progress(job["job_id"]))
+            progress = (
+                progress_of_programs(job)
+                if "programs" in job
+                else service.live_progress(job["job_id"])
+            )
+            job["progress"] = dataclasses.asdict(progress)
+        view["jobs"] = [without_owner(job) for job in view["jobs"]]
         return view
 
     return router

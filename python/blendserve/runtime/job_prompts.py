@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from blendserve.batch.errors import reason_of
-from blendserve.batch.executor import LineSource
+from blendserve.batch.executor import Lines
 from blendserve.planner import MediaRuns
 from blendserve.runtime.plan_worker import Planner, PromptBatch
 from blendserve.runtime.prompts import Prompt, PromptReader
@@ -56,7 +56,7 @@ class JobLines:
 
 async def read_prompts(
     job_id: str,
-    lines: LineSource,
+    lines: Lines,
     pending: Sequence[int],
     reader: PromptReader,
     planner: Planner,
@@ -77,7 +77,7 @@ async def read_prompts(
 
 def _read_block(
     job_id: str,
-    lines: LineSource,
+    lines: Lines,
     block: Sequence[int],
     reader: PromptReader,
     planner: Planner,

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from blendserve.batch.errors import cause_of, reason_of
-from blendserve.batch.executor import LineError, LineResult, LineSource
+from blendserve.batch.executor import LineError, LineResult, Lines
 from blendserve.batch.progress import usage_of
 from blendserve.planner import DualScanner, Side
 from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.job_prompts import read_prompts
 from blendserve.runtime.job_view import JobView
-from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.line_client import Sender
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
 from blendserve.runtime.plan_walk import PlanWalk
 from blendserve.runtime.plan_worker import JobPlan, News, Planner, UntoldNews, no_plan
@@ -91,13 +91,13 @@ class JobRunner:
     def __init__(
         self,
         job_id: str,
-        lines: LineSource,
+        lines: Lines,
         pending: Sequence[int],
         *,
         on_start: Callable[[int], None] = lambda _: None,
         deadline: float | None = None,
         reader: PromptReader,
-        client: LineClient,
+        client: Sender,
         planner: Planner,
         threads: Threads,
         dispatcher: Dispatcher,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -18,6 +18,18 @@ from blendserve.runtime.plan_tag import PlanTag
 _ABORT_INTERVAL_SECONDS = 0.05
 # Routes whose bodies may name a data-parallel replica.
 _ROUTED = frozenset({"/v1/completions", "/v1/chat/completions"})
+
+
+class Sender(Protocol):
+    """Sends the lines of a job; see `LineClient`."""
+
+    def start(
+        self, line: BatchLine, tag: PlanTag | None, sequences: int, replica: int | None = None
+    ) -> asyncio.Task[LineResult]: ...
+
+    def tokens_so_far(self, task: asyncio.Task[LineResult]) -> int: ...
+
+    async def abort_all(self) -> None: ...
 
 
 class LineClient:

@@ -78,6 +78,7 @@ class PlanTag:
         rest_compute_seconds, rest_memory_seconds: those of all that had not been dispatched of any
             job right after it.
         use: who needs its prefixes next; for the radix cache.
+        goes_on: of a program that runs already; it goes before those that have not begun.
         updates: of other requests. They travel with this one because only what comes as a request
             reaches all tensor-parallel ranks at the same step.
     """
@@ -92,6 +93,7 @@ class PlanTag:
     rest_compute_seconds: _Number = 0.0
     rest_memory_seconds: _Number = 0.0
     use: UseTag | None = None
+    goes_on: bool = False
     updates: tuple[LengthUpdate, ...] = ()
 
     def to_params(self) -> dict[str, str]:

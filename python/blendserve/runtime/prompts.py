@@ -101,6 +101,8 @@ class PromptReader:
             UnreadablePrompt: the body is one that the server refuses or that has no plain tokens.
             Exception: of any type, out of SGLang's handlers: a body that it does not foresee.
         """
+        if url == "/generate":
+            return self._prompt(GenerateReqInput(**body))
         if url == "/v1/chat/completions":
             handler = self._app.state.openai_serving_chat
             request: Any = ChatCompletionRequest(**body)
@@ -111,7 +113,9 @@ class PromptReader:
             raise UnreadablePrompt(f"{url} has no prompt to plan with")
         if (fault := handler._validate_request(request)) is not None:
             raise UnreadablePrompt(fault)
-        adapted, _ = handler._convert_to_internal_request(request, None)
+        return self._prompt(handler._convert_to_internal_request(request, None)[0])
+
+    def _prompt(self, adapted: Any) -> Prompt:
         media: Sequence[MediaRun] = ()
         if adapted.image_data or adapted.audio_data or adapted.video_data:
             if self._media is None:

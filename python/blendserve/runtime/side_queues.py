@@ -109,9 +109,15 @@ class SideQueues:
         return len(self.waiting[Side.LEFT]) + len(self.waiting[Side.RIGHT])
 
     def add(self, request: PlannedRequest) -> None:
-        """Append a new arrival to its side."""
+        """Append a new arrival to its side; what goes on comes before what has not begun."""
         self._count_waiting(request, +1)
-        self.waiting[request.tag.side].append(request)
+        queue = self.waiting[request.tag.side]
+        if not request.tag.goes_on:
+            queue.append(request)
+            return
+        place = next((at for at, other in enumerate(queue) if not other.tag.goes_on), len(queue))
+        queue.insert(place, request)
+        self._looked[request.tag.side].clear()
 
     def candidate(self, side: Side) -> Candidate | None:
         """The head of a side as the admission code sees it; None if nothing waits there."""

@@ -89,7 +89,7 @@ function timesOf(batch) {
   const begin = batch.in_progress_at || batch.created_at;
   const cell = element("td", new Date(1000 * batch.created_at).toLocaleString());
   if (end) cell.append(element("small", `ran ${duration(end - begin)}`));
-  else cell.append(element("small", `expires ${new Date(1000 * batch.expires_at).toLocaleString()}`));
+  else if (batch.expires_at) cell.append(element("small", `expires ${new Date(1000 * batch.expires_at).toLocaleString()}`));
   return cell;
 }
 
@@ -129,7 +129,7 @@ function actionsOf(batch) {
     const cancel = element("button", "Cancel");
     cancel.dataset.action = "cancel";
     cancel.onclick = () => attempt(async () => {
-      await call(`/v1/batches/${batch.id}/cancel`, { method: "POST" });
+      await call(...batch.cancel || [`/v1/batches/${batch.id}/cancel`, { method: "POST" }]);
       await refresh();
     });
     cell.append(cancel);
@@ -158,9 +158,26 @@ async function download(id, name) {
   URL.revokeObjectURL(link.href);
 }
 
+// Frontend programs that run as a job, in the shape of a batch.
+function programsAsBatch(job) {
+  const { total, completed, failed, usage } = job.progress;
+  const body = JSON.stringify({ cancel: true });
+  return {
+    id: job.job_id,
+    endpoint: `programs ${job.name}`,
+    status: "in_progress",
+    created_at: job.started_at,
+    expires_at: job.deadline,
+    request_counts: { total, completed, failed },
+    usage: { ...usage, input_tokens_details: usage },
+    cancel: [`/blendserve/programs/${job.job_id}`, { method: "POST", body }],
+  };
+}
+
 function showBatches(batches, jobs) {
   const jobOf = new Map(jobs.map((job) => [job.job_id, job]));
-  byId("batches").replaceChildren(...batches.map((batch) => {
+  const programs = jobs.filter((job) => "programs" in job).map(programsAsBatch);
+  byId("batches").replaceChildren(...[...programs, ...batches].map((batch) => {
     const row = element("tr");
     row.dataset.batch = batch.id;
     const name = element("td");
