@@ -12,6 +12,7 @@ usage: blendserve COMMAND [options]
 
 commands:
   serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
+  engine      start one of several engines, for `serve --engine-urls`
   run-batch   run a file of requests offline, and write the answers to a file
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "serve": _serve,
+        "engine": _engine,
         "run-batch": _run_batch,
         "plan": _plan,
         "simulate": _simulate,
@@ -62,6 +64,12 @@ def _serve(argv: list[str]) -> int:
     from blendserve.cli.serve import main as serve
 
     return serve(argv)
+
+
+def _engine(argv: list[str]) -> int:
+    from blendserve.cli.engine import main as engine
+
+    return engine(argv)
 
 
 def _run_batch(argv: list[str]) -> int:

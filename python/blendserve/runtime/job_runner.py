@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
 from blendserve.batch.errors import cause_of, reason_of
-from blendserve.batch.executor import LineError, LineResult, LineSource
+from blendserve.batch.executor import EngineUnavailable, LineError, LineResult, LineSource
 from blendserve.batch.progress import usage_of
 from blendserve.planner import DualScanner, Side
 from blendserve.runtime.dispatcher import Dispatcher, Turn
-from blendserve.runtime.job_prompts import read_prompts
+from blendserve.runtime.job_prompts import BlockReader, LineReader, read_prompts
 from blendserve.runtime.job_view import JobView
-from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.line_client import LineSender, MemberLost
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
-from blendserve.runtime.plan_walk import PlanWalk
+from blendserve.runtime.plan_walk import PlanWalk, Step
 from blendserve.runtime.plan_worker import JobPlan, News, Planner, UntoldNews, no_plan
-from blendserve.runtime.prompts import PromptReader
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ logger = logging.getLogger(__name__)
 _MAX_UNPLANNED = 64
 # New lengths of requests sent before, told with one request.
 _MAX_UPDATES = 64
+# A line with which so many engines of several died is not tried on yet another one.
+_MAX_DEATHS = 2
 # Answers that may wait to be taken before sending pauses: a disk can be slower than the engine.
 _MAX_UNREAD = 1024
 
@@ -67,6 +68,7 @@ class _Sent:
 
     task: asyncio.Task[LineResult]
     side: Side
+    step: Step
     work_seconds: float
     estimate: float | None
     """Expected output tokens where the length is not known beforehand."""
@@ -96,8 +98,8 @@ class JobRunner:
         *,
         on_start: Callable[[int], None] = lambda _: None,
         deadline: float | None = None,
-        reader: PromptReader,
-        client: LineClient,
+        reader: LineReader | BlockReader,
+        client: LineSender,
         planner: Planner,
         threads: Threads,
         dispatcher: Dispatcher,
@@ -117,13 +119,21 @@ class JobRunner:
         self._sent: dict[int, _Sent] = {}
         # What the scheduler has yet to be told.
         self._to_tell: deque[int] = deque()
+        self._returned: dict[Side, deque[Step]] = {side: deque() for side in Side}
+        # Engines that died, by line; and the lines that are to be tried apart from others.
+        self._deaths: Counter[int] = Counter()
+        self._suspects: list[int] = []
         self._unplanned = 0
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
         self._news = UntoldNews()
 
     async def run(self) -> AsyncGenerator[LineResult, None]:
-        """Yield one result per pending line, as they come. Closing it aborts what is in flight."""
+        """Yield one result per pending line, as they come. Closing it aborts what is in flight.
+
+        Raises:
+            EngineUnavailable: with its `in_flight` lines several engines died, one after another.
+        """
         joined = False
         try:
             self._work = await read_prompts(
@@ -142,7 +152,12 @@ class JobRunner:
                 event = await self._events.get()
                 if isinstance(event, OSError):
                     raise event
-                yield self._take(event)
+                if (result := self._take(event)) is not None:
+                    yield result
+                if self._suspects and self._events.empty():
+                    raise EngineUnavailable(
+                        f"{_MAX_DEATHS} engines died with the same lines", self._suspects
+                    )
         finally:
             self._closed = True
             if self._replanning is not None:
@@ -189,7 +204,7 @@ class JobRunner:
 
     def _adopt(self, plan: JobPlan) -> None:
         """Walk this plan from now on."""
-        self._walk = PlanWalk(plan, self._news.started, self._sent)
+        self._walk = PlanWalk(plan, self._news.started, self._sent, self._returned)
         self.view.sampled += self._walk.sampled
         self.view.plans += 1
         self.view.total_work_tokens = plan.total_work_tokens
@@ -243,7 +258,7 @@ class JobRunner:
 
     @property
     def unsent(self) -> int:
-        return self._scanner.remaining
+        return self._scanner.remaining + sum(map(len, self._returned.values()))
 
     @property
     def work_seconds_left(self) -> float:
@@ -279,6 +294,7 @@ class JobRunner:
         self._sent[position] = _Sent(
             task,
             side,
+            step,
             seconds,
             tag.output_tokens if tag.likely_output_tokens else None,
             sequences,
@@ -338,9 +354,15 @@ class JobRunner:
 
     # -- answers ---------------------------------------------------------------------------------
 
-    def _take(self, ended: _Ended) -> LineResult:
-        """The answer of a line; whatever became of it, it is an answer to this line alone."""
+    def _take(self, ended: _Ended) -> LineResult | None:
+        """The answer of a line; whatever became of it, it is an answer to this line alone. None
+        if its engine is gone, one of several: the line is to run on another."""
         self.view.in_flight -= 1
+        lost = None if ended.task.cancelled() else ended.task.exception()
+        if isinstance(lost, MemberLost):
+            self._put_back(ended, lost)
+            self._dispatcher.wake()
+            return None
         if ended.task.cancelled():
             # Not by this job, which takes no more answers once it ends.
             result = _failed(ended.index, asyncio.CancelledError("by the server"))
@@ -356,6 +378,25 @@ class JobRunner:
             self._replan_if_due()
         self._dispatcher.wake()
         return result
+
+    def _put_back(self, ended: _Ended, lost: MemberLost) -> None:
+        """A line whose engine is gone goes before all else of its side, or is a suspect."""
+        self._deaths[ended.index] += lost.died
+        suspect = self._deaths[ended.index] >= _MAX_DEATHS
+        if ended.position is None:
+            self._unplanned -= 1
+            if not suspect:
+                self._work.unplannable.appendleft(ended.index)
+        else:
+            sent = self._sent.pop(ended.position)
+            self._dispatcher.credits.answered(sent.replica, sent.sequences)
+            self._sent_seconds = max(self._sent_seconds - sent.work_seconds, 0.0)
+            if not suspect:
+                self._returned[sent.side].append(sent.step)
+        if suspect:
+            self._suspects.append(ended.index)
+        self.view.returned += 1
+        self._look()
 
     def _observe(self, position: int, result: LineResult) -> None:
         sent = self._sent.pop(position)
@@ -375,11 +416,11 @@ class JobRunner:
         elif result.status_code is None or result.status_code < 500:
             # The client's fault is found before any queue, as is what never became a request; the
             # engine's may be found after.
-            self._dispatcher.credits.refused(sent.side, sent.sequences)
+            self._dispatcher.credits.refused(sent.side, sent.sequences, sent.replica)
 
     def _look(self) -> None:
         """Bring the operator's view up to date."""
-        self.view.waiting = self._scanner.remaining + len(self._work.unplannable)
+        self.view.waiting = self.unsent + len(self._work.unplannable) + len(self._suspects)
         self.view.target_density = self._scanner.target_density
         self.view.left_density = self._scanner.density(Side.LEFT)
         self.view.right_density = self._scanner.density(Side.RIGHT)

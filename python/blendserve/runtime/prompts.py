@@ -7,35 +7,16 @@ tokens that the engine will see.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 
+from blendserve.runtime.prompt_data import Prompt, UnreadablePrompt
 from blendserve.runtime.request_checks import MAX_SEQUENCES
 
-
-class UnreadablePrompt(ValueError):
-    """The server would refuse this body, or its prompt is not plain text."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One request as the planner sees it.
-
-    Attributes:
-        token_ids: int32 [prompt_tokens].
-        max_output_tokens: the most that it may answer.
-        ignore_eos: it will answer exactly that much.
-        sequences: requests that the engine makes of it (n > 1 adds one that fills the cache).
-    """
-
-    token_ids: NDArray[np.int32]
-    max_output_tokens: int
-    ignore_eos: bool
-    sequences: int
+__all__ = ["Prompt", "PromptReader", "UnreadablePrompt"]
 
 
 class PromptReader:
