@@ -143,8 +143,9 @@ class ClusterExecutor:
         """For GET /blendserve/status: as one engine's, and all engines beside it."""
         engines = [dataclasses.asdict(view) for view in self.cluster.views()]
         schedulers = [
-            {"engine": engine["url"], **report}
-            for engine in engines
+            # Every tenant sees these, and addresses are not for all.
+            {"engine": number, **report}
+            for number, engine in enumerate(engines)
             for report in engine.pop("schedulers")
         ]
         view = {

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from blendserve.batch.executor import BatchLine, LineResult, LineSource
+from blendserve.batch.executor import BatchLine, LineError, LineResult, LineSource
 from blendserve.runtime.cluster import Cluster
 from blendserve.runtime.line_client import MemberLost, answer_body, request_body, unwritable
 from blendserve.runtime.link_protocol import frame
@@ -87,7 +87,9 @@ class ClusterLines:
     async def _call(self, line: BatchLine, rid: str, member: Member, content: bytes) -> LineResult:
         answer = await member.send(rid, line.url, self._salt, content)
         if answer.status == 0:
-            raise RuntimeError(f"the engine raised {answer.content.decode('utf-8', 'replace')}")
+            said = answer.content.decode("utf-8", "replace")
+            message = f"The engine gave no answer to this request. {said}"
+            return LineResult(line.index, rid, error=LineError("internal_error", message))
         return LineResult(line.index, rid, answer.status, answer_body(answer.content))
 
 

@@ -13,9 +13,10 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import httpx
+import msgspec
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
@@ -31,6 +32,7 @@ from blendserve.runtime.link_protocol import (
     LinkHello,
     frame,
     frames,
+    other_version,
     pack_prompts,
 )
 from blendserve.runtime.pacing import Pacer, is_batch_line
@@ -102,7 +104,7 @@ class EngineLink:
         @router.post("/link")
         async def link(hello: LinkHello) -> StreamingResponse:
             if hello.link_version != LINK_VERSION:
-                raise HTTPException(409, _other_version(hello.link_version))
+                raise HTTPException(409, other_version(hello.link_version, LINK_VERSION))
             async with self._opening:
                 if self._session is not None:
                     await self._session.close(taken=True)
@@ -238,7 +240,10 @@ class _Session:
     def _take_block(self) -> list[bytes]:
         block, self._unsent = self._unsent, []
         reports, self._reports = self._reports, {}
-        block += [frame({"report": asdict(report)}) for report in reports.values()]
+        block += [
+            frame({"report": rank}, msgspec.msgpack.encode(report))
+            for rank, report in reports.items()
+        ]
         return block
 
     def _new_tokens(self, told: dict[str, int], block: list[bytes]) -> dict[str, int]:
@@ -280,10 +285,3 @@ def _checked_lines(data: bytes) -> list[tuple[str, str, str, bytes]]:
             raise HTTPException(400, "A line needs a rid, the url of an endpoint, and a salt.")
         found.append((rid, str(url), salt, content))
     return found
-
-
-def _other_version(theirs: int) -> str:
-    return (
-        f"The coordinator speaks version {theirs} of the link, and this engine {LINK_VERSION}: "
-        "install the same release of BlendServe on both."
-    )

@@ -5,7 +5,8 @@ answers travel as those bytes, just as SGLang's routes read and write them.
 
     POST /blendserve/link                    one stream per coordinator, as long as it lives:
         {"hello": {...}}                     first: what the engine is (`EngineDescription`)
-        {"report": {...}}                    counters of a scheduler, since the stream began
+        {"report": 0, "bytes": 310}          of a scheduler (`SchedulerReport`, msgpack); what it has
+                                             taken counts from the stream's beginning
         {"tokens": {"rid": 12}}              output tokens so far of lines that run
         {"answer": "rid", "status": 200, "bytes": 812}
         {"fingerprint": "..."}               it has other weights now
@@ -36,6 +37,14 @@ _MAX_HEAD_BYTES = 4 << 20
 
 class LinkError(ValueError):
     """The other end does not speak this protocol; the message says in what."""
+
+
+def other_version(coordinators: int, engines: int) -> str:
+    """What is wrong, and the remedy."""
+    return (
+        f"the coordinator speaks version {coordinators} of the link, and the engine {engines}: "
+        "install the same release of BlendServe on both"
+    )
 
 
 class LinkHello(BaseModel):

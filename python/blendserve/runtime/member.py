@@ -23,11 +23,15 @@ from blendserve.runtime.link_protocol import (
     LinkError,
     LinkHello,
     frame,
+    other_version,
     unpack_prompts,
 )
 from blendserve.runtime.prompt_data import Prompt
 
+_REPORTS = msgspec.msgpack.Decoder(SchedulerReport)
 _CONNECT_SECONDS = 5.0
+# What is to be sent within this goes with one request.
+_GATHER_SECONDS = 0.002
 _PROBE_SECONDS = 15.0
 # SGLang itself waits 20 s for a sign of its scheduler before it says that it is not healthy.
 _HEALTH_SECONDS = 25.0
@@ -168,7 +172,7 @@ class Member:
             if "answer" in head:
                 self._resolve(head["answer"], Answer(int(head["status"]), content))
             elif "report" in head:
-                report = msgspec.convert(head["report"], SchedulerReport)
+                report = _REPORTS.decode(content)
                 self.reports[report.dp_rank] = report
                 self.on_report(self, report)
             elif "tokens" in head:
@@ -184,6 +188,7 @@ class Member:
     async def _deliver(self) -> None:
         while True:
             await self._has_mail.wait()
+            await asyncio.sleep(_GATHER_SECONDS)
             self._has_mail.clear()
             outbox, self._outbox = self._outbox, {}
             if outbox:
@@ -258,6 +263,8 @@ async def linked(
                     description = EngineDescription.model_validate(head.get("hello"))
                 except (StopAsyncIteration, ValidationError) as error:
                     raise LinkLost("it does not say what it is") from error
+                if description.link_version != LINK_VERSION:
+                    raise LinkLost(other_version(LINK_VERSION, description.link_version))
                 yield Member(address, description, patience), events
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise LinkLost(_said(error)) from error
