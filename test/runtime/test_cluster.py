@@ -230,10 +230,14 @@ def test_a_line_with_which_two_engines_die_is_told_as_a_suspect():
             for engine in cluster.engines:
                 engine.deadly = {deadly}
             results = []
+
+            async def take() -> None:
+                async for result in cluster.run(bodies):
+                    results.append(result)
+
+            task = asyncio.create_task(take())
             with pytest.raises(EngineUnavailable) as told:
-                async with asyncio.timeout(MOST_SECONDS):
-                    async for result in cluster.run(bodies):
-                        results.append(result)
+                await end(task)
             assert 77 in told.value.in_flight
             answered = {result.index for result in results}
             assert not answered & told.value.in_flight

@@ -1,4 +1,4 @@
-"""Lines whose engine is gone, one of several: they go again, before all others, but not for ever."""
+"""Lines whose engine is gone, one of several: they go again, before all others."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ answers travel as those bytes, just as SGLang's routes read and write them.
 
     POST /blendserve/link                    one stream per coordinator, as long as it lives:
         {"hello": {...}}                     first: what the engine is (`EngineDescription`)
-        {"report": 0, "bytes": 310}          of a scheduler (`SchedulerReport`, msgpack); what it has
-                                             taken counts from the stream's beginning
+        {"report": 0, "bytes": 310}          of a scheduler (`SchedulerReport`, msgpack), which has
+                                             taken nothing when the stream begins
         {"tokens": {"rid": 12}}              output tokens so far of lines that run
         {"answer": "rid", "status": 200, "bytes": 812}
         {"fingerprint": "..."}               it has other weights now
