@@ -37,6 +37,8 @@ from record import save  # noqa: E402
 FAMILIES = 40
 START_SECONDS = 400.0
 JOB_SECONDS = 900.0
+# The front asks the coordinator this often at most.
+_OLDEST_STATUS_SECONDS = 1.0
 WORDS = ("river", "stone", "light", "morning", "garden", "winter", "letter", "bread", "silver")
 
 
@@ -148,6 +150,7 @@ class Servers:
 
     def run(self, job: Path, kill_at: int | None = None) -> dict[str, Any]:
         """The job's answers by custom_id, and figures."""
+        time.sleep(_OLDEST_STATUS_SECONDS)
         before = self._answered()
         began = time.monotonic()
         with job.open("rb") as file:
@@ -174,6 +177,7 @@ class Servers:
 
         self.wait(ended, JOB_SECONDS)
         seconds = time.monotonic() - began
+        time.sleep(_OLDEST_STATUS_SECONDS)
         text = self.http.get(f"/v1/files/{batch['output_file_id']}/content").text
         answers = [json.loads(line) for line in text.splitlines()]
         usage = [answer["response"]["body"]["usage"] for answer in answers]
