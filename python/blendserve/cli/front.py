@@ -185,13 +185,16 @@ def serve_front(argv: Sequence[str]) -> int:
 
 
 def engine_command(
-    options: argparse.Namespace, engine_flags: Sequence[str], settings: Settings
+    options: argparse.Namespace,
+    engine_flags: Sequence[str],
+    settings: Settings,
+    engine: Sequence[str] = ENGINE_COMMAND,
 ) -> list[str]:
-    """Starts an engine, or the coordinator of several. Raises ConfigError."""
+    """What starts `engine`, or the coordinator of several. Raises ConfigError."""
     if options.engine_urls is None:
         if options.min_engines is not None:
             raise ConfigError("--min-engines is for several engines: give --engine-urls, too")
-        return [*ENGINE_COMMAND, *engine_flags, "--host", "127.0.0.1"]
+        return [*engine, *engine_flags, "--host", "127.0.0.1"]
     if engine_flags:
         raise ConfigError(
             f"{engine_flags[0]} is for the engines, which are started by themselves: give it to "
