@@ -320,7 +320,7 @@ def test_an_idle_engine_starts_even_what_does_not_fit():
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("width", [1, BIN_STEPS])
 def test_a_length_that_is_a_hair_above_what_is_done_is_over(width):
-    """The mean of lengths that are all 6 may be 6.000000000000001, and 118 more than that is 124."""
+    """The mean of lengths that are all 6 may be a hair more, and 118 steps later it is 124."""
     forecast = MemoryForecast(width)
     length = math.nextafter(6.0, 7.0)
     assert 118 + length == 124

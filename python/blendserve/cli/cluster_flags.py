@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from blendserve.config import ConfigError
 
+RAY_MISSING = (
+    "--ray needs Ray: pip install 'blendserve[ray]', or requirements/ray.txt with --no-deps"
+)
 _MIN_KEY_CHARACTERS = 16
 
 
@@ -44,3 +48,17 @@ def engine_urls(text: str) -> list[str]:
     if len(set(urls)) < len(urls):
         raise ConfigError("--engine-urls: each engine once")
     return urls
+
+
+ENGINES_FLAGS = "--"
+"""What comes after this on the coordinator's command line is for each engine."""
+
+
+def partition_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The coordinator's own flags, and the engines'."""
+    words = list(argv)
+    if ENGINES_FLAGS not in words:
+        return words, []
+    place = words.index(ENGINES_FLAGS)
+    # The port is given to whatever is started, as the last flag.
+    return [*words[:place], *words[-2:]], words[place + 1 : -2]

@@ -20,10 +20,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from blendserve.batch import EngineAddress, build_engine_router, error_response
-from blendserve.cli.cluster_flags import engine_urls, read_key
+from blendserve.cli.cluster_flags import engine_urls, partition_flags, read_key
 from blendserve.cli.cluster_proxy import ClusterProxy
 from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
-from blendserve.config import ConfigError, load_settings
+from blendserve.config import ConfigError, Settings, load_settings, to_environment
 from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.cluster_executor import ClusterExecutor
 
@@ -78,47 +78,67 @@ class _AskForKey:
 
 def main(argv: Sequence[str]) -> int:
     """Coordinate until stopped. 2 for a setting that cannot be used."""
-    parser = argparse.ArgumentParser(prog="blendserve.cli.coordinator")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--engine-urls", required=True)
-    parser.add_argument("--min-engines", type=int, default=1)
-    options = parser.parse_args(argv)
+    options = _parse(argv)
     token = os.environ.pop(TOKEN_VARIABLE)
     follow_parent()
     try:
-        settings = load_settings()
-        key = read_key(settings.cluster_key_file)
-        addresses = [EngineAddress(url, key) for url in engine_urls(options.engine_urls)]
+        asyncio.run(_coordinate(options, token, load_settings()))
     except ConfigError as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
+    return 0
 
-    async def serve() -> None:
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    own, engine_flags = partition_flags(argv)
+    parser = argparse.ArgumentParser(prog="blendserve.cli.coordinator")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--engine-urls")
+    where.add_argument("--ray", action="store_true")
+    parser.add_argument("--engines", type=int)
+    parser.add_argument("--min-engines", type=int, default=1)
+    options = parser.parse_args(own)
+    options.engine_flags = engine_flags
+    return options
+
+
+async def _coordinate(options: argparse.Namespace, token: str, settings: Settings) -> None:
+    """Raises ConfigError."""
+    ready = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+    if options.ray:
+        from blendserve.cli.ray_engines import RayEngines
+
+        environment = to_environment(settings.model_copy(update={"behind_front": False}))
+        placed = RayEngines(options.engines, options.engine_flags, environment)
+        executor = ClusterExecutor(settings, placed.connect())
+        tasks.append(asyncio.create_task(placed.run(executor.cluster)))
+    else:
+        key = read_key(settings.cluster_key_file)
+        addresses = [EngineAddress(url, key) for url in engine_urls(options.engine_urls)]
         executor = ClusterExecutor(settings, len(addresses))
-        ready = asyncio.Event()
         for address in addresses:
             executor.cluster.add(address)
 
-        async def become_ready() -> None:
-            await executor.until_ready(min(options.min_engines, len(addresses)))
-            ready.set()
+    async def become_ready() -> None:
+        await executor.until_ready(options.min_engines)
+        ready.set()
 
-        waiting = asyncio.create_task(become_ready())
-        app = build_app(executor, token, settings.batch_dir, ready)
-        config = uvicorn.Config(
-            app,
-            host=options.host,
-            port=options.port,
-            log_level="warning",
-            access_log=False,
-            ws="none",
-        )
-        await uvicorn.Server(config).serve()
-        waiting.cancel()
-
-    asyncio.run(serve())
-    return 0
+    tasks.append(asyncio.create_task(become_ready()))
+    config = uvicorn.Config(
+        build_app(executor, token, settings.batch_dir, ready),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+    )
+    await uvicorn.Server(config).serve()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 if __name__ == "__main__":

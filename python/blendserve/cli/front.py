@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -39,7 +40,7 @@ from blendserve.batch import (
     build_page_router,
     build_router,
 )
-from blendserve.cli.cluster_flags import engine_urls, read_key
+from blendserve.cli.cluster_flags import RAY_MISSING, engine_urls, read_key
 from blendserve.cli.connections import PatientProtocol, raise_descriptor_limit
 from blendserve.cli.engine_process import EngineFailed, EngineProcess, WatchSettings
 from blendserve.cli.proxy import EngineProxy
@@ -191,9 +192,15 @@ def engine_command(
     engine: Sequence[str] = ENGINE_COMMAND,
 ) -> list[str]:
     """What starts `engine`, or the coordinator of several. Raises ConfigError."""
+    least = 1 if options.min_engines is None else options.min_engines
+    own = ["--min-engines", str(least), "--host", "127.0.0.1"]
+    if options.ray:
+        return [*COORDINATOR_COMMAND, *own, *_ray_flags(options, least), "--", *engine_flags]
+    if options.engines is not None:
+        raise ConfigError("--engines is for engines on a Ray cluster: give --ray, too")
     if options.engine_urls is None:
         if options.min_engines is not None:
-            raise ConfigError("--min-engines is for several engines: give --engine-urls, too")
+            raise ConfigError("--min-engines is for several engines: give --engine-urls or --ray")
         return [*engine, *engine_flags, "--host", "127.0.0.1"]
     if engine_flags:
         raise ConfigError(
@@ -203,11 +210,22 @@ def engine_command(
     # Looked at here, too, so that a mistake is told before anything starts.
     urls = engine_urls(options.engine_urls)
     read_key(settings.cluster_key_file)
-    least = 1 if options.min_engines is None else options.min_engines
     if not 1 <= least <= len(urls):
         raise ConfigError(f"--min-engines must be from 1 to {len(urls)}, the number of engines")
-    flags = ["--engine-urls", ",".join(urls), "--min-engines", str(least)]
-    return [*COORDINATOR_COMMAND, *flags, "--host", "127.0.0.1"]
+    return [*COORDINATOR_COMMAND, *own, "--engine-urls", ",".join(urls)]
+
+
+def _ray_flags(options: argparse.Namespace, least: int) -> list[str]:
+    if options.engine_urls is not None:
+        raise ConfigError("give either --ray or --engine-urls, not both")
+    if find_spec("ray") is None:
+        raise ConfigError(RAY_MISSING)
+    engines = options.engines
+    if engines is None:
+        return ["--ray"]
+    if not 1 <= least <= engines:
+        raise ConfigError(f"--min-engines must be from 1 to {engines}, the number of --engines")
+    return ["--ray", "--engines", str(engines)]
 
 
 def limits_of(settings: Settings) -> BatchLimits:
@@ -257,6 +275,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine-urls", help="Engines that run elsewhere (`blendserve engine`), with commas."
     )
+    parser.add_argument("--ray", action="store_true", help="Start engines on a Ray cluster.")
+    parser.add_argument("--engines", type=int, help="How many of them; else as many as fit.")
     parser.add_argument("--min-engines", type=int, help="Serve once so many have joined.")
     for name in ("--ssl-keyfile", "--ssl-certfile", "--ssl-keyfile-password"):
         parser.add_argument(name)

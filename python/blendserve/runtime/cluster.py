@@ -118,6 +118,11 @@ class Cluster:
         """The engines that are up."""
         return [place.member for place in self._places.values() if place.member is not None]
 
+    def has(self, address: EngineAddress) -> bool:
+        """Whether this engine is up."""
+        place = self._places.get(address)
+        return place is not None and place.member is not None
+
     def find(self, replica: int) -> tuple[Member, int] | None:
         """The engine of a replica, and which of its schedulers that is; None if it has left."""
         return self._by_replica.get(replica)
@@ -150,6 +155,7 @@ class Cluster:
                             logger.error("engine %s is refused: %s", address.url, refusal)
                         place.view.show("refused", refusal)
                     else:
+                        await member.check_health()
                         await self._serve(place, member, events)
             except LinkLost as error:
                 if place.view.state != "lost":

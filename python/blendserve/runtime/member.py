@@ -138,6 +138,11 @@ class Member:
             raise LinkLost("it read another number of prompts than it was given")
         return prompts
 
+    async def check_health(self) -> None:
+        """One whose scheduler hangs takes no lines, though it opens streams. Raises LinkLost."""
+        if not await self._is_healthy():
+            raise LinkLost("it is not healthy")
+
     async def serve(self, events: AsyncIterator[tuple[dict[str, Any], bytes]]) -> None:
         """Take what comes and send what there is, until the link breaks. Raises LinkLost."""
         tasks = [
@@ -202,19 +207,21 @@ class Member:
         pause = min(_PROBE_SECONDS, hang / 4 or _PROBE_SECONDS)
         while True:
             await asyncio.sleep(pause)
-            try:
-                answer = await self._client.get(
-                    f"{self.address.url}/health",
-                    timeout=httpx.Timeout(
-                        min(_HEALTH_SECONDS, hang or _HEALTH_SECONDS), connect=_CONNECT_SECONDS
-                    ),
-                )
-                if answer.status_code == 200:
-                    healthy_at = loop.time()
-            except httpx.HTTPError:
-                pass
+            if await self._is_healthy():
+                healthy_at = loop.time()
             if 0 < hang < loop.time() - healthy_at:
                 raise LinkLost(f"it was not healthy for {loop.time() - healthy_at:.0f} s")
+
+    async def _is_healthy(self) -> bool:
+        hang = self._patience.hang_seconds
+        timeout = httpx.Timeout(
+            min(_HEALTH_SECONDS, hang or _HEALTH_SECONDS), connect=_CONNECT_SECONDS
+        )
+        try:
+            answer = await self._client.get(f"{self.address.url}/health", timeout=timeout)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
 
     async def _post(self, what: str, content: bytes) -> None:
         try:
