@@ -12,6 +12,7 @@ from typing import Any
 from blendserve.batch.executor import BatchLine, LineError, LineResult, LineSource
 from blendserve.runtime.cluster import Cluster
 from blendserve.runtime.line_client import MemberLost, answer_body, request_body, unwritable
+from blendserve.runtime.line_flight import answered
 from blendserve.runtime.link_protocol import frame
 from blendserve.runtime.member import LinkLost, Member
 from blendserve.runtime.plan_tag import PlanTag
@@ -60,7 +61,7 @@ class ClusterLines:
         except (ValueError, TypeError, RecursionError) as error:
             # Nested too deeply, or a number or a text that JSON does not have.
             refused = LineResult(line.index, rid, 400, unwritable(error))
-            return asyncio.create_task(_answered(refused), name=rid)
+            return asyncio.create_task(answered(refused), name=rid)
         task = asyncio.create_task(self._call(line, rid, member, content), name=rid)
         self._in_flight[rid] = task, member
         task.add_done_callback(lambda _: self._in_flight.pop(rid, None))
@@ -171,10 +172,6 @@ def _parts(places: list[int], frames: Sequence[bytes | None]) -> list[list[int]]
         parts[-1].append(place)
         size += length
     return parts
-
-
-async def _answered(result: LineResult) -> LineResult:
-    return result
 
 
 async def _raised(error: Exception) -> Any:

@@ -14,6 +14,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import msgspec
@@ -196,8 +197,11 @@ class _Session:
             rid, url, salt, content = await self._waiting.get()
             task = asyncio.create_task(self._answer(rid, url, salt, content))
             self._lines[rid] = task
-            task.add_done_callback(lambda _, rid=rid: self._lines.pop(rid, None))
+            task.add_done_callback(partial(self._ended, rid))
             await self._link.pacer.turn()
+
+    def _ended(self, rid: str, _: asyncio.Task[None]) -> None:
+        self._lines.pop(rid, None)
 
     async def _answer(self, rid: str, url: str, salt: str, content: bytes) -> None:
         is_batch_line.set(True)
