@@ -26,6 +26,7 @@ from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.cluster_executor import ClusterExecutor
+from blendserve.runtime.cluster_metrics import CONTENT_TYPE
 
 
 def build_app(
@@ -51,6 +52,10 @@ def build_app(
     async def health() -> Response:
         # Jobs wait for engines that are away; only before the first has come is nothing served.
         return Response(status_code=200 if ready.is_set() else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(executor.metrics.text(), media_type=CONTENT_TYPE)
 
     app.include_router(build_engine_router(executor, executor.view, batch_dir))
     app.mount("/", proxy)

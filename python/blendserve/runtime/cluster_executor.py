@@ -23,6 +23,7 @@ from blendserve.planner import CostModel, Hardware, ModelSpec, PlannerConfig
 from blendserve.runtime.cache_salt import cache_salt
 from blendserve.runtime.cluster import Cluster
 from blendserve.runtime.cluster_lines import ClusterLines, ClusterReader
+from blendserve.runtime.cluster_metrics import ClusterMetrics
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.dispatcher import Dispatcher
 from blendserve.runtime.job_runner import JobRunner, Threads
@@ -77,6 +78,11 @@ class ClusterExecutor:
             ThreadPoolExecutor(1, "blendserve-planning"),
         )
         self._runners: dict[str, JobRunner] = {}
+        self.metrics = ClusterMetrics(
+            self.cluster,
+            lambda: [runner.view for runner in self._runners.values()],
+            self._dispatcher.view,
+        )
 
     # -- what the batch room asks for ----------------------------------------------------------
 

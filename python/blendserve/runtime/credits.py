@@ -20,6 +20,7 @@ _UNEVEN_PART = 0.25
 _UNEVEN_REQUESTS = 16
 # A request that has not shown up in a queue after so many reports never will.
 _LOST_AFTER_REPORTS = 64
+_NOTHING: Counter[Side] = Counter()
 
 
 class Credits:
@@ -108,7 +109,7 @@ class Credits:
         return busy - min(self._unanswered.values()) >= max(_UNEVEN_PART * busy, _UNEVEN_REQUESTS)
 
     def _taken_by(self, replica: int) -> Counter[Side]:
-        return self._taken.get(replica, Counter())
+        return self._taken.get(replica, _NOTHING)
 
     def answered(self, replica: int | None, sequences: int) -> None:
         """Record that a request of this replica has ended, however it did."""

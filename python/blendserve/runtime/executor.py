@@ -256,7 +256,8 @@ class BlendExecutor:
 
     async def _keep_metrics(self, metrics: Metrics) -> None:
         while True:
-            metrics.update(self.reports, self.jobs(), self.dispatch())
+            reports = {(str(rank),): report for rank, report in self.reports.items()}
+            metrics.update(reports, self.jobs(), self.dispatch())
             await asyncio.sleep(_METRICS_SECONDS)
 
     def _on_report(self, report: SchedulerReport) -> None:

@@ -31,7 +31,7 @@ from blendserve.runtime.prompt_data import Prompt
 _REPORTS = msgspec.msgpack.Decoder(SchedulerReport)
 _CONNECT_SECONDS = 5.0
 # What is to be sent within this goes with one request.
-_GATHER_SECONDS = 0.002
+_GATHER_SECONDS = 0.005
 _PROBE_SECONDS = 15.0
 # SGLang itself waits 20 s for a sign of its scheduler before it says that it is not healthy.
 _HEALTH_SECONDS = 25.0
