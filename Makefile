@@ -35,9 +35,10 @@ $(GPU_STAMP): requirements/gpu.txt pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo.py
 
-# Tests with an engine run one after the other, beside all others.
+# Tests with an engine run one after the other, beside all others. One worker more than cores,
+# because many tests wait for processes of theirs.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder
 
 # The other releases of SGLang that are supported: what is compared at start, and the scheduler with
 # our queues and cache inside. Each is unpacked beside the installed one.

@@ -6,11 +6,10 @@ Both are planned once per step and layer shape, and run once per layer.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 # Shared KV that is read once instead of per request must be this much of all KV to be worth the
 # second pass and the merge; and a family must save so much more than another to be preferred.
 MIN_SAVED_SHARE = 0.1
-FLASHINFER_NAMES = ("BatchPODWithPagedKVCacheWrapper", "MultiLevelCascadeAttentionWrapper")
 
 
 @dataclass(frozen=True)
@@ -123,40 +121,3 @@ class Planner:
 
     def _able(self, step: Step) -> list[StepKernels]:
         return [k for k in self.kernels if (k.name, step.is_mixed) not in self._failed]
-
-
-def flashinfer_or_reason() -> tuple[Any | None, str]:
-    """The flashinfer module if it has what is needed, and the reason for the choice."""
-    try:
-        module = importlib.import_module("flashinfer")
-    except ImportError as error:
-        return None, f"FlashInfer cannot be imported ({error})"
-    missing = [name for name in FLASHINFER_NAMES if not hasattr(module, name)]
-    version = getattr(module, "__version__", "of unknown version")
-    if missing:
-        return None, f"FlashInfer {version} lacks {', '.join(missing)}"
-    return module, f"FlashInfer {version} is installed"
-
-
-def choose_kernels(device: torch.device | str) -> tuple[list[StepKernels], str]:
-    """Families in the order to ask them, and a sentence that says why.
-
-    Triton comes last, for what FlashInfer has no kernel for (a soft cap in a mixed step).
-    """
-    from sgl_kernel_ext.gpu.flashinfer_steps import FlashInferSteps
-    from sgl_kernel_ext.gpu.triton_steps import TritonSteps
-
-    device = torch.device(device)
-    multiprocessors = 1
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    module, reason = flashinfer_or_reason()
-    if module is None:
-        return [TritonSteps(device, multiprocessors)], f"Triton, because {reason}"
-    return (
-        [
-            FlashInferSteps(module, device, multiprocessors),
-            TritonSteps(device, multiprocessors),
-        ],
-        f"FlashInfer with Triton behind it, because {reason}",
-    )

@@ -52,12 +52,44 @@ def test_the_package_runs_as_the_command_and_loads_no_engine_to_say_its_version(
     assert ended.stdout == f"blendserve {__version__}\n0 False\n"
 
 
+COMMANDS = ("serve", "run-batch", "plan", "simulate", "trace", "doctor")
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_names_both_commands(capsys, flag):
+def test_help_names_all_commands(capsys, flag):
     assert main([flag]) == 0
     usage = capsys.readouterr().out
-    assert "serve " in usage
-    assert "run-batch " in usage
+    assert [name for name in COMMANDS if f"\n  {name} " not in usage] == []
+
+
+WITHOUT_SGLANG = """
+import sys
+for name in ("sglang", "torch", "transformers"):
+    sys.modules[name] = None
+from blendserve.cli import main
+for argv in (["serve"], ["run-batch", "-i", "x", "-o", "y"], ["doctor"], *(
+    [command, "--help"] for command in sys.argv[1:]
+)):
+    try:
+        status = main(argv)
+    except SystemExit as end:
+        status = end.code
+    print("status of", *argv, status)
+"""
+
+
+def test_without_sglang_every_command_helps_and_says_what_is_missing():
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SGLANG, *COMMANDS],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    said = [line for line in ended.stdout.splitlines() if line.startswith("status of ")]
+    failed = {"serve": 2, "run-batch -i x -o y": 2, "doctor": 1}
+    helped = {f"{command} --help": 0 for command in COMMANDS}
+    assert said == [f"status of {line} {status}" for line, status in (failed | helped).items()]
+    for command in ("serve", "run-batch"):
+        assert f"blendserve {command}: this needs SGLang (0.5.16 to 0.5.23)" in ended.stderr
+    assert "sglang and torch cannot be found" in ended.stdout
 
 
 def test_no_command_prints_the_usage_and_fails(capsys):

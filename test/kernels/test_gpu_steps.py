@@ -23,7 +23,7 @@ from blendserve.runtime import attention_gpu, prefix_paths
 from blendserve.runtime.attention_gpu import BlendedSteps
 from sgl_kernel_ext import reference
 from sgl_kernel_ext.batch import AttentionShape
-from sgl_kernel_ext.gpu import steps
+from sgl_kernel_ext.gpu import choice, steps
 from sgl_kernel_ext.gpu.flashinfer_steps import FlashInferSteps
 from sgl_kernel_ext.gpu.steps import Step
 from sgl_kernel_ext.groups import shared_segments
@@ -153,20 +153,20 @@ def test_pod_is_not_asked_for_a_soft_cap() -> None:
 
 def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    kernels, reason = steps.choose_kernels("cpu")
+    kernels, reason = choice.choose_kernels("cpu")
     assert [k.name for k in kernels] == ["triton"]
     assert "cannot be imported" in reason
 
     module = ModuleType("flashinfer")
     module.__version__ = "0.1"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    kernels, reason = steps.choose_kernels("cpu")
+    kernels, reason = choice.choose_kernels("cpu")
     assert [k.name for k in kernels] == ["triton"]
     assert "0.1 lacks BatchPOD" in reason
 
     module.BatchPODWithPagedKVCacheWrapper = FakePod  # type: ignore[attr-defined]
     module.MultiLevelCascadeAttentionWrapper = FakeCascade  # type: ignore[attr-defined]
-    kernels, reason = steps.choose_kernels("cpu")
+    kernels, reason = choice.choose_kernels("cpu")
     assert [k.name for k in kernels] == ["flashinfer", "triton"]
 
 

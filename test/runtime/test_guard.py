@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve import __version__
-from blendserve.runtime import guard, plugin
+from blendserve.runtime import attention, guard, plugin
 from blendserve.runtime.guard import UnsupportedSGLang
 
 RANGE = (guard.OLDEST_SGLANG, guard.NEWEST_SGLANG)
@@ -323,3 +323,11 @@ def test_a_malformed_config_file_ends_the_process_with_the_message(registered, t
         plugin.activate()
     assert str(end.value.code).startswith(f"blendserve: {path} is not a TOML file: ")
     assert registered.front_process == []
+
+
+def test_a_hook_that_has_no_place_in_sglang_ends_the_process(registered, monkeypatch):
+    os.environ["BLENDSERVE_ENABLED"] = "1"
+    monkeypatch.setattr(attention, "_LAST_SLOT_FUNCTIONS", ("sglang.gone", "sglang.gone_too"))
+    monkeypatch.setattr(plugin, "_register", lambda in_front_process: attention._keep_triton_off())
+    with pytest.raises(SystemExit, match="neither of sglang.gone, sglang.gone_too is in this"):
+        plugin.activate()

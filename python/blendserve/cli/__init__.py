@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from blendserve import __version__
+
+# Commands that run an engine, and what only an installation of SGLang brings.
+_WITH_ENGINE = frozenset({"serve", "run-batch"})
+_ENGINE_PACKAGES = frozenset({"sglang", "torch", "transformers", "safetensors", "gguf"})
 
 _USAGE = """\
 usage: blendserve COMMAND [options]
@@ -51,7 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return command(args[1:])
+    wants_help = "-h" in args or "--help" in args
+    try:
+        if args[0] in _WITH_ENGINE and not wants_help:
+            _must_have_sglang()
+        return command(args[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _ENGINE_PACKAGES:
+            raise
+        print(f"blendserve {args[0]}: {_without(error.name)}", file=sys.stderr)
+        return 0 if wants_help else 2
+
+
+def _must_have_sglang() -> None:
+    """Say so before anything is started."""
+    if importlib.util.find_spec("sglang") is None:
+        raise ModuleNotFoundError(name="sglang")
+
+
+def _without(package: str | None) -> str:
+    from blendserve.runtime.guard import NEWEST_SGLANG, OLDEST_SGLANG
+
+    return (
+        f"this needs SGLang ({OLDEST_SGLANG} to {NEWEST_SGLANG}), and {package} is not installed: "
+        "`pip install 'blendserve[gpu]'` brings it, and `make setup` the build for CPUs. "
+        "`blendserve plan` and `simulate` work without."
+    )
 
 
 def _nearest(word: str, commands: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.cluster_executor import ClusterExecutor
-from blendserve.runtime.cluster_metrics import CONTENT_TYPE
+from blendserve.runtime.cluster_metrics import CONTENT_TYPE, ClusterMetrics
 
 
 def build_app(
@@ -53,9 +53,17 @@ def build_app(
         # Jobs wait for engines that are away; only before the first has come is nothing served.
         return Response(status_code=200 if ready.is_set() else 503)
 
+    series: list[ClusterMetrics] = []
+
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(executor.metrics.text(), media_type=CONTENT_TYPE)
+        try:
+            if not series:
+                series.append(ClusterMetrics(executor.cluster, executor.jobs, executor.dispatch))
+        except ImportError:
+            message = "Metrics need prometheus-client on the coordinator's machine: install it."
+            return error_response(501, message, "no_metrics", kind="server_error")
+        return Response(series[0].text(), media_type=CONTENT_TYPE)
 
     app.include_router(build_engine_router(executor, executor.view, batch_dir))
     app.mount("/", proxy)

@@ -70,6 +70,9 @@ def examine(flags: Sequence[str]) -> Iterator[Finding]:
     """Everything that is looked at, in order."""
     yield Finding("machine", f"{platform.platform()}, Python {platform.python_version()}")
     yield packages()
+    if _missing():
+        # All else is asked of them.
+        return
     yield from device()
     yield from tools()
     yield from resolution(flags)
@@ -87,7 +90,14 @@ def packages() -> Finding:
         guard.check_version(guard.installed_sglang())
     except guard.UnsupportedSGLang as error:
         return Finding("packages", f"{', '.join(versions)}: {error}", fails=True)
+    if _missing():
+        text = f"{', '.join(versions)}: {' and '.join(_missing())} cannot be found; install again"
+        return Finding("packages", text, fails=True)
     return Finding("packages", ", ".join(versions))
+
+
+def _missing() -> list[str]:
+    return [name for name in ("sglang", "torch") if importlib.util.find_spec(name) is None]
 
 
 def device() -> Iterator[Finding]:

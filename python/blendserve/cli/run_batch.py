@@ -22,9 +22,9 @@ from rich.console import Console
 
 from blendserve.batch import BatchDirectoryError, BatchLimits, BatchObject
 from blendserve.cli.batch_input import InputError, plain_file
+from blendserve.cli.display import BatchDisplay, JsonStatus
 from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineFailed
-from blendserve.cli.follow import BatchDisplay, JsonStatus
 from blendserve.cli.front import settings_of, split_flags
 from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_models
 from blendserve.cli.offline_job import JobRefused, OfflineJob

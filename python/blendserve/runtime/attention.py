@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blendserve.runtime.cpu_platform import needs_cpu_engine
+from blendserve.runtime.guard import UnsupportedSGLang
 
 BACKEND_NAME = "blend"
 
@@ -63,6 +64,10 @@ def _keep_triton_off() -> None:
         if importlib.util.find_spec(module) is not None:
             HookRegistry.register(f"{module}.get_last_loc", _last_slots, HookType.REPLACE)
             return
+    raise UnsupportedSGLang(
+        f"neither of {', '.join(_LAST_SLOT_FUNCTIONS)} is in this SGLang: its get_last_loc would "
+        "call Triton on a CPU. Install a supported release."
+    )
 
 
 def _supports_triton(original: Callable[[str], bool], backend: str) -> bool:

@@ -20,7 +20,8 @@ from blendserve.runtime.attention_warm_up import warm_up
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.prefix_paths import PrefixPaths, current
 from sgl_kernel_ext.batch import AttentionShape, PagedBatch
-from sgl_kernel_ext.gpu.steps import MIN_SAVED_SHARE, Planner, Runner, Step, choose_kernels
+from sgl_kernel_ext.gpu.choice import choose_kernels
+from sgl_kernel_ext.gpu.steps import MIN_SAVED_SHARE, Planner, Runner, Step
 from sgl_kernel_ext.groups import Segment
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from blendserve.planner import CostModel, Hardware, ModelSpec, PlannerConfig
 from blendserve.runtime.cache_salt import cache_salt
 from blendserve.runtime.cluster import Cluster
 from blendserve.runtime.cluster_lines import ClusterLines, ClusterReader
-from blendserve.runtime.cluster_metrics import ClusterMetrics
 from blendserve.runtime.credits import Credits
-from blendserve.runtime.dispatcher import Dispatcher
+from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.job_runner import JobRunner, Threads
+from blendserve.runtime.job_view import JobView
 from blendserve.runtime.link_protocol import EngineDescription
 from blendserve.runtime.member import Patience
 from blendserve.runtime.pacing import Pacer
@@ -78,11 +78,6 @@ class ClusterExecutor:
             ThreadPoolExecutor(1, "blendserve-planning"),
         )
         self._runners: dict[str, JobRunner] = {}
-        self.metrics = ClusterMetrics(
-            self.cluster,
-            lambda: [runner.view for runner in self._runners.values()],
-            self._dispatcher.view,
-        )
 
     # -- what the batch room asks for ----------------------------------------------------------
 
@@ -145,6 +140,14 @@ class ClusterExecutor:
         if self._planner is not None:
             self._planner.close()
 
+    def jobs(self) -> list[JobView]:
+        """The jobs that run now."""
+        return [runner.view for runner in self._runners.values()]
+
+    def dispatch(self) -> DispatchView:
+        """How the engines' queues are shared between them."""
+        return self._dispatcher.view()
+
     def view(self) -> dict[str, Any]:
         """For GET /blendserve/status: as one engine's, and all engines beside it."""
         engines = [dataclasses.asdict(view) for view in self.cluster.views()]
@@ -157,8 +160,8 @@ class ClusterExecutor:
         view = {
             "schedulers": schedulers,
             "engines": engines,
-            "jobs": [dataclasses.asdict(runner.view) for runner in self._runners.values()],
-            "dispatch": dataclasses.asdict(self._dispatcher.view()),
+            "jobs": [dataclasses.asdict(job) for job in self.jobs()],
+            "dispatch": dataclasses.asdict(self.dispatch()),
         }
         return {key: _without_infinity(value) for key, value in view.items()}
 

@@ -14,7 +14,8 @@ _STATES = ("connecting", "up", "lost", "refused")
 
 
 class ClusterMetrics:
-    """Series for Prometheus, made when they are asked for."""
+    """Series for Prometheus, made when they are asked for. ImportError: prometheus_client, which
+    comes with SGLang, is not on this machine."""
 
     def __init__(
         self,

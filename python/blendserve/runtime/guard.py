@@ -69,6 +69,23 @@ EXPECTED_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "req",
         "...",
     ),
+    # At the end of a request: up to 0.5.20, in 0.5.21, from 0.5.22 on.
+    "sglang.srt.mem_cache.radix_cache.RadixCache.cache_finished_req|insert_req|checkpoint": (
+        "self",
+        "req",
+        "...",
+    ),
+    # What tells who has ended: from 0.5.21 on, and before.
+    "sglang.srt.mem_cache.radix_cache.RadixCache.on_release|cache_finished_req": (
+        "self",
+        "req",
+        "...",
+    ),
+    "sglang.srt.mem_cache.radix_cache.RadixCache.update_eviction_metrics": (
+        "self",
+        "num_evicted",
+        "start_time",
+    ),
     "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": (
         "self",
         "key",

@@ -30,13 +30,13 @@ def activate() -> None:
         guard.check_sglang(guard.EXPECTED_SIGNATURES)
         if in_front_process:
             guard.check_sglang(guard.HTTP_SIGNATURES)
+        if not settings.feedback_address:
+            # Set once by the front process; the processes that it spawns inherit the environment.
+            # The abstract namespace leaves no socket file behind.
+            os.environ["BLENDSERVE_FEEDBACK_ADDRESS"] = f"ipc://@blendserve-{uuid.uuid4().hex}"
+        _register(in_front_process)
     except (guard.UnsupportedSGLang, ConfigError) as error:
         raise SystemExit(f"blendserve: {error}") from error
-    if not settings.feedback_address:
-        # Set once by the front process; the processes that it spawns inherit the environment.
-        # The abstract namespace leaves no socket file behind.
-        os.environ["BLENDSERVE_FEEDBACK_ADDRESS"] = f"ipc://@blendserve-{uuid.uuid4().hex}"
-    _register(in_front_process)
 
 
 def _register(in_front_process: bool) -> None:
