@@ -29,6 +29,7 @@ from record import save  # noqa: E402
 from blendserve.batch import EngineAddress, EngineUnavailable  # noqa: E402
 
 FAULTS = ("kill", "stop", "hang", "cut off and back", "stopped and back", "leave", "join")
+FOR_GOOD = FAULTS[:3] + FAULTS[5:6]
 MOST_SECONDS = 300.0
 
 
@@ -42,6 +43,7 @@ class Job:
             for n in range(lines)
         ]
         self.left = faults
+        self.out: set[int] = set()
         self.done: list[str] = []
         self.answers: Counter[int] = Counter()
         self.suspected = 0
@@ -70,11 +72,14 @@ class Job:
     async def _do(self, cluster: FakeCluster) -> None:
         self.left -= 1
         fault = self.chance.choice(FAULTS)
-        number = self.chance.randrange(len(cluster.engines))
+        # One that is not out for good, of which one must be left.
+        number = self.chance.choice([k for k in range(len(cluster.engines)) if k not in self.out])
         wire, engine = cluster.wires[number], cluster.engines[number]
-        up = len(cluster.executor.cluster.members)
-        if fault == "join" or up < 2:
+        if fault in FOR_GOOD and len(cluster.engines) - len(self.out) < 2:
             fault = "join"
+        if fault in FOR_GOOD:
+            self.out.add(number)
+        if fault == "join":
             fresh = FakeEngine(slots=6)
             await cluster.join(fresh)
             cluster.engines.append(fresh)
