@@ -89,10 +89,13 @@ test-reliability: setup
 # Ray beside the pinned stack, without touching it: 80 MB in a folder of its own. About ten minutes.
 test-ray: setup
 	$(PIP) install --quiet --no-deps --target $(VENV)/ray --upgrade --requirement requirements/ray.txt
-	PYTHONPATH=$(CURDIR)/$(VENV)/ray $(BIN)/python test/cluster/ray_nodes.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/ray $(BIN)/python test/cluster/ray_nodes.py \
+		--log test/logs/ray-nodes.log
 
 bench-cluster: setup
 	$(BIN)/python benchmark/cluster/two_engines.py
+	$(BIN)/python benchmark/cluster/faults.py
+	$(BIN)/python benchmark/cluster/coordinator.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ goes on. Ends with a traceback, and not 0, at the first thing that is not as it 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -40,8 +41,12 @@ BEGIN = time.monotonic()
 MARK = "RAY_NODES_TEST"
 
 
+SAID: list[str] = []
+
+
 def log(*what: Any) -> None:
-    print(f"[{time.monotonic() - BEGIN:5.0f} s]", *what, flush=True)
+    SAID.append(" ".join([f"[{time.monotonic() - BEGIN:5.0f} s]", *map(str, what)]))
+    print(SAID[-1], flush=True)
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -149,6 +154,9 @@ def cluster_of_nodes() -> Iterator[tuple[Cluster, list[Any]]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--log", type=Path, help="file for what is printed, once all went well")
+    options = parser.parse_args()
     os.environ[MARK] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -157,7 +165,8 @@ def main() -> None:
     write_job(folder / "short.jsonl", 200, 8)
     write_job(folder / "long.jsonl", 400, 150)
     with cluster_of_nodes() as (cluster, nodes):
-        log(f"Ray {ray.__version__}: a head without CPUs and two nodes; logs in {folder}")
+        print(f"logs in {folder}", flush=True)
+        log(f"Ray {ray.__version__}: a head without CPUs and two nodes")
         front = Front(folder, model, cluster.address)
         until(lambda: len(front.up()) == 2, START_SECONDS, "two engines")
         log("two engines are up, one on each node")
@@ -194,6 +203,8 @@ def main() -> None:
         front.process.wait(60)
         until(lambda: not engines_alive(), 60, "no engine stays behind")
         log("stopped: no engine stayed behind")
+    if options.log is not None:
+        options.log.write_text("\n".join(SAID) + "\n")
 
 
 if __name__ == "__main__":
