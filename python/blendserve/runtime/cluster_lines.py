@@ -64,8 +64,14 @@ class ClusterLines:
             return asyncio.create_task(answered(refused), name=rid)
         task = asyncio.create_task(self._call(line, rid, member, content), name=rid)
         self._in_flight[rid] = task, member
-        task.add_done_callback(lambda _: self._in_flight.pop(rid, None))
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[LineResult]) -> None:
+        del self._in_flight[task.get_name()]
+        if not task.cancelled():
+            # Looked at, as a job that has ended looks at no line any more.
+            task.exception()
 
     def tokens_so_far(self, task: asyncio.Task[LineResult]) -> int:
         found = self._in_flight.get(task.get_name())
