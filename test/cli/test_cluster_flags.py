@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -149,3 +151,12 @@ def test_an_engine_over_several_nodes_is_refused_on_ray():
 def test_an_engine_says_what_it_lacks(capsys, key, argv, says):
     assert main([key if word == "KEY" else word for word in argv]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_coordinator_needs_neither_sglang_nor_torch():
+    code = (
+        "import sys, blendserve.cli.coordinator, blendserve.cli.front, blendserve.cli.ray_engines\n"
+        "sys.exit(str(sorted({'sglang', 'torch', 'ray'} & sys.modules.keys())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "[]"

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from blendserve import __version__
 
 # Commands that run an engine, and what only an installation of SGLang brings.
-_WITH_ENGINE = frozenset({"serve", "run-batch"})
+_WITH_ENGINE = frozenset({"engine", "serve", "run-batch"})
+# With these the engines are on other machines.
+_ENGINES_ELSEWHERE = frozenset({"--engine-urls", "--ray"})
 _ENGINE_PACKAGES = frozenset({"sglang", "torch", "transformers", "safetensors", "gguf"})
 
 _USAGE = """\
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     wants_help = "-h" in args or "--help" in args
     try:
-        if args[0] in _WITH_ENGINE and not wants_help:
+        elsewhere = _ENGINES_ELSEWHERE.intersection(word.partition("=")[0] for word in args)
+        if args[0] in _WITH_ENGINE and not wants_help and not elsewhere:
             _must_have_sglang()
         return command(args[1:])
     except ModuleNotFoundError as error:

@@ -193,12 +193,12 @@ def _check_paths(options: argparse.Namespace) -> None:
     state = options.state.resolve()
     if any(path == state or state in path.parents for path in paths):
         raise RunBatchError(f"{options.state} holds this command's state; keep files out of it")
-    if not options.state.parent.is_dir():
-        raise RunBatchError(f"the folder {options.state.parent} for the state does not exist")
     if options.state.exists() and not options.state.is_dir():
         raise RunBatchError(f"{options.state} is in the way; it must be a folder, or not exist")
     if options.dry_run:
         return
+    if not options.state.parent.is_dir() and options.state.parent != options.output.parent:
+        raise RunBatchError(f"the folder {options.state.parent} for the state does not exist")
     # With its state still there, an output is half of what this very command was putting in place.
     may_exist = options.overwrite or options.retry_failed or options.state.is_dir()
     for path in (options.output, options.errors):
