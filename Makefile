@@ -8,7 +8,7 @@ STAMP := $(VENV)/.cpu-setup
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.gpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions test-overlap test-media test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability
+.PHONY: setup setup-gpu demo test test-versions test-overlap test-media test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability test-ray bench-cluster
 
 setup: $(STAMP)
 
@@ -91,6 +91,17 @@ test-reliability: setup
 		--requests 20000 --json benchmark/results/batch-fuzz.json
 	$(BIN)/python benchmark/batch/backlog.py --json benchmark/results/batch-backlog.json
 	$(BIN)/python benchmark/batch/locked.py --json benchmark/results/batch-locked.json
+
+# Ray beside the pinned stack, without touching it: 80 MB in a folder of its own. About ten minutes.
+test-ray: setup
+	$(PIP) install --quiet --no-deps --target $(VENV)/ray --upgrade --requirement requirements/ray.txt
+	PYTHONPATH=$(CURDIR)/$(VENV)/ray $(BIN)/python test/cluster/ray_nodes.py \
+		--log test/logs/ray-nodes.log
+
+bench-cluster: setup
+	$(BIN)/python benchmark/cluster/two_engines.py
+	$(BIN)/python benchmark/cluster/faults.py
+	$(BIN)/python benchmark/cluster/coordinator.py
 
 lint: setup
 	$(BIN)/ruff check .

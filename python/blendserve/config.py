@@ -106,6 +106,21 @@ class Settings(BaseSettings):
         ge=0.0,
         description="Without a sign of life for so long the engine is restarted; 0 never.",
     )
+    engine_silent_seconds: float = Field(
+        default=20.0,
+        gt=0.0,
+        description="Of several engines, one that says nothing for so long is dropped; its lines "
+        "run on the others.",
+    )
+    cluster_key_file: str = Field(
+        default="",
+        description="File with the key that a coordinator and its engines share, the same on "
+        "every machine.",
+    )
+    behind_coordinator: bool = Field(
+        default=False,
+        description="Internal: this server is one of the engines of a coordinator.",
+    )
     behind_front: bool = Field(
         default=False,
         description="Internal: this server is the engine of a front process that has the batches.",

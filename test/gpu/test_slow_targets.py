@@ -58,6 +58,13 @@ def test_the_cuda_wheels_took_everything_of_ours() -> None:
     ]
 
 
+def test_a_job_outlived_a_node_of_ray_and_its_own_front() -> None:
+    """`make test-ray`"""
+    *lines, last = said("ray-nodes.log")
+    assert last.endswith("stopped: no engine stayed behind")
+    assert sum("400 lines, each answered once" in line for line in lines) == 2
+
+
 @pytest.mark.parametrize("log", sorted(LOGS.iterdir()), ids=lambda path: path.name)
 def test_no_log_names_the_machine_it_is_from(log: Path) -> None:
     assert not re.search(r"/(home|root|tmp|work|usr|opt)/", log.read_text())

@@ -315,3 +315,18 @@ def test_an_idle_engine_starts_even_what_does_not_fit():
     assert choose(head(LEFT, 2.0, output=9_000.0), None, idle, 1.0) is LEFT
     assert choose(None, head(RIGHT, 0.1, output=9_000.0), idle, 1.0) is RIGHT
     assert choose(head(LEFT, 2.0, blocked=True), None, idle, 1.0) is None
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("width", [1, BIN_STEPS])
+def test_a_length_that_is_a_hair_above_what_is_done_is_over(width):
+    """The mean of lengths that are all 6 may be a hair more, and 118 steps later it is 124."""
+    forecast = MemoryForecast(width)
+    length = math.nextafter(6.0, 7.0)
+    assert 118 + length == 124
+    forecast.add("a", 118, 10.0, [length])
+    for now in range(118, 140):
+        forecast.advance(now)
+    assert len(forecast) == 1
+    forecast.remove("a")
+    assert forecast.peak_tokens(140) == 0.0

@@ -297,3 +297,126 @@ def test_what_never_arrived_is_forgotten_with_the_rest():
     assert credits.available(LEFT) == 2 * FIRST_DEPTH
     assert send(credits, LEFT) == first
     assert send(credits, LEFT, shares=False) == 1 - first
+
+
+# -- replicas that come and go
+
+
+def test_nobody_is_sent_anything_before_one_joins():
+    credits = Credits(0)
+    assert (credits.replicas, credits.available(LEFT)) == (0, 0)
+    first = credits.join()
+    assert credits.available(LEFT) == FIRST_DEPTH
+    assert send(credits, LEFT) == first
+
+
+def test_numbers_are_not_given_twice():
+    credits = Credits(0)
+    first = credits.join()
+    credits.leave(first)
+    assert credits.join() != first
+
+
+def test_what_one_that_leaves_had_in_its_queues_is_forgotten():
+    credits = Credits(0)
+    one, two = credits.join(), credits.join()
+    sent = [send(credits, LEFT, shares=False) for _ in range(20)]
+    assert Counter(sent) == {one: 10, two: 10}
+    credits.on_report(report(left=4, dp_rank=one))
+    credits.on_report(report(left=7, dp_rank=two))
+    assert credits.queued(LEFT) == 9
+    credits.leave(one)
+    assert credits.queued(LEFT) == 3
+    assert credits.available(LEFT) == 4 * 7 - 3
+    credits.on_report(report(left=10, dp_rank=two))
+    assert credits.queued(LEFT) == 0
+
+
+def test_one_that_leaves_before_it_has_reported_takes_all_of_its_own_with_it():
+    credits = Credits(0)
+    one, two = credits.join(), credits.join()
+    for _ in range(8):
+        send(credits, RIGHT, shares=False)
+    credits.leave(two)
+    assert credits.queued(RIGHT) == 4
+    credits.leave(one)
+    assert (credits.queued(RIGHT), credits.available(RIGHT), credits.replicas) == (0, 0, 0)
+
+
+def test_one_that_joins_late_is_given_most_until_it_has_as_much_to_do():
+    credits = Credits(0)
+    one = credits.join()
+    for _ in range(FIRST_DEPTH):
+        send(credits, LEFT)
+    credits.on_report(report(left=FIRST_DEPTH, dp_rank=one))
+    two = credits.join()
+    sent = [send(credits, LEFT) for _ in range(FIRST_DEPTH)]
+    assert sent.count(two) >= FIRST_DEPTH - 1
+
+
+def test_answers_and_refusals_of_one_that_has_left_change_nothing():
+    credits = Credits(0)
+    one, two = credits.join(), credits.join()
+    for _ in range(8):
+        send(credits, LEFT, shares=False)
+    credits.leave(one)
+    before = credits.queued(LEFT)
+    credits.answered(one, 1)
+    credits.refused(LEFT, 1, one)
+    assert credits.queued(LEFT) == before
+    credits.refused(LEFT, 1, two)
+    assert credits.queued(LEFT) == before - 1
+
+
+def test_what_was_written_off_is_not_taken_back_a_second_time():
+    credits = Credits(0)
+    one, two = credits.join(), credits.join()
+    for _ in range(8):
+        send(credits, LEFT, shares=False)
+    for _ in range(64):
+        credits.on_report(report(left=1, dp_rank=one))
+    assert credits.queued(LEFT) == 0
+    credits.leave(one)
+    assert credits.queued(LEFT) == 0
+    assert send(credits, LEFT) == two
+    assert credits.queued(LEFT) == 1
+
+
+@settings(deadline=None, database=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.just(("join", 0)),
+            st.tuples(st.just("leave"), st.integers(0, 3)),
+            st.tuples(st.just("send"), st.sampled_from(Side)),
+            st.tuples(st.just("take"), st.integers(0, 3)),
+        ),
+        max_size=120,
+    )
+)
+def test_however_they_come_and_go_the_queues_are_known(steps):
+    """A model of what is in which queue, beside the credits."""
+    credits = Credits(0)
+    queues: dict[int, Counter[Side]] = {}
+    taken: dict[int, Counter[Side]] = {}
+    for what, which in steps:
+        if what == "join":
+            replica = credits.join()
+            assert replica not in taken
+            queues[replica], taken[replica] = Counter(), Counter()
+        elif what == "send" and credits.available(which) > 0:
+            chosen = send(credits, which, shares=True)
+            queues[chosen][which] += 1
+        elif what in ("leave", "take") and queues:
+            replica = sorted(queues)[which % len(queues)]
+            if what == "leave":
+                credits.leave(replica)
+                del queues[replica]
+                continue
+            for side in Side:
+                taken[replica][side] += queues[replica].pop(side, 0)
+            counts = taken[replica]
+            credits.on_report(report(counts[LEFT], counts[RIGHT], dp_rank=replica))
+        for side in Side:
+            assert credits.queued(side) == sum(queue[side] for queue in queues.values())
+        assert credits.replicas == len(queues)

@@ -38,7 +38,7 @@ def test_reports_become_gauges_and_counters_by_side_and_rank(registry):
             retractions=retractions,
             kv_free_tokens=100 - taken,
         )
-        metrics.update({1: report}, [], IDLE)
+        metrics.update({("1",): report}, [], IDLE)
         left = {"dp_rank": "1", "side": "left"}
         assert value("blendserve_running_requests", left) == taken
         # A retraction takes an admission back; the counter waits until it is made good.

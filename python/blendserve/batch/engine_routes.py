@@ -7,6 +7,7 @@ die at any instant. A job is one streaming response of JSON lines (`remote.py` r
     {"result": {...}}      an answer
     {}                     nothing new; the connection lives
     {"failed": "TypeError: ..."} | {"end": true}    the last line
+    {"lost": [3], "reason": "..."}    the last, too: with these lines several engines died
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
 from blendserve.batch.errors import cause_of, reason_of
-from blendserve.batch.executor import Executor, LineError, LineResult
+from blendserve.batch.executor import EngineUnavailable, Executor, LineError, LineResult
 from blendserve.batch.lines import FileLineSource
 from blendserve.batch.rests import with_rests
 
@@ -169,6 +170,8 @@ def _ending(task: asyncio.Task[None]) -> bytes:
     failure = task.exception()
     if failure is None:
         return _line({"end": True})
+    if isinstance(failure, EngineUnavailable):
+        return _line({"lost": sorted(failure.in_flight), "reason": str(failure)})
     logger.error("a job failed in the executor: %s", reason_of(failure))
     return _line({"failed": cause_of(failure)})
 

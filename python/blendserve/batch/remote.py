@@ -135,6 +135,10 @@ class RemoteExecutor:
                             on_start(index)
                     elif "failed" in event:
                         raise RuntimeError(f"the engine's executor raised {event['failed']}")
+                    elif "lost" in event:
+                        # Others are up: whoever looks finds them so, and the job goes on.
+                        self._on_lost()
+                        raise EngineUnavailable(event["reason"], event["lost"])
                     elif "end" in event:
                         ended = True
         except httpx.HTTPError as error:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from blendserve import __version__
 
 # Commands that run an engine, and what only an installation of SGLang brings.
-_WITH_ENGINE = frozenset({"serve", "run-batch"})
+_WITH_ENGINE = frozenset({"engine", "serve", "run-batch"})
+# With these the engines are on other machines.
+_ENGINES_ELSEWHERE = frozenset({"--engine-urls", "--ray"})
 _ENGINE_PACKAGES = frozenset({"sglang", "torch", "transformers", "safetensors", "gguf"})
 
 _USAGE = """\
@@ -17,7 +19,9 @@ usage: blendserve COMMAND [options]
 
 commands:
   serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
+  engine      start one of several engines, for `serve --engine-urls`
   run-batch   run a file of requests offline, and write the answers to a file
+  merge       put the results of `run-batch --shard` together, once they are complete
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
   trace       sum up, and draw, what the steps of a server did
@@ -39,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "serve": _serve,
+        "engine": _engine,
         "run-batch": _run_batch,
+        "merge": _merge,
         "plan": _plan,
         "simulate": _simulate,
         "trace": _trace,
@@ -54,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     wants_help = "-h" in args or "--help" in args
     try:
-        if args[0] in _WITH_ENGINE and not wants_help:
+        elsewhere = _ENGINES_ELSEWHERE.intersection(word.partition("=")[0] for word in args)
+        if args[0] in _WITH_ENGINE and not wants_help and not elsewhere:
             _must_have_sglang()
         return command(args[1:])
     except ModuleNotFoundError as error:
@@ -94,10 +101,22 @@ def _serve(argv: list[str]) -> int:
     return serve(argv)
 
 
+def _engine(argv: list[str]) -> int:
+    from blendserve.cli.engine import main as engine
+
+    return engine(argv)
+
+
 def _run_batch(argv: list[str]) -> int:
     from blendserve.cli.run_batch import main as run_batch
 
     return run_batch(argv)
+
+
+def _merge(argv: list[str]) -> int:
+    from blendserve.cli.merge import main as merge
+
+    return merge(argv)
 
 
 def _plan(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -39,6 +40,7 @@ from blendserve.batch import (
     build_page_router,
     build_router,
 )
+from blendserve.cli.cluster_flags import RAY_MISSING, engine_urls, read_key
 from blendserve.cli.connections import PatientProtocol, raise_descriptor_limit
 from blendserve.cli.engine_process import EngineFailed, EngineProcess, WatchSettings
 from blendserve.cli.proxy import EngineProxy
@@ -46,6 +48,7 @@ from blendserve.cli.status import StatusBoard
 from blendserve.cli.stock_flags import ConfigFileError, read
 from blendserve.config import ConfigError, Settings, load_settings, to_environment
 
+COORDINATOR_COMMAND = (sys.executable, "-m", "blendserve.cli.coordinator")
 ENGINE_COMMAND = (sys.executable, "-m", "blendserve.cli.serve")
 # SGLang's defaults.
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -147,7 +150,12 @@ def serve_front(argv: Sequence[str]) -> int:
     except (ConfigError, ConfigFileError, KeyFileError, BatchDirectoryError) as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
-    command = [*ENGINE_COMMAND, *engine_flags, "--host", "127.0.0.1"]
+    try:
+        command = engine_command(options, engine_flags, settings)
+    except ConfigError as error:
+        store.close()
+        print(f"blendserve serve: {error}", file=sys.stderr)
+        return 2
     try:
         clients = raise_descriptor_limit()
         front = Front(store, command, settings, keys, host=options.host)
@@ -181,6 +189,49 @@ def serve_front(argv: Sequence[str]) -> int:
         print(f"blendserve serve: {front.failure}", file=sys.stderr)
         return front.failure.status or 1
     return 0
+
+
+def engine_command(
+    options: argparse.Namespace,
+    engine_flags: Sequence[str],
+    settings: Settings,
+    engine: Sequence[str] = ENGINE_COMMAND,
+) -> list[str]:
+    """What starts `engine`, or the coordinator of several. Raises ConfigError."""
+    least = 1 if options.min_engines is None else options.min_engines
+    own = ["--min-engines", str(least), "--host", "127.0.0.1"]
+    if options.ray:
+        return [*COORDINATOR_COMMAND, *own, *_ray_flags(options, least), "--", *engine_flags]
+    if options.engines is not None:
+        raise ConfigError("--engines is for engines on a Ray cluster: give --ray, too")
+    if options.engine_urls is None:
+        if options.min_engines is not None:
+            raise ConfigError("--min-engines is for several engines: give --engine-urls or --ray")
+        return [*engine, *engine_flags, "--host", "127.0.0.1"]
+    if engine_flags:
+        raise ConfigError(
+            f"{engine_flags[0]} is for the engines, which are started by themselves: give it to "
+            "`blendserve engine` on their machines"
+        )
+    # Looked at here, too, so that a mistake is told before anything starts.
+    urls = engine_urls(options.engine_urls)
+    read_key(settings.cluster_key_file)
+    if not 1 <= least <= len(urls):
+        raise ConfigError(f"--min-engines must be from 1 to {len(urls)}, the number of engines")
+    return [*COORDINATOR_COMMAND, *own, "--engine-urls", ",".join(urls)]
+
+
+def _ray_flags(options: argparse.Namespace, least: int) -> list[str]:
+    if options.engine_urls is not None:
+        raise ConfigError("give either --ray or --engine-urls, not both")
+    if find_spec("ray") is None:
+        raise ConfigError(RAY_MISSING)
+    engines = options.engines
+    if engines is None:
+        return ["--ray"]
+    if not 1 <= least <= engines:
+        raise ConfigError(f"--min-engines must be from 1 to {engines}, the number of --engines")
+    return ["--ray", "--engines", str(engines)]
 
 
 def limits_of(settings: Settings) -> BatchLimits:
@@ -228,6 +279,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default=_HOST)
     parser.add_argument("--port", type=int, default=_PORT)
     parser.add_argument("--api-key")
+    parser.add_argument(
+        "--engine-urls", help="Engines that run elsewhere (`blendserve engine`), with commas."
+    )
+    parser.add_argument("--ray", action="store_true", help="Start engines on a Ray cluster.")
+    parser.add_argument("--engines", type=int, help="How many of them; else as many as fit.")
+    parser.add_argument("--min-engines", type=int, help="Serve once so many have joined.")
     for name in ("--ssl-keyfile", "--ssl-certfile", "--ssl-keyfile-password"):
         parser.add_argument(name)
     return parser

@@ -80,7 +80,9 @@ def served_models(flags: Sequence[str]) -> frozenset[str]:
     """The names that an engine with these flags of `serve` answers to; empty: unknown."""
     from blendserve.runtime.default_model import MODEL_NAME
 
-    if any(flag == "--config" or flag.startswith("--config=") for flag in flags):
+    # The names are in the file, or other machines' engines have them.
+    elsewhere = {"--config", "--engine-urls"}
+    if any(flag.partition("=")[0] in elsewhere for flag in flags):
         return frozenset()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-path", "--model", default=MODEL_NAME)

@@ -27,7 +27,13 @@ from blendserve.batch.upload import Upload
 from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineProcess, WatchSettings
 from blendserve.cli.figures import FigureKeeper, Figures
-from blendserve.cli.front import ENGINE_COMMAND, engine_environment, settings_of, split_flags
+from blendserve.cli.front import (
+    ENGINE_COMMAND,
+    engine_command,
+    engine_environment,
+    settings_of,
+    split_flags,
+)
 from blendserve.cli.input_check import fault_lines
 from blendserve.cli.live_results import LiveResults
 from blendserve.cli.status import StatusBoard
@@ -88,7 +94,7 @@ class OfflineJob:
         options, flags = split_flags(engine_flags)
         settings = settings_of(options)
         self.engine = EngineProcess(
-            [*ENGINE_COMMAND, *flags, "--host", "127.0.0.1"],
+            engine_command(options, flags, settings, ENGINE_COMMAND),
             self._engine_up,
             self._executor.engine_down,
             log=log,

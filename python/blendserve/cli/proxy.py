@@ -44,19 +44,18 @@ _HOP_HEADERS = frozenset(
 _OWN_HEADERS = frozenset({"date", "server"})
 # Programs of the frontend that run as a job: the one of our own routes that the engine answers.
 PROGRAMS_PATH = "/blendserve/programs"
-# What any tenant may ask of the engine; the rest steers it, and is for admins. Stored responses are
-# not here: the engine does not know whose they are.
-_TENANT_PATHS = frozenset(
+# What any tenant may ask of the engine, and any engine of several answers; the rest steers it, and
+# is for admins. Stored responses are not here: the engine does not know whose they are.
+ANSWERED_ALIKE = frozenset(
     (
         *("/health", "/health_generate", "/metrics", "/metrics/", "/ping", "/openapi.json"),
         *("/generate", "/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize"),
         *("/model_info", "/get_model_info", "/v1/models", "/v1/chat/completions"),
         *("/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank", "/v1/score"),
         *("/v1/classify", "/v1/messages", "/v1/messages/count_tokens"),
-        PROGRAMS_PATH,
     )
 )
-_TENANT_PREFIXES = ("/v1/models/", f"{PROGRAMS_PATH}/")
+MODEL_PREFIX = "/v1/models/"
 _IDLE_SECONDS = 60.0
 
 
@@ -114,7 +113,9 @@ class EngineProxy:
         if {".", ".."} & set(path.split("/")):
             return error_response(404, "There is no such route.", "not_found")
         is_admin = bool(request.scope.get(ADMIN_SCOPE_KEY))
-        is_for_tenants = path in _TENANT_PATHS or path.startswith(_TENANT_PREFIXES)
+        is_for_tenants = path in (*ANSWERED_ALIKE, PROGRAMS_PATH) or path.startswith(
+            (MODEL_PREFIX, f"{PROGRAMS_PATH}/")
+        )
         if not is_admin and not is_for_tenants:
             return error_response(403, "This route is for keys marked `admin`.", "admin_only")
         address = self._executor.address
@@ -152,6 +153,11 @@ class EngineProxy:
         response = StreamingResponse(blocks, answer.status_code)
         response.raw_headers = _passed(answer.headers.raw, _HOP_HEADERS | _OWN_HEADERS)
         return response
+
+
+def passed_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Of a request or an answer, what is not between two hops only."""
+    return _passed(headers, _HOP_HEADERS | _OWN_HEADERS)
 
 
 def _passed(

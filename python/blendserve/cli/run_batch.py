@@ -30,6 +30,7 @@ from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_
 from blendserve.cli.offline_job import JobRefused, OfflineJob
 from blendserve.cli.outcome import causes, keep_log
 from blendserve.cli.run_state import RunState, StateBusy
+from blendserve.cli.shard import read_shard, shard_file
 from blendserve.cli.stock_flags import ConfigFileError
 from blendserve.config import ConfigError
 
@@ -116,13 +117,31 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the file, print plan and time, run nothing"
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="run part I of N, from 0; auto: as this task of a Slurm array or indexed job says",
+    )
+    parser.add_argument(
+        "--state", type=Path, help="folder for the run's state, on a local disk (default: by -o)"
+    )
     parser.add_argument("--json", action="store_true", help="status as JSON lines on stdout")
     options, rest = parser.parse_known_args(list(argv))
     if not options.output.name:
         parser.error(f"-o {options.output}: give the name of a file")
     if options.errors is None:
         options.errors = options.output.with_suffix(".errors.jsonl")
-    options.state = options.output.with_name(options.output.name + ".blendserve")
+    try:
+        options.part = None if options.shard is None else read_shard(options.shard)
+    except InputError as error:
+        parser.error(str(error))
+    if options.part is not None:
+        options.output = options.part.place(options.output)
+        options.errors = options.part.place(options.errors)
+    name = options.output.name + ".blendserve"
+    options.state = (
+        options.output.with_name(name) if options.state is None else options.state / name
+    )
     options.begun_anew = False
     return options, rest
 
@@ -149,7 +168,18 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
 
             say = partial(_say, console)
             return dry_run(source, checked, server_flags, options.json, limits.max_line_bytes, say)
-        with RunState(options.state) as state:
+        with contextlib.ExitStack() as stack:
+            if options.part is not None:
+                cut = shard_file(
+                    source, options.part, _spool_folder(options), limits.max_line_bytes
+                )
+                source, count = stack.enter_context(cut)
+                _say(console, f"Part {options.part}: {count} of {checked.total} lines.")
+                if not count:
+                    options.output.touch()
+                    return ALL_ANSWERED
+                checked = check(source, options.input, limits)
+            state = stack.enter_context(RunState(options.state))
             if options.overwrite:
                 state.set_aside()
                 options.begun_anew = True
@@ -171,6 +201,8 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise RunBatchError(f"{options.state} is in the way; it must be a folder, or not exist")
     if options.dry_run:
         return
+    if not options.state.parent.is_dir() and options.state.parent != options.output.parent:
+        raise RunBatchError(f"the folder {options.state.parent} for the state does not exist")
     # With its state still there, an output is half of what this very command was putting in place.
     may_exist = options.overwrite or options.retry_failed or options.state.is_dir()
     for path in (options.output, options.errors):

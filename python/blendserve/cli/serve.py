@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from blendserve.cli.server_process import TOKEN_VARIABLE, follow_parent
+from blendserve.cli.server_process import PARENT_VARIABLE, TOKEN_VARIABLE, follow_parent
 from blendserve.cli.stock_flags import (
     ConfigFileError,
     config_flags,
@@ -57,9 +57,11 @@ _SETTING_FLAGS = (
         "max_open_batches",
         "api_keys_file",
         "engine_hang_seconds",
+        "engine_silent_seconds",
         "allow_remote_urls",
         "media_root",
         "allowed_hosts",
+        "cluster_key_file",
     ),
 )
 
@@ -166,10 +168,11 @@ def main(argv: Sequence[str]) -> int:
 def run_engine(argv: Sequence[str]) -> int:
     """SGLang's server, in this process; `serve` and `run-batch` start it as a child."""
     token = os.environ.pop(TOKEN_VARIABLE, None)
-    if token is not None:
+    behind_front = token is not None and PARENT_VARIABLE in os.environ
+    if behind_front:
         follow_parent()
     try:
-        flags, parser = engine_flags(argv, behind_front=token is not None)
+        flags, parser = engine_flags(argv, behind_front=behind_front)
     except expected_errors() as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2

@@ -62,8 +62,11 @@ class StatusBoard:
             ]
             engine = dataclasses.asdict(self._engine)
             shown = {"engine": engine, "schedulers": counters["schedulers"], "jobs": jobs}
-            # How the queues are shared names jobs of all tenants.
-            return {**shown, "dispatch": counters.get("dispatch")} if everything else shown
+            if not everything:
+                return shown
+            # How the queues are shared names jobs of all tenants; addresses are not for them.
+            shown["dispatch"] = counters.get("dispatch")
+            return {**shown, "engines": counters["engines"]} if "engines" in counters else shown
 
         return router
 

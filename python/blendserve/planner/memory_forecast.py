@@ -202,9 +202,11 @@ class MemoryForecast:
 
     def _expect(self, request: Hashable, running: _Running, now: int) -> None:
         started = running.started
-        done = now - started
-        ends: list[float] = [started + length for length in running.lengths if length > done]
+        # Compared as a sum: a length may be longer than what is done by less than the sum can show,
+        # and an end that is not after now would be looked at again for ever.
+        ends: list[float] = [end for length in running.lengths if (end := started + length) > now]
         if not ends:
+            done = now - started
             ends = [min(now + OVERDUE_PART * done + 1.0, max(running.last, now + 1.0))]
         running.ends = ends
         self._count(running, +1.0)

@@ -215,6 +215,8 @@ class Dispatcher:
 
     def _send_next(self) -> bool:
         """Send one line; False when none may go."""
+        if not self.credits.replicas:
+            return False
         if any(job.send_unplanned() for job in self._jobs):
             return True
         for side in sorted(Side, key=self._available, reverse=True):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from blendserve import __version__
 from blendserve.batch.executor import BatchLine, LineFault, LineResult, LineSource
 from blendserve.config import Settings
 from blendserve.planner import PlannerConfig
@@ -18,7 +21,7 @@ from blendserve.runtime.arguments import resolved
 from blendserve.runtime.attention import BACKEND_NAME
 from blendserve.runtime.cache_salt import cache_salt, salted
 from blendserve.runtime.credits import Credits
-from blendserve.runtime.device import cost_model_of
+from blendserve.runtime.device import choose_hardware, cost_model_of
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.feedback import ReportReceiver, SchedulerReport
 from blendserve.runtime.fingerprint import fingerprint
@@ -26,6 +29,7 @@ from blendserve.runtime.guard import not_live
 from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.link_protocol import LINK_VERSION, EngineDescription
 from blendserve.runtime.media_checks import checking_media, kinds_read
 from blendserve.runtime.metrics import Metrics
 from blendserve.runtime.pacing import Pacer, paced
@@ -49,16 +53,19 @@ _METRICS_SECONDS = 1.0
 _HELLO_SECONDS = 60.0
 
 
+def shares_reads(server_args: Any) -> bool:
+    """Whether it is our attention, which reads what running requests share once a step for all."""
+    if server_args.attention_backend != BACKEND_NAME:
+        return False
+    return not (server_args.device == "cpu" and cpu.unavailable_reason())
+
+
 def planner_config(server_args: Any, settings: Settings, kv_tokens: int | None) -> PlannerConfig:
     """How jobs are planned on a server with so much KV memory (None: not known)."""
-    # Our attention reads what running requests share once a step for all of them.
-    shares_reads = server_args.attention_backend == BACKEND_NAME and not (
-        server_args.device == "cpu" and cpu.unavailable_reason()
-    )
     return PlannerConfig(
         sample_fraction=settings.sample_fraction,
         sharing_preserved=settings.sharing_preserved,
-        shared_decode_tokens=kv_tokens if shares_reads else None,
+        shared_decode_tokens=kv_tokens if shares_reads(server_args) else None,
         kv_tokens=None if kv_tokens is None else kv_tokens * server_args.dp_size,
     )
 
@@ -84,8 +91,10 @@ class BlendExecutor:
     ) -> None:
         self._app = app
         self._server_args = server_args
+        self._settings = settings
+        self._kv_tokens = kv_tokens
         self._tokenizer_manager = tokenizer_manager
-        pacer = Pacer(self._serves_online)
+        self.pacer = pacer = Pacer(self._serves_online)
         self._dispatcher = Dispatcher(Credits(server_args.dp_size), pacer)
         self._fingerprint: tuple[str, str] | None = None
         # On the one object that serves all requests: SGLang's own methods stay as they are.
@@ -99,7 +108,7 @@ class BlendExecutor:
         generate = guarded(checking_media(generate, kinds_read(tokenizer_manager)))
         tokenizer_manager.generate_request = paced(generate, pacer)
         app.add_middleware(RefuseBodies)
-        self._reader = PromptReader(app, tokenizer_manager)
+        self.reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
             cost_model_of(tokenizer_manager.model_config, server_args.tp_size, settings),
             planner_config(server_args, settings, kv_tokens),
@@ -112,6 +121,10 @@ class BlendExecutor:
         self._tasks: list[asyncio.Task[None]] = []
         self._runners: dict[str, JobRunner] = {}
         self.reports: dict[int, SchedulerReport] = {}
+        self.on_report: Callable[[SchedulerReport], None] = lambda _: None
+        """Told of each report."""
+        self.lines_of_coordinator: Callable[[], int] = lambda: 0
+        """How many are in flight that are no job's of this executor."""
         self._reported = asyncio.Event()
 
     # -- what the batch room asks for ----------------------------------------------------------
@@ -166,11 +179,11 @@ class BlendExecutor:
             pending,
             on_start=on_start,
             deadline=deadline,
-            reader=self._reader,
+            reader=self.reader,
             client=LineClient(
                 self._app,
                 self._tokenizer_manager.abort_request,
-                self._tokens_so_far,
+                self.tokens_so_far,
                 self._server_args.api_key,
                 self._tokenizer_manager.served_model_name,
                 cache_salt.get(),
@@ -207,7 +220,7 @@ class BlendExecutor:
             given.programs,
             client,
             stream.limit,
-            reader=self._reader,
+            reader=self.reader,
             planner=self._planner,
             threads=self._threads,
             dispatcher=self._dispatcher,
@@ -222,15 +235,37 @@ class BlendExecutor:
         finally:
             del self._runners[runner.job_id]
 
+    def describe(self, session: str) -> EngineDescription:
+        """What a coordinator needs to know of this engine to plan for it."""
+        manager, args = self._tokenizer_manager, self._server_args
+        return EngineDescription(
+            session=session,
+            link_version=LINK_VERSION,
+            release=__version__,
+            endpoints=sorted(self.endpoints),
+            models=sorted(self.models),
+            served_model=manager.served_model_name,
+            fingerprint=self.fingerprint,
+            # As it would be written to a file: it may hold what JSON has no word for.
+            model_config_json=json.loads(manager.model_config.hf_config.to_json_string(False)),
+            hardware=asdict(choose_hardware(self._settings.hardware)),
+            tensor_ranks=int(args.tp_size or 1),
+            dp_size=args.dp_size,
+            kv_tokens=self._kv_tokens,
+            shares_reads=shares_reads(args),
+        )
+
     # -- life and view -------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Warm the planner up, and begin to listen to the scheduler. Call on the event loop."""
+    def start(self, *, plans: bool = True) -> None:
+        """Begin to listen to the scheduler, and warm the planner up unless a coordinator plans.
+        Call on the event loop."""
         # Reads files, so it is done before anybody asks.
         logger.info("BlendServe: this engine is %s", self.fingerprint)
         refuse_in_handlers(self._app.state)
-        self._reader.probe_on(asyncio.get_running_loop())
-        self._threads.planning.submit(self._planner.start)
+        self.reader.probe_on(asyncio.get_running_loop())
+        if plans:
+            self._threads.planning.submit(self._planner.start)
         self._tasks.append(asyncio.create_task(self._receiver.run()))
         if self._server_args.enable_metrics:
             self._tasks.append(asyncio.create_task(self._keep_metrics(Metrics())))
@@ -268,7 +303,8 @@ class BlendExecutor:
 
     async def _keep_metrics(self, metrics: Metrics) -> None:
         while True:
-            metrics.update(self.reports, self.jobs(), self.dispatch())
+            reports = {(str(rank),): report for rank, report in self.reports.items()}
+            metrics.update(reports, self.jobs(), self.dispatch())
             await asyncio.sleep(_METRICS_SECONDS)
 
     def _on_report(self, report: SchedulerReport) -> None:
@@ -276,12 +312,15 @@ class BlendExecutor:
         self._reported.set()
         self._dispatcher.credits.on_report(report)
         self._dispatcher.wake()
+        self.on_report(report)
 
     def _serves_online(self) -> bool:
         in_flight = sum(runner.view.in_flight for runner in self._runners.values())
+        in_flight += self.lines_of_coordinator()
         return len(self._tokenizer_manager.rid_to_state) > in_flight
 
-    def _tokens_so_far(self, rid: str) -> int:
+    def tokens_so_far(self, rid: str) -> int:
+        """Output tokens that the engine is known to have produced for a request in flight."""
         # SGLang sends what a request has said so far every few dozen tokens, streamed or not.
         state = self._tokenizer_manager.rid_to_state.get(rid)
         return len(state.output_ids) if state is not None else 0

@@ -30,6 +30,7 @@ from blendserve.batch import (
 )
 from blendserve.config import load_settings
 from blendserve.runtime.cache_salt import SaltReader
+from blendserve.runtime.engine_link import EngineLink
 from blendserve.runtime.executor import BlendExecutor
 from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
 from blendserve.runtime.program_routes import build_programs_router
@@ -67,6 +68,11 @@ def mount(
             )
         kv_tokens = scheduler_infos[0].get("max_total_num_tokens") if scheduler_infos else None
         executor = BlendExecutor(app, server_args, tokenizer_manager, settings, kv_tokens)
+        if settings.behind_coordinator:
+            app.add_middleware(SaltReader)
+            app.include_router(_link(app, server_args, tokenizer_manager, executor).router())
+            _extend_life(app, tokenizer_manager, executor, None, plans=False)
+            return
         if settings.behind_front:
             app.add_middleware(SaltReader)
             app.include_router(
@@ -101,6 +107,25 @@ def mount(
     logger.info("BlendServe: blended scheduling, Batch API in %s", settings.batch_dir.resolve())
 
 
+def _link(
+    app: Any, server_args: Any, tokenizer_manager: Any, executor: BlendExecutor
+) -> EngineLink:
+    link = EngineLink(
+        app=app,
+        api_key=server_args.api_key,
+        abort=tokenizer_manager.abort_request,
+        tokens_so_far=executor.tokens_so_far,
+        reader=executor.reader,
+        describe=executor.describe,
+        fingerprint=lambda: executor.fingerprint,
+        reports=executor.reports,
+        pacer=executor.pacer,
+    )
+    executor.on_report = link.on_report
+    executor.lines_of_coordinator = lambda: link.in_flight
+    return link
+
+
 class _OwnFirst:
     """ASGI middleware of SGLang's application: our routes answer before its CORS rules, which let
     pages of any origin read, and before its own error shapes."""
@@ -115,7 +140,12 @@ class _OwnFirst:
 
 
 def _extend_life(
-    app: Any, tokenizer_manager: Any, executor: BlendExecutor, service: BatchService | None
+    app: Any,
+    tokenizer_manager: Any,
+    executor: BlendExecutor,
+    service: BatchService | None,
+    *,
+    plans: bool = True,
 ) -> None:
     """Start after SGLang's own start-up, which makes the handlers, and stop before its end."""
     sglang_lifespan = app.router.lifespan_context
@@ -123,11 +153,12 @@ def _extend_life(
     @asynccontextmanager
     async def lifespan(application: Any) -> AsyncIterator[Any]:
         async with sglang_lifespan(application) as state:
-            executor.start()
+            executor.start(plans=plans)
             try:
                 await executor.replicas_live()
                 if service is None:
-                    # The front process has the batches, and stops its jobs before this engine.
+                    # The front process, or the coordinator's, has the batches, and stops its jobs
+                    # before this engine.
                     yield state
                 else:
                     async with _serving(service, tokenizer_manager):

@@ -12,9 +12,10 @@ import logging
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import Lines
 from blendserve.planner import MediaRuns
 from blendserve.runtime.plan_worker import Planner, PromptBatch
-from blendserve.runtime.prompts import Prompt, PromptReader
+from blendserve.runtime.prompt_data import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,26 @@ _LINES_PER_BLOCK = 64
 # A waiting thread wakes within this; without a real rest the reader would have the lock again
 # before the loop has noticed that it was free.
 _REST_SECONDS = 1e-4
+
+
+class LineReader(Protocol):
+    """Reads the body of one line. Called from a worker thread."""
+
+    def read(self, url: str, body: Mapping[str, Any]) -> Prompt:
+        """Raises an exception of any type for a body that has no prompt to plan with."""
+        ...
+
+
+@runtime_checkable
+class BlockReader(Protocol):
+    """Reads many lines at a time, somewhere else. Called from a worker thread."""
+
+    @property
+    def lines_at_once(self) -> int: ...
+
+    def read_block(self, lines: Lines, block: Sequence[int]) -> list[Prompt | None]:
+        """A prompt for each line of the block, None for what cannot be read."""
+        ...
 
 
 @dataclass
@@ -58,7 +79,7 @@ async def read_prompts(
     job_id: str,
     lines: Lines,
     pending: Sequence[int],
-    reader: PromptReader,
+    reader: LineReader | BlockReader,
     planner: Planner,
     thread: Executor,
 ) -> JobLines:
@@ -68,9 +89,12 @@ async def read_prompts(
     """
     loop = asyncio.get_running_loop()
     read = JobLines()
+    start = 0
     # A job without lines is a job, too.
-    for start in range(0, max(len(pending), 1), _LINES_PER_BLOCK):
-        block = pending[start : start + _LINES_PER_BLOCK]
+    while not start or start < len(pending):
+        size = reader.lines_at_once if isinstance(reader, BlockReader) else _LINES_PER_BLOCK
+        block = pending[start : start + size]
+        start += size
         await loop.run_in_executor(thread, _read_block, job_id, lines, block, reader, planner, read)
     return read
 
@@ -79,22 +103,19 @@ def _read_block(
     job_id: str,
     lines: Lines,
     block: Sequence[int],
-    reader: PromptReader,
+    reader: LineReader | BlockReader,
     planner: Planner,
     read: JobLines,
 ) -> None:
     prompts: list[Prompt] = []
-    for index in block:
-        try:
-            line = lines.read(index)
-            prompt = reader.read(line.url, line.body)
-        except Exception:
-            # Whatever is wrong with it: the server answers it, with the error that an online client
-            # would get, or nobody can, which shows when it is sent.
+    if isinstance(reader, BlockReader):
+        found = reader.read_block(lines, block)
+    else:
+        found = [_read_line(lines, index, reader) for index in block]
+    for index, prompt in zip(block, found, strict=True):
+        if prompt is None:
             read.unplannable.append(index)
             continue
-        finally:
-            time.sleep(_REST_SECONDS)
         prompts.append(prompt)
         read.lines.append(index)
         read.prompt_tokens.append(len(prompt.token_ids))
@@ -107,6 +128,18 @@ def _read_block(
         # Of any type: the planning process may have died, or raised what comes back as it was.
         read.has_planner = False
         logger.error("%s cannot be given to the planner: %s", job_id, reason_of(error))
+
+
+def _read_line(lines: Lines, index: int, reader: LineReader) -> Prompt | None:
+    try:
+        line = lines.read(index)
+        return reader.read(line.url, line.body)
+    except Exception:
+        # Whatever is wrong with it: the server answers it, with the error that an online client
+        # would get, or nobody can, which shows when it is sent.
+        return None
+    finally:
+        time.sleep(_REST_SECONDS)
 
 
 def _batch(prompts: Sequence[Prompt]) -> PromptBatch:

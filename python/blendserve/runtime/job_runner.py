@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-from blendserve.batch.errors import cause_of, reason_of
-from blendserve.batch.executor import LineError, LineResult, Lines
+from blendserve.batch.errors import reason_of
+from blendserve.batch.executor import EngineUnavailable, LineResult, Lines
 from blendserve.batch.progress import usage_of
 from blendserve.planner import DualScanner, Side
 from blendserve.runtime.dispatcher import Dispatcher, Turn
-from blendserve.runtime.job_prompts import read_prompts
+from blendserve.runtime.job_prompts import BlockReader, LineReader, read_prompts
 from blendserve.runtime.job_view import JobView
-from blendserve.runtime.line_client import Sender
+from blendserve.runtime.line_client import LineSender, MemberLost
+from blendserve.runtime.line_flight import EndedLine, SentLine, answered, failed_line
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
-from blendserve.runtime.plan_walk import PlanWalk
+from blendserve.runtime.plan_walk import PlanWalk, Step
 from blendserve.runtime.plan_worker import JobPlan, News, Planner, UntoldNews, no_plan
-from blendserve.runtime.prompts import PromptReader
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _MAX_UNPLANNED = 64
 # New lengths of requests sent before, told with one request.
 _MAX_UPDATES = 64
+# A line with which so many engines of several died is not tried on yet another one.
+_MAX_DEATHS = 2
 # Answers that may wait to be taken before sending pauses: a disk can be slower than the engine.
 _MAX_UNREAD = 1024
 
@@ -50,28 +52,6 @@ class Threads:
 
     reading: Executor
     planning: Executor
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """A line whose task has ended. `position` is its place in the work, None if it has none."""
-
-    task: asyncio.Task[LineResult]
-    index: int
-    position: int | None
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A planned line on its way."""
-
-    task: asyncio.Task[LineResult]
-    side: Side
-    work_seconds: float
-    estimate: float | None
-    """Expected output tokens where the length is not known beforehand."""
-    sequences: int
-    replica: int | None
 
 
 class JobRunner:
@@ -96,8 +76,8 @@ class JobRunner:
         *,
         on_start: Callable[[int], None] = lambda _: None,
         deadline: float | None = None,
-        reader: PromptReader,
-        client: Sender,
+        reader: LineReader | BlockReader,
+        client: LineSender,
         planner: Planner,
         threads: Threads,
         dispatcher: Dispatcher,
@@ -112,18 +92,26 @@ class JobRunner:
         self._planner = planner
         self._threads = threads
         self._dispatcher = dispatcher
-        self._events: asyncio.Queue[_Ended | OSError] = asyncio.Queue()
+        self._events: asyncio.Queue[EndedLine | OSError] = asyncio.Queue()
         self._closed = False
-        self._sent: dict[int, _Sent] = {}
-        # What the scheduler has yet to be told.
-        self._to_tell: deque[int] = deque()
+        self._sent: dict[int, SentLine] = {}
+        # What each scheduler has yet to be told.
+        self._to_tell: defaultdict[int | None, deque[int]] = defaultdict(deque)
+        self._returned: dict[Side, deque[Step]] = {side: deque() for side in Side}
+        # Engines that died, by line; and the lines that are to be tried apart from others.
+        self._deaths: Counter[int] = Counter()
+        self._suspects: list[int] = []
         self._unplanned = 0
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
         self._news = UntoldNews()
 
     async def run(self) -> AsyncGenerator[LineResult, None]:
-        """Yield one result per pending line, as they come. Closing it aborts what is in flight."""
+        """Yield one result per pending line, as they come. Closing it aborts what is in flight.
+
+        Raises:
+            EngineUnavailable: with its `in_flight` lines several engines died, one after another.
+        """
         joined = False
         try:
             self._work = await read_prompts(
@@ -142,7 +130,12 @@ class JobRunner:
                 event = await self._events.get()
                 if isinstance(event, OSError):
                     raise event
-                yield self._take(event)
+                if (result := self._take(event)) is not None:
+                    yield result
+                if self._suspects and self._events.empty():
+                    raise EngineUnavailable(
+                        f"{_MAX_DEATHS} engines died with the same lines", self._suspects
+                    )
         finally:
             self._closed = True
             if self._replanning is not None:
@@ -189,7 +182,7 @@ class JobRunner:
 
     def _adopt(self, plan: JobPlan) -> None:
         """Walk this plan from now on."""
-        self._walk = PlanWalk(plan, self._news.started, self._sent)
+        self._walk = PlanWalk(plan, self._news.started, self._sent, self._returned)
         self.view.sampled += self._walk.sampled
         self.view.plans += 1
         self.view.total_work_tokens = plan.total_work_tokens
@@ -224,8 +217,10 @@ class JobRunner:
         ]
 
     def _tell_lengths(self) -> None:
-        """The scheduler is told what the new plan expects of requests that it has already."""
-        self._to_tell = deque(self._sent)
+        """Each scheduler is told what the new plan expects of requests that it has already."""
+        self._to_tell = defaultdict(deque)
+        for position, sent in self._sent.items():
+            self._to_tell[sent.replica].append(position)
 
     # -- what the dispatcher asks for ------------------------------------------------------------
 
@@ -243,7 +238,7 @@ class JobRunner:
 
     @property
     def unsent(self) -> int:
-        return self._scanner.remaining
+        return self._scanner.remaining + sum(map(len, self._returned.values()))
 
     @property
     def work_seconds_left(self) -> float:
@@ -265,10 +260,10 @@ class JobRunner:
     def send(self, turn: Turn) -> None:
         side, step = turn.side, self._walk.take(turn.side)
         position = step.position
-        tag = self._walk.tag(self.job_id, step, turn, self._some_updates())
-        self._news.started.append(position)
         sequences = self._work.sequences[position]
         replica = self._dispatcher.credits.replica(side, sequences, step.shares)
+        tag = self._walk.tag(self.job_id, step, turn, self._some_updates(replica))
+        self._news.started.append(position)
         task = self._start(self._work.lines[position], tag, sequences, position, replica)
         if task is None:
             self._dispatcher.credits.answered(replica, sequences)
@@ -276,21 +271,15 @@ class JobRunner:
         self._dispatcher.credits.sent(side, sequences)
         seconds = tag.compute_seconds + tag.memory_seconds
         self._sent_seconds += seconds
-        self._sent[position] = _Sent(
-            task,
-            side,
-            seconds,
-            tag.output_tokens if tag.likely_output_tokens else None,
-            sequences,
-            replica,
-        )
+        estimate = tag.output_tokens if tag.likely_output_tokens else None
+        self._sent[position] = SentLine(task, side, step, seconds, estimate, sequences, replica)
         self._look()
 
-    def _some_updates(self) -> tuple[LengthUpdate, ...]:
-        plan = self._walk.plan
+    def _some_updates(self, replica: int | None) -> tuple[LengthUpdate, ...]:
+        plan, to_tell = self._walk.plan, self._to_tell[replica]
         updates: list[LengthUpdate] = []
-        while self._to_tell and len(updates) < _MAX_UPDATES:
-            position = self._to_tell.popleft()
+        while to_tell and len(updates) < _MAX_UPDATES:
+            position = to_tell.popleft()
             sent = self._sent.get(position)
             # SGLang makes ids of its own where one line asks for several sequences.
             if sent is None or sent.estimate is None or self._work.sequences[position] > 1:
@@ -329,8 +318,8 @@ class JobRunner:
             return None
         except Exception as error:
             # Whatever a body can raise on its way into a request is that line's answer.
-            task = asyncio.create_task(_answered(_failed(index, error)))
-        ended = partial(_Ended, index=index, position=position)
+            task = asyncio.create_task(answered(failed_line(index, error)))
+        ended = partial(EndedLine, index=index, position=position)
         task.add_done_callback(lambda done: self._events.put_nowait(ended(done)))
         self.view.in_flight += 1
         self._on_start(index)
@@ -338,14 +327,20 @@ class JobRunner:
 
     # -- answers ---------------------------------------------------------------------------------
 
-    def _take(self, ended: _Ended) -> LineResult:
-        """The answer of a line; whatever became of it, it is an answer to this line alone."""
+    def _take(self, ended: EndedLine) -> LineResult | None:
+        """The answer of a line; whatever became of it, it is an answer to this line alone. None
+        if its engine is gone, one of several: the line is to run on another."""
         self.view.in_flight -= 1
+        lost = None if ended.task.cancelled() else ended.task.exception()
+        if isinstance(lost, MemberLost):
+            self._put_back(ended, lost)
+            self._dispatcher.wake()
+            return None
         if ended.task.cancelled():
             # Not by this job, which takes no more answers once it ends.
-            result = _failed(ended.index, asyncio.CancelledError("by the server"))
+            result = failed_line(ended.index, asyncio.CancelledError("by the server"))
         elif (error := ended.task.exception()) is not None:
-            result = _failed(ended.index, error)
+            result = failed_line(ended.index, error)
         else:
             result = ended.task.result()
         if ended.position is None:
@@ -356,6 +351,25 @@ class JobRunner:
             self._replan_if_due()
         self._dispatcher.wake()
         return result
+
+    def _put_back(self, ended: EndedLine, lost: MemberLost) -> None:
+        """A line whose engine is gone goes before all else of its side, or is a suspect."""
+        self._deaths[ended.index] += lost.died
+        suspect = self._deaths[ended.index] >= _MAX_DEATHS
+        if ended.position is None:
+            self._unplanned -= 1
+            if not suspect:
+                self._work.unplannable.appendleft(ended.index)
+        else:
+            sent = self._sent.pop(ended.position)
+            self._dispatcher.credits.answered(sent.replica, sent.sequences)
+            self._sent_seconds = max(self._sent_seconds - sent.work_seconds, 0.0)
+            if not suspect:
+                self._returned[sent.side].append(sent.step)
+        if suspect:
+            self._suspects.append(ended.index)
+        self.view.returned += 1
+        self._look()
 
     def _observe(self, position: int, result: LineResult) -> None:
         sent = self._sent.pop(position)
@@ -375,20 +389,11 @@ class JobRunner:
         elif result.status_code is None or result.status_code < 500:
             # The client's fault is found before any queue, as is what never became a request; the
             # engine's may be found after.
-            self._dispatcher.credits.refused(sent.side, sent.sequences)
+            self._dispatcher.credits.refused(sent.side, sent.sequences, sent.replica)
 
     def _look(self) -> None:
         """Bring the operator's view up to date."""
-        self.view.waiting = self._scanner.remaining + len(self._work.unplannable)
+        self.view.waiting = self.unsent + len(self._work.unplannable) + len(self._suspects)
         self.view.target_density = self._scanner.target_density
         self.view.left_density = self._scanner.density(Side.LEFT)
         self.view.right_density = self._scanner.density(Side.RIGHT)
-
-
-def _failed(index: int, error: BaseException) -> LineResult:
-    message = f"This request could not be sent, or its answer not be read. {cause_of(error)}"
-    return LineResult(index, "", error=LineError("internal_error", message))
-
-
-async def _answered(result: LineResult) -> LineResult:
-    return result

@@ -22,6 +22,7 @@ class JobView:
         target_density: compute density of what is left.
         left_density, right_density: at the two scanners; None when the plan is used up.
         waiting, in_flight: lines not yet sent, and lines sent and not yet answered.
+        returned: times that a line's engine was lost, one of several, and the line ran on another.
         sampled: lines that run first for their lengths.
         plans: plans made so far.
         observed: answered lines, those without an error.
@@ -48,6 +49,7 @@ class JobView:
     right_density: float | None = None
     waiting: int = 0
     in_flight: int = 0
+    returned: int = 0
     sampled: int = 0
     plans: int = 0
     observed: int = 0

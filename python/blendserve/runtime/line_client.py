@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -20,16 +21,35 @@ _ABORT_INTERVAL_SECONDS = 0.05
 _ROUTED = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
-class Sender(Protocol):
-    """Sends the lines of a job; see `LineClient`."""
+class MemberLost(Exception):
+    """The engine that had this line is gone, one of several: another one is to run the line.
+
+    Attributes:
+        died: by itself, perhaps because of one of its lines; False if it was asked to leave.
+    """
+
+    def __init__(self, message: str, *, died: bool) -> None:
+        super().__init__(message)
+        self.died = died
+
+
+class LineSender(Protocol):
+    """Sends lines to the engine, or to one of several."""
 
     def start(
         self, line: BatchLine, tag: PlanTag | None, sequences: int, replica: int | None = None
-    ) -> asyncio.Task[LineResult]: ...
+    ) -> asyncio.Task[LineResult]:
+        """Send a line, to a replica if one is named; the task ends with its answer, whatever the
+        HTTP status. Its name is the request's id. It raises MemberLost."""
+        ...
 
-    def tokens_so_far(self, task: asyncio.Task[LineResult]) -> int: ...
+    def tokens_so_far(self, task: asyncio.Task[LineResult]) -> int:
+        """Output tokens that the engine is known to have produced for a line in flight."""
+        ...
 
-    async def abort_all(self) -> None: ...
+    async def abort_all(self) -> None:
+        """End everything in flight, and wait until the engine has let go of it."""
+        ...
 
 
 class LineClient:
@@ -73,17 +93,7 @@ class LineClient:
         """Send a line, to a data-parallel replica if one is named; the task ends with its answer,
         whatever the HTTP status."""
         rid = uuid.uuid4().hex
-        body = {"model": self._model, **line.body}
-        if sequences == 1:
-            # SGLang makes ids of its own for several sequences, and could not be told to abort.
-            body["rid"] = rid
-        if line.url == "/v1/responses":
-            # SGLang would keep every answer in memory, to be asked for again.
-            body.setdefault("store", False)
-        if replica is not None and line.url in _ROUTED:
-            body["routed_dp_rank"] = replica
-        if tag is not None:
-            body["custom_params"] = {**(body.get("custom_params") or {}), **tag.to_params()}
+        body = request_body(line, rid, self._model, tag, sequences, replica)
         task = asyncio.create_task(self._call(line, rid, body), name=rid)
         self._in_flight[rid] = task
         task.add_done_callback(lambda _: self._in_flight.pop(rid, None))
@@ -107,23 +117,48 @@ class LineClient:
             request = self._http.build_request("POST", line.url, json=body, timeout=None)
         except (ValueError, TypeError, RecursionError) as error:
             # Nested too deeply, or a number or a text that JSON does not have.
-            return LineResult(line.index, rid, 400, _unwritable(error))
+            return LineResult(line.index, rid, 400, unwritable(error))
         response = await self._http.send(request)
-        try:
-            content = response.json()
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            content = {"error": {"message": response.text, "type": "server_error"}}
-        return LineResult(
-            index=line.index,
-            request_id=rid,
-            status_code=response.status_code,
-            body=content,
-        )
+        body = answer_body(response.content)
+        return LineResult(line.index, rid, response.status_code, body)
 
 
-def _unwritable(error: Exception) -> dict[str, Any]:
+def request_body(
+    line: BatchLine,
+    rid: str,
+    model: str,
+    tag: PlanTag | None,
+    sequences: int,
+    dp_rank: int | None,
+) -> dict[str, Any]:
+    """A line's body as the server's route gets it."""
+    body = {"model": model, **line.body}
+    if sequences == 1:
+        # SGLang makes ids of its own for several sequences, and could not be told to abort.
+        body["rid"] = rid
+    if line.url == "/v1/responses":
+        # SGLang would keep every answer in memory, to be asked for again.
+        body.setdefault("store", False)
+    if dp_rank is not None and line.url in _ROUTED:
+        body["routed_dp_rank"] = dp_rank
+    if tag is not None:
+        body["custom_params"] = {**(body.get("custom_params") or {}), **tag.to_params()}
+    return body
+
+
+def answer_body(content: bytes) -> dict[str, Any]:
+    """What the server's route answered; in OpenAI's shape of an error if it is no object."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        body = None
+    if isinstance(body, dict):
+        return body
+    text = content.decode("utf-8", "replace")
+    return {"error": {"message": text, "type": "server_error"}}
+
+
+def unwritable(error: Exception) -> dict[str, Any]:
     """An answer in OpenAI's shape to a body that cannot be sent."""
     return {
         "error": {

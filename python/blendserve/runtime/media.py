@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +27,7 @@ from blendserve.runtime.media_probe import (
     expanded,
     patch_elements,
 )
+from blendserve.runtime.prompt_data import MediaRun
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +35,6 @@ logger = logging.getLogger(__name__)
 # trusted for the others, if it was right for all of these.
 _REMEMBERED = 8192
 _LEARNT = 256
-
-
-@dataclass(frozen=True)
-class MediaRun:
-    """A picture in a prompt. `end`: the position behind its last token. `patches`: what the vision
-    encoder computes on; 0: not known."""
-
-    end: int
-    patches: int
 
 
 class MediaReader:

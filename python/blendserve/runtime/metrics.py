@@ -41,15 +41,16 @@ class Metrics:
 
     Args:
         registry: where to register, prometheus_client's own if None.
+        labels: of what tells one scheduler from another.
     """
 
-    def __init__(self, registry: Any = None) -> None:
+    def __init__(self, registry: Any = None, labels: tuple[str, ...] = ("dp_rank",)) -> None:
         import prometheus_client
 
         self._client = prometheus_client
         self._registry = registry or prometheus_client.REGISTRY
         self._scheduler_gauges = {
-            field: self._gauge(name, text, ("dp_rank", *self._side_label(field)))
+            field: self._gauge(name, text, (*labels, *self._side_label(field)))
             for field, name, text in _GAUGES
         }
         self._scheduler_totals = {
@@ -57,7 +58,7 @@ class Metrics:
                 prometheus_client.Counter(
                     f"blendserve_{name}",
                     text,
-                    ("dp_rank", *self._side_label(field)),
+                    (*labels, *self._side_label(field)),
                     registry=self._registry,
                 )
             )
@@ -85,17 +86,17 @@ class Metrics:
 
     def update(
         self,
-        reports: Mapping[int, SchedulerReport],
+        reports: Mapping[tuple[str, ...], SchedulerReport],
         jobs: Sequence[JobView],
         dispatch: DispatchView,
     ) -> None:
-        """Copy the present values."""
-        for rank, report in reports.items():
+        """Copy the present values; reports by their labels' values."""
+        for scheduler, report in reports.items():
             for field, gauge in self._scheduler_gauges.items():
-                for labels, value in _values(rank, getattr(report, field)):
+                for labels, value in _values(scheduler, getattr(report, field)):
                     gauge.labels(*labels).set(value)
             for field, total in self._scheduler_totals.items():
-                for labels, value in _values(rank, getattr(report, field)):
+                for labels, value in _values(scheduler, getattr(report, field)):
                     total.set(labels, value)
         self._update_jobs(jobs)
         self._urgent.set(len(dispatch.urgent))
@@ -153,7 +154,7 @@ class _Total:
         self._seen[labels] = max(value, seen)
 
 
-def _values(rank: int, value: Any) -> list[tuple[tuple[str, ...], float]]:
+def _values(scheduler: tuple[str, ...], value: Any) -> list[tuple[tuple[str, ...], float]]:
     if isinstance(value, dict):
-        return [((str(rank), side), float(number)) for side, number in value.items()]
-    return [((str(rank),), float(value))]
+        return [((*scheduler, side), float(number)) for side, number in value.items()]
+    return [(scheduler, float(value))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from blendserve.planner import DualScanner, Side
@@ -27,6 +27,10 @@ class Step:
     shares: bool
 
 
+# Requests that come back from an engine that is gone, by side, the first to go again first.
+Returned = Mapping[Side, deque[Step]]
+
+
 class PlanWalk:
     """One plan, and how far it has been walked.
 
@@ -34,15 +38,19 @@ class PlanWalk:
         plan: its requests become this walk's to take.
         started: positions that started while it was made, and must not start again.
         sent: positions of requests that are on their way.
+        returned: what goes before all else on its side, of this plan or of one before.
 
     Attributes:
         sampled: requests of the sample.
     """
 
-    def __init__(self, plan: JobPlan, started: Iterable[int], sent: Container[int]) -> None:
+    def __init__(
+        self, plan: JobPlan, started: Iterable[int], sent: Container[int], returned: Returned
+    ) -> None:
         for position in started:
             plan.scanner.remove(position)
         self.plan = plan
+        self._returned = returned
         # Samples go first and their answers count like any other. Some may have started, or even
         # ended, while the plan that names them was made.
         self._sample = {side: deque(plan.sample[side].tolist()) for side in Side}
@@ -65,11 +73,15 @@ class PlanWalk:
 
     def density(self, side: Side) -> float | None:
         """Of the next request of a side; None if there is none."""
+        if self._returned[side]:
+            return self._returned[side][0].density
         sample = self._next_sampled(side)
         return self.scanner.density(side) if sample is None else self._density_of(sample)
 
     def take(self, side: Side) -> Step:
         """The next request of a side, which has one."""
+        if self._returned[side]:
+            return self._returned[side].popleft()
         sample = self._next_sampled(side)
         if sample is not None:
             density = self._density_of(sample)
@@ -98,7 +110,8 @@ class PlanWalk:
             memory_seconds=memory,
             rest_compute_seconds=max(rest_compute - compute, 0.0),
             rest_memory_seconds=max(rest_memory - memory, 0.0),
-            use=plan.use_tag(job_id, turn.side, position),
+            # Of one that has come back, a later plan does not say who shares with it.
+            use=plan.use_tag(job_id, turn.side, position) if self._is_foreseen(position) else None,
             updates=updates,
         )
 
@@ -108,6 +121,9 @@ class PlanWalk:
         while queue and queue[0] not in self.scanner:
             queue.popleft()
         return queue[0] if queue else None
+
+    def _is_foreseen(self, position: int) -> bool:
+        return bool(self.plan.timetable.index[position] >= 0)
 
     def _density_of(self, position: int) -> float:
         return float(self.plan.density[position])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,37 +17,17 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Comple
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from blendserve.batch.errors import reason_of
-from blendserve.runtime.media import MediaReader, MediaRun
+from blendserve.runtime.media import MediaReader
 from blendserve.runtime.media_parts import reading_processor
+from blendserve.runtime.prompt_data import MediaRun, Prompt, UnreadablePrompt
 from blendserve.runtime.request_checks import MAX_SEQUENCES
+
+__all__ = ["Prompt", "PromptReader", "UnreadablePrompt"]
 
 logger = logging.getLogger(__name__)
 
 # A processor that is given a blank picture has an answer in a few milliseconds to a second.
 _PROBE_SECONDS = 60.0
-
-
-class UnreadablePrompt(ValueError):
-    """The server would refuse this body, or its prompt cannot be planned."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One request as the planner sees it.
-
-    Attributes:
-        token_ids: int32 [prompt_tokens]; a picture's tokens are ids that stand for it alone.
-        max_output_tokens: the most that it may answer.
-        ignore_eos: it will answer exactly that much.
-        sequences: requests that the engine makes of it (n > 1 adds one that fills the cache).
-        media: its pictures, in order.
-    """
-
-    token_ids: NDArray[np.int32]
-    max_output_tokens: int
-    ignore_eos: bool
-    sequences: int
-    media: Sequence[MediaRun] = ()
 
 
 class PromptReader:

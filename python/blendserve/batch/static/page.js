@@ -76,6 +76,10 @@ function showEngine(status) {
     ["Compute side", `${side("left")} running`],
     ["Memory side", `${side("right")} running`],
     ["Retractions", count(sum(status.schedulers, "retractions"))],
+    ...(status.engines || []).map((each) => [
+      `Engine ${each.url.replace(/^https?:\/\//, "")}`,
+      each.state === "up" ? `${count(each.answered)} lines, ${each.in_flight} running` : each.state,
+    ]),
   ];
   byId("figures").replaceChildren(...figures.map(([name, value]) => {
     const box = element("div");
