@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from blendserve.batch.executor import BatchLine, LineError, LineResult, LineSource
+from blendserve.batch.executor import BatchLine, LineError, LineResult, Lines
 from blendserve.runtime.cluster import Cluster
 from blendserve.runtime.line_client import MemberLost, answer_body, request_body, unwritable
 from blendserve.runtime.line_flight import answered
@@ -118,7 +118,7 @@ class ClusterReader:
         # Two blocks for each engine: one that it reads, and one on its way.
         return _LINES_AT_ONCE * 2 * max(len(self._cluster.members), 1)
 
-    def read_block(self, lines: LineSource, block: Sequence[int]) -> list[Prompt | None]:
+    def read_block(self, lines: Lines, block: Sequence[int]) -> list[Prompt | None]:
         frames = [_frame_of(lines, index) for index in block]
         parts = _parts([place for place, body in enumerate(frames) if body is not None], frames)
         return asyncio.run_coroutine_threadsafe(self._read(frames, parts), self._loop).result()
@@ -157,7 +157,7 @@ class ClusterReader:
         return [None] * len(bodies)
 
 
-def _frame_of(lines: LineSource, index: int) -> bytes | None:
+def _frame_of(lines: Lines, index: int) -> bytes | None:
     """None for what cannot be read: whatever is wrong with it shows when it is sent."""
     try:
         line = lines.read(index)

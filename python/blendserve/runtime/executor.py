@@ -213,7 +213,7 @@ class BlendExecutor:
             tickets=self._tickets,
             dispatcher=self._dispatcher,
             abort=self._tokenizer_manager.abort_request,
-            tokens_so_far=self._tokens_so_far,
+            tokens_so_far=self.tokens_so_far,
         )
         return ProgramJob(
             view,
@@ -303,7 +303,9 @@ class BlendExecutor:
 
     async def _keep_metrics(self, metrics: Metrics) -> None:
         while True:
-            reports = {(str(rank),): report for rank, report in self.reports.items()}
+            reports: dict[tuple[str, ...], SchedulerReport] = {
+                (str(rank),): report for rank, report in self.reports.items()
+            }
             metrics.update(reports, self.jobs(), self.dispatch())
             await asyncio.sleep(_METRICS_SECONDS)
 

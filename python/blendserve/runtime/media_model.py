@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from blendserve.batch.errors import cause_of
 from blendserve.runtime import cpu_platform
-from blendserve.runtime.media import MediaReader, MediaRun
+from blendserve.runtime.media import MediaReader
 from blendserve.runtime.media_parts import UnreadableMedia, reading_processor
+from blendserve.runtime.prompt_data import MediaRun
 
 
 class NoMediaModel(ValueError):
