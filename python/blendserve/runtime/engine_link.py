@@ -12,14 +12,16 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import httpx
 import msgspec
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from blendserve.batch import CACHE_SALT_HEADER
 from blendserve.batch.executor import ENDPOINTS
@@ -29,6 +31,7 @@ from blendserve.runtime.link_protocol import (
     HEARTBEAT_SECONDS,
     LINK_VERSION,
     EngineDescription,
+    FrameReader,
     LinkError,
     LinkHello,
     frame,
@@ -115,7 +118,14 @@ class EngineLink:
 
         @router.post("/link/{session}/lines")
         async def lines(session: str, request: Request) -> Response:
-            self._current(session).run(_checked_lines(await request.body()))
+            # A body that ends with the link: lines are run as they come.
+            current, reader = self._current(session), FrameReader()
+            with contextlib.suppress(ClientDisconnect):
+                async for block in request.stream():
+                    try:
+                        current.run(_checked_lines(reader.feed(block)))
+                    except LinkError as error:
+                        raise HTTPException(400, str(error)) from error
             return Response(status_code=204)
 
         @router.post("/link/{session}/abort")
@@ -281,9 +291,11 @@ def _read(data: bytes) -> list[tuple[dict[str, object], bytes]]:
         raise HTTPException(400, str(error)) from error
 
 
-def _checked_lines(data: bytes) -> list[tuple[str, str, str, bytes]]:
+def _checked_lines(
+    frames: Iterable[tuple[dict[str, Any], bytes]],
+) -> list[tuple[str, str, str, bytes]]:
     found = []
-    for head, content in _read(data):
+    for head, content in frames:
         rid, url, salt = head.get("rid"), head.get("url"), head.get("salt", "")
         if not isinstance(rid, str) or not isinstance(salt, str) or url not in ENDPOINTS:
             raise HTTPException(400, "A line needs a rid, the url of an endpoint, and a salt.")

@@ -12,7 +12,8 @@ answers travel as those bytes, just as SGLang's routes read and write them.
         {"fingerprint": "..."}               it has other weights now
         {"taken": true}                      another coordinator has the engine; the last frame
         {}                                   nothing new
-    POST /blendserve/link/SESSION/lines      {"rid", "url", "salt", "bytes"}: lines to run
+    POST /blendserve/link/SESSION/lines      {"rid", "url", "salt", "bytes"}: lines to run, as they
+                                             come, for as long as the stream lives
     POST /blendserve/link/SESSION/abort      {"rids": [...]}
     POST /blendserve/prompts                 {"url", "bytes"}: bodies to read; see `pack_prompts`
 """

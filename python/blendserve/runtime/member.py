@@ -191,13 +191,19 @@ class Member:
         raise LinkLost("it has ended the stream")
 
     async def _deliver(self) -> None:
+        """One request for all lines, whose body ends with the link: a request for each block of
+        them would cost more than all else."""
+        await self._post("lines", self._mail())
+        raise LinkLost("it takes no more lines")
+
+    async def _mail(self) -> AsyncIterator[bytes]:
         while True:
             await self._has_mail.wait()
             await asyncio.sleep(_GATHER_SECONDS)
             self._has_mail.clear()
             outbox, self._outbox = self._outbox, {}
             if outbox:
-                await self._post("lines", b"".join(outbox.values()))
+                yield b"".join(outbox.values())
 
     async def _probe(self) -> None:
         """Its stream may live while its scheduler hangs."""
@@ -223,13 +229,16 @@ class Member:
             return False
         return answer.status_code == 200
 
-    async def _post(self, what: str, content: bytes) -> None:
+    async def _post(self, what: str, content: bytes | AsyncIterator[bytes]) -> None:
+        silent = self._patience.silent_seconds
+        # The answer to a body without end comes when the link has ended.
+        read = silent if isinstance(content, bytes) else None
         try:
             answer = await self._client.post(
                 f"{self.address.url}/blendserve/link/{self.description.session}/{what}",
                 content=content,
                 headers=self.address.headers,
-                timeout=httpx.Timeout(self._patience.silent_seconds, connect=_CONNECT_SECONDS),
+                timeout=httpx.Timeout(connect=_CONNECT_SECONDS, read=read, write=silent, pool=None),
             )
             answer.raise_for_status()
         except httpx.HTTPError as error:
