@@ -18,13 +18,17 @@ MAY_IMPORT = {
     "simulator": {"planner"},
     "batch": set(),
     "runtime": {"batch", "planner", "config", "sgl_kernel_ext"},
+    # In a client's process; `Runtime` starts a server.
+    "frontend": {"batch", "cli", "runtime"},
     "cli": {"batch", "planner", "simulator", "runtime", "config", "sgl_kernel_ext"},
     "sgl_kernel_ext": set(),
 }
 # Without an engine, and so without these, `plan` and `simulate` work.
 ENGINE = {"sglang", "torch", "transformers", "safetensors", "gguf", "triton", "flashinfer"}
 # Beside SGLang's own packages: of a GPU's driver, of a model hub, of its metrics.
-WITH_SGLANG = ENGINE | {"pynvml", "huggingface_hub", "prometheus_client", "xgrammar"}
+WITH_SGLANG = ENGINE | {
+    *("pynvml", "huggingface_hub", "prometheus_client", "PIL", "pybase64", "tqdm", "torchvision"),
+}
 # Names under which packages are imported, where they are others than pip's.
 PIP_NAMES = {
     "yaml": "pyyaml",
@@ -83,6 +87,34 @@ def test_packages_import_only_those_below_them() -> None:
             if other not in {"", mine} | MAY_IMPORT[mine]:
                 wrong.append(f"{name} -> {imported}")
     assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        name: {
+            found for imported in imports(name) if (found := of_ours(imported)) not in (None, name)
+        }
+        for name in MODULES
+    }
+    # A package's own __init__ gathers what its modules offer; that is no dependency of theirs.
+    graph = {name: {other for other in others if not name.startswith(f"{other}.")}
+             for name, others in graph.items()}  # fmt: skip
+    done: set[str] = set()
+
+    def circle(name: str, path: tuple[str, ...]) -> tuple[str, ...] | None:
+        if name in path:
+            return (*path[path.index(name) :], name)
+        if name in done:
+            return None
+        for other in sorted(graph[name]):
+            found = circle(other, (*path, name))
+            if found:
+                return found
+        done.add(name)
+        return None
+
+    circles = [circle(name, ()) for name in graph]
+    assert [found for found in circles if found] == []
 
 
 def test_pip_installs_what_is_imported() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from blendserve import __version__
-from blendserve.cli import front, main, serve
+from blendserve.cli import front, main, own_flags, serve
 from blendserve.config import Settings, load_settings
 from blendserve.runtime import cpu_platform, default_model
 
@@ -136,8 +136,8 @@ def value_of(flags: Sequence[str], flag: str) -> str:
 
 
 def parser_of_serve() -> argparse.ArgumentParser:
-    parser = serve._Parser(prog="blendserve serve")
-    serve.add_setting_flags(parser)
+    parser = own_flags.Parser(prog="blendserve serve")
+    own_flags.add_setting_flags(parser)
     return parser
 
 

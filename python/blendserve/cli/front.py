@@ -43,6 +43,7 @@ from blendserve.batch import (
 from blendserve.cli.cluster_flags import RAY_MISSING, engine_urls, read_key
 from blendserve.cli.connections import PatientProtocol, raise_descriptor_limit
 from blendserve.cli.engine_process import EngineFailed, EngineProcess, WatchSettings
+from blendserve.cli.own_flags import add_setting_flags
 from blendserve.cli.proxy import EngineProxy
 from blendserve.cli.status import StatusBoard
 from blendserve.cli.stock_flags import ConfigFileError, read
@@ -272,8 +273,6 @@ def front_flags() -> frozenset[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from blendserve.cli.serve import add_setting_flags
-
     parser = argparse.ArgumentParser(prog="blendserve serve", add_help=False, allow_abbrev=False)
     add_setting_flags(parser)
     parser.add_argument("--host", default=_HOST)

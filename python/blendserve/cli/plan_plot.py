@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.cli.plan import PlanError, Report
+from blendserve.cli.plan_report import PlanError, Report
 from blendserve.planner import OrderPrediction, PrefixTree
 from blendserve.planner.annotation import annotate
 

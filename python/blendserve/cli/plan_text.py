@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from blendserve.cli.plan import PREDICTED_WORLD, Report, quartiles, warnings
+from blendserve.cli.plan_report import PREDICTED_WORLD, Report, quartiles, warnings
 
 _LARGEST_PREFIXES = 5
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from blendserve.cli.own_flags import SETTING_FLAGS, Parser, add_own_flags
 from blendserve.cli.server_process import PARENT_VARIABLE, TOKEN_VARIABLE, follow_parent
 from blendserve.cli.stock_flags import (
     ConfigFileError,
@@ -49,60 +48,6 @@ _CPU_FLAGS = (
     "--disable-overlap-schedule",
 )  # fmt: skip
 
-# Settings that have a flag; the others are set through the environment or a config file.
-_SETTING_FLAGS = (
-    *("batch_dir", "hardware", "sample_fraction", "max_batch_lines", "max_file_bytes"),
-    *(
-        "max_running_batches",
-        "max_open_batches",
-        "api_keys_file",
-        "engine_hang_seconds",
-        "engine_silent_seconds",
-        "allow_remote_urls",
-        "media_root",
-        "allowed_hosts",
-        "cluster_key_file",
-    ),
-)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An unknown flag is an error that names the nearest valid one."""
-
-    def error(self, message: str) -> NoReturn:
-        marker = "unrecognized arguments: "
-        if message.startswith(marker):
-            unknown = next(
-                (word for word in message[len(marker) :].split() if word.startswith("-")), None
-            )
-            if unknown:
-                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                near = difflib.get_close_matches(unknown.split("=")[0], known, n=1)
-                message = f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")
-        super().error(message)
-
-
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """Add BlendServe's own flags, with the settings' descriptions and defaults."""
-    group = parser.add_argument_group("blendserve")
-    for name in _SETTING_FLAGS:
-        field = Settings.model_fields[name]
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=None,
-            help=f"{field.description} Default: {field.default}.",
-        )
-
-
-def add_own_flags(parser: argparse.ArgumentParser) -> None:
-    """Add all of BlendServe's own flags."""
-    add_setting_flags(parser)
-    parser.add_argument(
-        "--disable-mixed-chunk",
-        action="store_true",
-        help="Compute prefill and decode in steps of their own, as SGLang does by default.",
-    )
-
 
 def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     """Split the command line into BlendServe's settings and the flags for SGLang.
@@ -114,13 +59,13 @@ def prepare(argv: Sequence[str]) -> tuple[Settings, list[str]]:
         ConfigError, ModelPathError: a setting or a model folder that cannot be used.
         HardwareError: a device or file of figures that cannot be used, before weights are loaded.
     """
-    ours = _Parser(prog="blendserve serve", add_help=False, allow_abbrev=False)
+    ours = Parser(prog="blendserve serve", add_help=False, allow_abbrev=False)
     add_own_flags(ours)
     model = ours.add_argument_group("model")
     model.add_argument("--model-path", "--model", default=None)
     model.add_argument("--served-model-name", default=None)
     options, rest = ours.parse_known_args(list(argv))
-    given = {name: getattr(options, name) for name in _SETTING_FLAGS}
+    given = {name: getattr(options, name) for name in SETTING_FLAGS}
     overrides = {name: value for name, value in given.items() if value is not None}
     settings = load_settings(enabled=True, **overrides)
     os.environ.update(to_environment(settings))
@@ -217,7 +162,7 @@ def engine_flags(
 
     # What the front reads of a file of flags, it has told this process.
     read = front_flags() if behind_front else frozenset()
-    parser = _Parser(prog="blendserve serve", allow_abbrev=False)
+    parser = Parser(prog="blendserve serve", allow_abbrev=False)
     add_own_flags(parser)
     own = frozenset(parser._option_string_actions)
     stock, switches = stock_flags()
