@@ -1,4 +1,4 @@
-"""How many requests the front process may send: enough to fill the scheduler, and no more."""
+"""How many requests the engine process may send: enough to fill the scheduler, and no more."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Order(EvictionOrder):
         """A leaf that a planned request has used, and what it said about it."""
         leaf = leaf or Leaf()
         leaf.blend_future.used_at = self.ticks
-        self.learn(leaf.blend_future, due, self.front(job, side), as_of)
+        self.learn(leaf.blend_future, due, self.scan_end(job, side), as_of)
         self.leaves.add(leaf)
         self.add(leaf)
         return leaf
@@ -67,7 +67,7 @@ def test_what_nobody_needs_goes_first_and_what_is_needed_soonest_last(order):
 
 
 def test_each_side_measures_from_where_it_is(order):
-    """A left front that is ahead of the timetable needs its next prefix soon, not late."""
+    """A left end that is ahead of the timetable needs its next prefix soon, not late."""
     left, right = order.planned(710, LEFT), order.planned(600, RIGHT)
     assert order.first() is left
     order.advance("job", LEFT, 700, since=0)
@@ -109,7 +109,7 @@ def test_what_a_later_request_has_said_stands(order):
 
 
 def test_the_prefixes_of_a_job_that_was_cancelled_do_not_stay(order):
-    """Its fronts stand still, so what they need is never overdue."""
+    """Its scan ends stand still, so what they need is never overdue."""
     cancelled, going_on = order.planned(3, job="cancelled"), order.planned(40, job="other")
     assert order.first() is going_on
     order.ticks = 41
@@ -165,7 +165,7 @@ def test_evicted_leaves_are_let_go_of(order):
     for due in range(10_000):
         order.planned(due)
         assert order.pop() is not None
-    assert len(order.front("job", LEFT).soonest_first.entries) < 3000
+    assert len(order.scan_end("job", LEFT).soonest_first.entries) < 3000
 
 
 class AgainstSearch(RuleBasedStateMachine):
@@ -202,7 +202,7 @@ class AgainstSearch(RuleBasedStateMachine):
         since=st.integers(0, 40),
     )
     def advance(self, job, side, steps, since):
-        self.order.advance(job, side, self.order.front(job, side).reached + steps, since)
+        self.order.advance(job, side, self.order.scan_end(job, side).reached + steps, since)
 
     @precondition(lambda self: self.order.leaves)
     @rule(data=st.data())

@@ -225,7 +225,7 @@ class Registered:
 
     def __init__(self) -> None:
         self.checked: list[object] = []
-        self.front_process: list[bool] = []
+        self.engine_process: list[bool] = []
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registered]:
     """An SGLang in which everything fits, and a clean environment."""
     seen = Registered()
     monkeypatch.setattr(guard, "check_sglang", seen.checked.append)
-    monkeypatch.setattr(plugin, "_register", seen.front_process.append)
+    monkeypatch.setattr(plugin, "_register", seen.engine_process.append)
     with mock.patch.dict(os.environ):
         for name in [name for name in os.environ if name.startswith("BLENDSERVE_")]:
             del os.environ[name]
@@ -252,15 +252,15 @@ def test_a_plugin_that_is_not_switched_on_checks_and_changes_nothing(registered,
     before = dict(os.environ)
     plugin.activate()
     assert registered.checked == []
-    assert registered.front_process == []
+    assert registered.engine_process == []
     assert dict(os.environ) == before
 
 
-def test_the_front_process_is_checked_for_scheduler_and_routes(registered):
+def test_the_engine_process_is_checked_for_scheduler_and_routes(registered):
     os.environ["BLENDSERVE_ENABLED"] = "1"
     plugin.activate()
     assert registered.checked == [guard.EXPECTED_SIGNATURES, guard.HTTP_SIGNATURES]
-    assert registered.front_process == [True]
+    assert registered.engine_process == [True]
 
 
 def test_a_spawned_process_gets_the_scheduler_only(registered, monkeypatch):
@@ -268,10 +268,10 @@ def test_a_spawned_process_gets_the_scheduler_only(registered, monkeypatch):
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", object)
     plugin.activate()
     assert registered.checked == [guard.EXPECTED_SIGNATURES]
-    assert registered.front_process == [False]
+    assert registered.engine_process == [False]
 
 
-def test_the_front_process_chooses_a_feedback_address_and_the_others_keep_it(registered):
+def test_the_engine_process_chooses_a_feedback_address_and_the_others_keep_it(registered):
     os.environ["BLENDSERVE_ENABLED"] = "1"
     plugin.activate()
     chosen = os.environ[FEEDBACK]
@@ -292,7 +292,7 @@ def test_an_unsupported_sglang_ends_the_process_with_the_message(registered, mon
     with pytest.raises(SystemExit) as end:
         plugin.activate()
     assert end.value.code == "blendserve: SGLang 9.9 is installed; BlendServe supports others"
-    assert registered.front_process == []
+    assert registered.engine_process == []
     assert FEEDBACK not in os.environ
 
 
@@ -312,7 +312,7 @@ def test_a_bad_setting_ends_the_process_with_the_message(registered, variable, v
         plugin.activate()
     assert str(end.value.code).startswith("blendserve: ")
     assert named in str(end.value.code)
-    assert registered.front_process == []
+    assert registered.engine_process == []
 
 
 def test_a_malformed_config_file_ends_the_process_with_the_message(registered, tmp_path):
@@ -322,12 +322,12 @@ def test_a_malformed_config_file_ends_the_process_with_the_message(registered, t
     with pytest.raises(SystemExit) as end:
         plugin.activate()
     assert str(end.value.code).startswith(f"blendserve: {path} is not a TOML file: ")
-    assert registered.front_process == []
+    assert registered.engine_process == []
 
 
 def test_a_hook_that_has_no_place_in_sglang_ends_the_process(registered, monkeypatch):
     os.environ["BLENDSERVE_ENABLED"] = "1"
     monkeypatch.setattr(attention, "_LAST_SLOT_FUNCTIONS", ("sglang.gone", "sglang.gone_too"))
-    monkeypatch.setattr(plugin, "_register", lambda in_front_process: attention._keep_triton_off())
+    monkeypatch.setattr(plugin, "_register", lambda in_engine_process: attention._keep_triton_off())
     with pytest.raises(SystemExit, match=r"neither of sglang\.gone, sglang\.gone_too is in this"):
         plugin.activate()

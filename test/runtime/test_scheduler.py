@@ -26,7 +26,7 @@ from blendserve.runtime.plan_tag import PlanTag
 from blendserve.runtime.step_pacer import StepPacer
 from blendserve.runtime.trace import StepTrace, TraceStep
 
-QUEUED = 24  # On each side, as the front process would keep them.
+QUEUED = 24  # On each side, as the engine process would keep them.
 GROUP = 4  # Questions behind one prefix.
 
 

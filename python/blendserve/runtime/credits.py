@@ -1,4 +1,4 @@
-"""Credits: how many requests the front process may send to each queue of the scheduler."""
+"""Credits: how many requests the engine process may send to each queue of the scheduler."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from blendserve.runtime.feedback import SchedulerReport
 _MIN_DEPTH = 16
 _MAX_DEPTH = 1024
 _DEPTH_PER_STEP = 4
-# Of what a job has left, a queue holds no more than this part: the rest stays with the front that
-# reaches it first. Else the last requests of a small job would all wait on one side.
+# Of what a job has left, a queue holds no more than this part: the rest stays with the scan end
+# that reaches it first. Else the last requests of a small job would all wait on one side.
 _DEPTH_PER_REMAINING = 0.25
 # With its prefix a request follows those before it to their replica, until that has so much more to
 # do than the one with the least: this part of what it has, and so many requests at least.

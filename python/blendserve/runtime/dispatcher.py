@@ -1,8 +1,8 @@
 """Shares the scheduler's two queues between the jobs of a server, and blends across them.
 
-Each side goes to the job whose front lies furthest out: on the left the one with the highest
-compute density, on the right the one with the lowest, so that the left front of one job runs with
-the right front of another. A job that may miss its deadline goes first on both sides.
+Each side goes to the job whose scan end lies furthest out: on the left the one with the highest
+compute density, on the right the one with the lowest, so that the left end of one job runs with
+the right end of another. A job that may miss its deadline goes first on both sides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blendserve.runtime.pacing import Pacer
 
 # A deadline is in danger when less than this much more than the predicted time is left.
 _DEADLINE_MARGIN = 1.25
-# A side stays with a job until another's front lies further out by this factor: requests that
+# A side stays with a job until another's scan end lies further out by this factor: requests that
 # share a prefix with the one before are cheapest right behind it.
 _SWITCH = 1.25
 # The cost model's seconds count as a pace measured over this long, until a measured one outweighs.
@@ -47,7 +47,8 @@ class DispatchView:
 
     Attributes:
         target_density: of what all jobs have left to send; inf where nothing of it decodes.
-        densities: of the outermost front of each side ("left", "right"); None when nothing is left.
+        densities: of the outermost scan end of each side ("left", "right"); None when nothing is
+            left.
         queued, available: requests of each side that the scheduler has not taken from its queue,
             and how many more may be sent to it now.
         pace: see `Dispatcher.pace`.

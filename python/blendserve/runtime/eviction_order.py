@@ -1,8 +1,8 @@
 """Which leaf of the radix tree goes next: Belady for what the plan knows, SGLang's policy else.
 
 Every leaf has a distance to its next use, in requests. For a planned leaf it is the number of the
-request that needs it less the number that this request's front has reached; infinite if none does.
-A front that has not moved for longer than that is as far away as it has been idle. For a leaf
+request that needs it less the number that this request's end has reached; infinite if none does.
+A scan end that has not moved for longer than that is as far away as it has been idle. For a leaf
 that online requests use, the distance is taken to be the time since its last use, which is what
 LRU assumes; among themselves these keep the order of SGLang's policy. A leaf of both kinds has the
 shorter distance. The leaf with the longest distance goes first.
@@ -23,8 +23,8 @@ from blendserve.planner import Side
 NEVER = math.inf
 # A heap with more entries than this is swept of outdated ones whenever it has doubled.
 _SWEEP_FROM = 1024
-# Fronts to know by name. A job that comes back after it was forgotten only starts anew.
-_MOST_FRONTS = 256
+# Scan ends to know by name. A job that comes back after it was forgotten only starts anew.
+_MOST_SCAN_ENDS = 256
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class NodeFuture:
     Attributes:
         due: number of the next planned request that needs them; NEVER if none does; None if no
             planned request has used them, or the one that should have did not come.
-        front: where that request comes from; None without one.
+        scan_end: where that request comes from; None without one.
         as_of: number of the planned request that said so.
         used_at: tick of the last use by any request.
         online: a request without a plan has used them.
@@ -42,7 +42,7 @@ class NodeFuture:
     """
 
     due: float | None = None
-    front: Front | None = None
+    scan_end: ScanEnd | None = None
     as_of: int = -1
     used_at: int = 0
     online: bool = False
@@ -50,7 +50,7 @@ class NodeFuture:
 
     def copy(self) -> NodeFuture:
         """For a node split off; it has no entry yet."""
-        return NodeFuture(self.due, self.front, self.as_of, self.used_at, self.online)
+        return NodeFuture(self.due, self.scan_end, self.as_of, self.used_at, self.online)
 
 
 class _LazyHeap:
@@ -74,7 +74,7 @@ class _LazyHeap:
         return entry is not None and entry[2] == item[1]
 
 
-class Front:
+class ScanEnd:
     """One scanner of one job, as far as it has come, and the leaves that wait for it.
 
     Attributes:
@@ -96,7 +96,7 @@ class Front:
 
 
 class EvictionOrder:
-    """The leaves that may be evicted, in order of eviction; O(log leaves + fronts), amortised.
+    """The leaves that may be evicted, in order of eviction; O(log leaves + scan ends), amortised.
 
     Args:
         leaves: the evictable leaves; what is not in it is passed over. Each has ``blend_future``,
@@ -115,44 +115,46 @@ class EvictionOrder:
         self._serial = 0
         self._never = _LazyHeap()
         self._online = _LazyHeap()
-        self._fronts: dict[tuple[str, Side], Front] = {}
+        self._scan_ends: dict[tuple[str, Side], ScanEnd] = {}
         # Those for which leaves wait, in the order in which the first came.
-        self._awaited: dict[Front, None] = {}
+        self._awaited: dict[ScanEnd, None] = {}
 
     # -- what becomes known ----------------------------------------------------------------------
 
-    def front(self, job: str, side: Side) -> Front:
-        found = self._fronts.get((job, side))
+    def scan_end(self, job: str, side: Side) -> ScanEnd:
+        found = self._scan_ends.get((job, side))
         if found is None:
-            while len(self._fronts) >= _MOST_FRONTS:
-                del self._fronts[min(self._fronts, key=lambda name: self._fronts[name].moved_at)]
-            found = self._fronts[job, side] = Front(job, side, self.ticks)
+            while len(self._scan_ends) >= _MOST_SCAN_ENDS:
+                del self._scan_ends[
+                    min(self._scan_ends, key=lambda name: self._scan_ends[name].moved_at)
+                ]
+            found = self._scan_ends[job, side] = ScanEnd(job, side, self.ticks)
         return found
 
     def advance(self, job: str, side: Side, due: int, since: int) -> None:
         """A planned request came; all of the job's that is numbered below `since` was sent."""
         for each in Side:
-            front = self.front(job, each)
-            if front.reached < since:
-                front.move(since, self.ticks)
-        self.front(job, side).move(due, self.ticks)
+            scan_end = self.scan_end(job, each)
+            if scan_end.reached < since:
+                scan_end.move(since, self.ticks)
+        self.scan_end(job, side).move(due, self.ticks)
 
-    def learn(self, future: NodeFuture, due: float, front: Front, as_of: int) -> None:
+    def learn(self, future: NodeFuture, due: float, scan_end: ScanEnd, as_of: int) -> None:
         """A planned request says who needs a node next.
 
         What a later request of the same job has said stands, and so does an earlier use by
         another job that is still to come.
         """
-        before = future.front
+        before = future.scan_end
         if before is not None and future.due is not None:
-            if before.job == front.job:
+            if before.job == scan_end.job:
                 stands = as_of < future.as_of
             else:
-                here, there = self._planned(future.due, before), self._planned(due, front)
+                here, there = self._planned(future.due, before), self._planned(due, scan_end)
                 stands = future.due >= before.reached and here < there
             if stands:
                 return
-        future.due, future.front, future.as_of = due, front, as_of
+        future.due, future.scan_end, future.as_of = due, scan_end, as_of
 
     # -- the order -------------------------------------------------------------------------------
 
@@ -166,10 +168,10 @@ class EvictionOrder:
         self._serial += 1
         future.entry = (heap, key, self._serial)
         heap.push(key, self._serial, leaf)
-        front = future.front
-        if front is not None and heap is front.latest_first:
-            front.soonest_first.push(future.due, self._serial, leaf)
-            self._awaited[front] = None
+        scan_end = future.scan_end
+        if scan_end is not None and heap is scan_end.latest_first:
+            scan_end.soonest_first.push(future.due, self._serial, leaf)
+            self._awaited[scan_end] = None
 
     def forget(self, leaf: Any) -> None:
         """A leaf was evicted."""
@@ -181,11 +183,11 @@ class EvictionOrder:
         if never is not None:
             return never
         candidates = []
-        for front in list(self._awaited):
-            self._expire(front)
-            leaf = self._top(front.latest_first)
+        for scan_end in list(self._awaited):
+            self._expire(scan_end)
+            leaf = self._top(scan_end.latest_first)
             if leaf is None:
-                del self._awaited[front]
+                del self._awaited[scan_end]
             else:
                 candidates.append(leaf)
         # Last, so that on a tie a planned one goes: nobody waits for a single request of a job.
@@ -198,23 +200,23 @@ class EvictionOrder:
         """Expected number of requests until a node's tokens are used again."""
         future: NodeFuture = leaf.blend_future
         age = self.ticks - future.used_at
-        if future.due is None or future.front is None:
+        if future.due is None or future.scan_end is None:
             return age
-        planned = self._planned(future.due, future.front)
+        planned = self._planned(future.due, future.scan_end)
         return min(planned, age) if future.online else planned
 
-    def _planned(self, due: float, front: Front) -> float:
-        return max(due - front.reached, self.ticks - front.moved_at)
+    def _planned(self, due: float, scan_end: ScanEnd) -> float:
+        return max(due - scan_end.reached, self.ticks - scan_end.moved_at)
 
     def _place(self, leaf: Any) -> tuple[_LazyHeap, Any]:
         """The heap that a leaf belongs into now, and its key there."""
         future: NodeFuture = leaf.blend_future
-        due, front = future.due, future.front
-        if due is None or front is None or due < front.reached:
+        due, scan_end = future.due, future.scan_end
+        if due is None or scan_end is None or due < scan_end.reached:
             # In the last case the request that was due failed, or is planned anew.
             future.due = None
-        elif not future.online or self.ticks - future.used_at > self._planned(due, front):
-            return (self._never, 0) if due == NEVER else (front.latest_first, -due)
+        elif not future.online or self.ticks - future.used_at > self._planned(due, scan_end):
+            return (self._never, 0) if due == NEVER else (scan_end.latest_first, -due)
         return self._online, self._policy_key(leaf)
 
     def _top(self, heap: _LazyHeap) -> Any | None:
@@ -234,10 +236,10 @@ class EvictionOrder:
                 return leaf
         return None
 
-    def _expire(self, front: Front) -> None:
+    def _expire(self, scan_end: ScanEnd) -> None:
         """Leaves whose request has not come leave the heap in which they would stand last."""
-        entries = front.soonest_first.entries
-        while entries and entries[0][0] < front.reached:
+        entries = scan_end.soonest_first.entries
+        while entries and entries[0][0] < scan_end.reached:
             item = heapq.heappop(entries)
             if not _LazyHeap.counts(item):
                 continue

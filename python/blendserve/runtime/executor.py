@@ -1,4 +1,4 @@
-"""The batch room's executor: SGLang, blended. One per server, in the front process."""
+"""The batch room's executor: SGLang, blended. One per server, in the engine process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler's reports to the front process: what it admitted, and how it is doing.
+"""The scheduler's reports to the engine process: what it admitted, and how it is doing.
 
 One ZeroMQ PUSH/PULL pair over a local socket. Reports are counters since the scheduler started,
 so a lost or late report costs nothing but time: the next one says it all.
@@ -66,12 +66,12 @@ class ReportSender:
         try:
             self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
         except zmq.Again:
-            # The front process is behind; the counters of the next report include this one's.
+            # The engine process is behind; the counters of the next report include this one's.
             return
 
 
 class ReportReceiver:
-    """The front process's end: calls ``on_report`` for every report until closed."""
+    """The engine process's end: calls ``on_report`` for every report until closed."""
 
     def __init__(self, address: str, on_report: Callable[[SchedulerReport], None]) -> None:
         context: Any = zmq.asyncio.Context()

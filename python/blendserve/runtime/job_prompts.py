@@ -1,4 +1,4 @@
-"""Reads the prompts of a job without holding up the front process's event loop.
+"""Reads the prompts of a job without holding up the engine process's event loop.
 
 SGLang's handlers are Python and want the interpreter lock that the event loop wants too. So the
 lines are read in one thread for all jobs, a block at a time, with a rest after every line in which

@@ -1,6 +1,6 @@
 """Runs one job: plans it, walks the plan from both ends, and yields the answers.
 
-The job stays in the front process and its tree in the planning process; the scheduler only ever
+The job stays in the engine process and its tree in the planning process; the scheduler only ever
 sees the next few requests of each side. A small sample runs first; when its answers are in, the
 rest is planned again with the lengths that it showed, and again whenever there are twice as many
 answers, while requests of the plan before keep the engine busy.

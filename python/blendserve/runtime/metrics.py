@@ -68,7 +68,7 @@ class Metrics:
         self._urgent = self._gauge("urgent_jobs", "Jobs that go first for their deadlines.")
         self._lines = self._gauge("lines", "Lines of running jobs.", ("state",))
         self._work = self._gauge("work_tokens", "Token work of running jobs.", ("state",))
-        self._front = self._gauge("front_density", "Density at the outermost front.", ("side",))
+        self._front = self._gauge("front_density", "Density at the outermost scan end.", ("side",))
         self._target = self._gauge("target_density", "Density of what is left to send.")
         self._sharing = self._gauge(
             "sharing_ratio",

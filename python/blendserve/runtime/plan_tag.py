@@ -1,4 +1,4 @@
-"""The plan data that travels with a request of a job, from the front process to the scheduler.
+"""The plan data that travels with a request of a job, from the engine process to the scheduler.
 
 ``sampling_params.custom_params`` is the one field of a request that SGLang carries unchanged
 through HTTP, tokenizer and scheduler. The tag is JSON text under one key of it.

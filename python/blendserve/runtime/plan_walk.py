@@ -116,7 +116,7 @@ class PlanWalk:
         )
 
     def _next_sampled(self, side: Side) -> int | None:
-        """The next request of the sample on a side; a front may have taken it before its turn."""
+        """The next request of the sample on a side; the scan may have taken it before its turn."""
         queue = self._sample[side]
         while queue and queue[0] not in self.scanner:
             queue.popleft()

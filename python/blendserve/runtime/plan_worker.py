@@ -1,6 +1,6 @@
 """What the planning process keeps of the jobs: their prompts, trees and lengths.
 
-Knows neither torch nor SGLang. The front process sends the prompts once and then only news, and
+Knows neither torch nor SGLang. The engine process sends the prompts once and then only news, and
 gets back what it needs to walk a plan.
 """
 
@@ -111,7 +111,7 @@ class UntoldNews:
 
 @dataclass(frozen=True, eq=False)
 class JobPlan:
-    """A plan as the front process walks it. Arrays are [requests] by position.
+    """A plan as the engine process walks it. Arrays are [requests] by position.
 
     Attributes:
         scanner: the walk, which has what the news said had started behind it.
@@ -152,11 +152,11 @@ class JobPlan:
     def use_tag(self, job: str, side: Side, position: int) -> UseTag:
         """What the radix cache is told when a side sends a request; the scanner has taken it.
 
-        A front that is ahead does not stop where the timetable has the two meet. For what it takes
+        An end that is ahead does not stop where the timetable has the two meet. For what it takes
         from there on, the timetable has foreseen the other direction: the last of those that share
         a prefix comes first. So its numbers go on from its own latest, and who comes next on this
         side is who needs the prefix next. After the last request of all, that can only be one that
-        the other front has sent, and that may wait yet.
+        the other scan end has sent, and that may wait yet.
         """
         times = self.timetable
         foreseen = times.side(position) is side
@@ -306,7 +306,7 @@ class _PlannedJob:
         self._compute[plan.order] = plan.compute_seconds
         self._memory[plan.order] = plan.memory_seconds
         dense = plan.request_density[plan.sample] >= plan.target_density
-        # Numbers go on behind what was sent, and not behind what was only planned. A front beyond
+        # Numbers go on behind what was sent, and not behind what was only planned. One beyond
         # its own part has counted up by one for each request.
         first_due = 0
         if self._timetable is not None:

@@ -1,8 +1,8 @@
-"""The planner in a process of its own, so that planning never holds up the front process's loop.
+"""The planner in a process of its own, so that planning never holds up the engine process's loop.
 
 One child per server, started ahead of need and kept. It is a plain Python program that imports
 the planner only: multiprocessing's own spawn would import the server's main module in it, and
-with it torch. Arrays cross the socket outside of the pickle, so that the front process copies
+with it torch. Arrays cross the socket outside of the pickle, so that the engine process copies
 none of them while it holds the interpreter lock.
 """
 

@@ -16,7 +16,7 @@ from blendserve.runtime import guard
 
 
 def activate() -> None:
-    """Register BlendServe's scheduler and, in the front process, its HTTP routes.
+    """Register BlendServe's scheduler and, in the engine process, its HTTP routes.
 
     Raises:
         SystemExit: SGLang is not one that BlendServe can extend, or a setting is wrong. SGLang
@@ -26,20 +26,20 @@ def activate() -> None:
         settings = load_settings()
         if not settings.enabled:
             return
-        in_front_process = multiprocessing.parent_process() is None
+        in_engine_process = multiprocessing.parent_process() is None
         guard.check_sglang(guard.EXPECTED_SIGNATURES)
-        if in_front_process:
+        if in_engine_process:
             guard.check_sglang(guard.HTTP_SIGNATURES)
         if not settings.feedback_address:
-            # Set once by the front process; the processes that it spawns inherit the environment.
+            # Set once by the engine process; the processes that it spawns inherit the environment.
             # The abstract namespace leaves no socket file behind.
             os.environ["BLENDSERVE_FEEDBACK_ADDRESS"] = f"ipc://@blendserve-{uuid.uuid4().hex}"
-        _register(in_front_process)
+        _register(in_engine_process)
     except (guard.UnsupportedSGLang, ConfigError) as error:
         raise SystemExit(f"blendserve: {error}") from error
 
 
-def _register(in_front_process: bool) -> None:
+def _register(in_engine_process: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from blendserve.runtime import arguments, attention, radix_cache
@@ -62,7 +62,7 @@ def _register(in_front_process: bool) -> None:
     HookRegistry.register(
         "sglang.srt.managers.scheduler.PrefillAdder", BlendPrefillAdder, HookType.REPLACE
     )
-    if in_front_process:
+    if in_engine_process:
         HookRegistry.register(
             "sglang.srt.server_args.ServerArgs.check_server_args", arguments.check, HookType.AFTER
         )

@@ -164,7 +164,7 @@ class BlendRadixCache(RadixCache):  # type: ignore[misc]
                 start = corners[-1][0]
             future = _future(node)
             future.used_at = self._order.ticks
-            self._order.learn(future, due, self._order.front(tag.job, side), tag.due)
+            self._order.learn(future, due, self._order.scan_end(tag.job, side), tag.due)
             self._queue(node)
             node, end = node.parent, start
 

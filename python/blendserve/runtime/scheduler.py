@@ -62,7 +62,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         settings = load_settings()
         self.blend = SideQueues(self.max_total_num_tokens, self._prefill_steps)
         self.blend_admission, self.blend_paced = Admission(), PacedAdmission()
-        # (compute, memory) seconds of what the front process has not sent yet, as of the latest
+        # (compute, memory) seconds of what the engine process has not sent yet, as of the latest
         # request; this replica's part.
         self.blend_rest = (0.0, 0.0)
         self.blend_online = OnlineTraffic(settings.online_share)
@@ -98,7 +98,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             self.blend_gather = Gather(self.blend_pace.costs.token_seconds(1))
 
     def get_init_info(self) -> dict[str, Any]:
-        # SGLang only logs a replacement that failed; the front process refuses to serve without.
+        # SGLang only logs a replacement that failed; the engine process refuses to serve without.
         live = scheduler_module.PrefillAdder is BlendPrefillAdder
         if live:
             # A data-parallel controller keeps the handshake to itself, so there this is the sign.

@@ -209,7 +209,7 @@ class SideQueues:
         self._requeue(request)
 
     def _requeue(self, request: PlannedRequest, place: int = 0) -> None:
-        # It counted as taken; the front process must not send another one in its place.
+        # It counted as taken; the engine process must not send another one in its place.
         self.taken[request.tag.side] -= 1
         self._count_waiting(request, +1)
         self.waiting[request.tag.side].insert(place, request)
