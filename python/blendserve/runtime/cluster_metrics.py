@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from blendserve.runtime.cluster import Cluster
 from blendserve.runtime.dispatcher import DispatchView
+from blendserve.runtime.feedback import SchedulerReport
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.metrics import Metrics
 
@@ -43,7 +44,7 @@ class ClusterMetrics:
     def text(self) -> bytes:
         """The present values, in Prometheus's text format."""
         views = self._cluster.views()
-        reports = {
+        reports: dict[tuple[str, ...], SchedulerReport] = {
             (member.address.url, str(rank)): report
             for member in self._cluster.members
             for rank, report in member.reports.items()

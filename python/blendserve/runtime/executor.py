@@ -256,7 +256,9 @@ class BlendExecutor:
 
     async def _keep_metrics(self, metrics: Metrics) -> None:
         while True:
-            reports = {(str(rank),): report for rank, report in self.reports.items()}
+            reports: dict[tuple[str, ...], SchedulerReport] = {
+                (str(rank),): report for rank, report in self.reports.items()
+            }
             metrics.update(reports, self.jobs(), self.dispatch())
             await asyncio.sleep(_METRICS_SECONDS)
 
