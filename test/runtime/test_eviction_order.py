@@ -157,7 +157,7 @@ def test_many_jobs_one_after_the_other_leave_no_fronts_behind(order):
         order.advance(str(job), LEFT, 5, since=0)
         order.planned(9, job=str(job))
         order.ticks += 1
-    assert len(order._fronts) <= 256
+    assert len(order._scan_ends) <= 256
     assert sum(order.pop() is not None for _ in range(1001)) == 1000
 
 
