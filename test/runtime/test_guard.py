@@ -329,5 +329,5 @@ def test_a_hook_that_has_no_place_in_sglang_ends_the_process(registered, monkeyp
     os.environ["BLENDSERVE_ENABLED"] = "1"
     monkeypatch.setattr(attention, "_LAST_SLOT_FUNCTIONS", ("sglang.gone", "sglang.gone_too"))
     monkeypatch.setattr(plugin, "_register", lambda in_front_process: attention._keep_triton_off())
-    with pytest.raises(SystemExit, match=r"neither of sglang.gone, sglang.gone_too is in this"):
+    with pytest.raises(SystemExit, match=r"neither of sglang\.gone, sglang\.gone_too is in this"):
         plugin.activate()

@@ -8,6 +8,7 @@ from .cost_model import CostModel
 from .cost_sources import DATASHEET, fitted_costs, linear_costs, step_costs
 from .dual_scanner import DualScanner, Side, partition_memory
 from .flat_tokens import FlatTokens
+from .gather import Gather
 from .hardware import (
     HARDWARE,
     Hardware,
@@ -53,6 +54,7 @@ __all__ = [
     "CostModel",
     "DualScanner",
     "FlatTokens",
+    "Gather",
     "Hardware",
     "HardwareError",
     "Job",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from .admission import KVView, may_start_alone
 from .dual_scanner import Side
 from .kv_account import Candidate
+from .stagger import Stagger
 
 # Requests behind each head that are looked at.
 LOOK_BEHIND = 16
@@ -50,6 +52,7 @@ class Overtaking:
         self._waits_for: dict[Hashable, int] = {}
         # Since when no head can start.
         self._stuck_since: int | None = None
+        self._stagger = Stagger()
 
     def start(self, request: Hashable) -> None:
         self._starts += 1
@@ -59,6 +62,7 @@ class Overtaking:
     def end(self, request: Hashable) -> None:
         """A request has ended, or lost its memory."""
         self._running.pop(request, None)
+        self._stagger.end(request)
 
     def forget(self, request: Hashable) -> None:
         """A request waits no longer, and has not started."""
@@ -79,13 +83,29 @@ class Overtaking:
         now: int,
         by_policy: Policy,
         holds_right: Callable[[], bool] = lambda: False,
+        rest_steps: float = 0.0,
     ) -> Candidate | None:
         """The request that should start now, None when none can.
 
         Args:
             by_policy: the choice between a head of the left and one of the right.
             holds_right: whether of the right nothing may start but by the policy.
+            rest_steps: see `Stagger.holds`.
         """
+        chosen = self._choose(queues, kv, now, by_policy, holds_right, rest_steps)
+        if chosen is not None:
+            self._stagger.start(chosen, now)
+        return chosen
+
+    def _choose(
+        self,
+        queues: Queues,
+        kv: KVView,
+        now: int,
+        by_policy: Policy,
+        holds_right: Callable[[], bool],
+        rest_steps: float,
+    ) -> Candidate | None:
         heads = {side: next(queues.look(side), None) for side in Side}
         # One whose prefix is being computed waits for that, not for memory.
         waiting = [head for head in heads.values() if head is not None and not head.blocked]
@@ -100,7 +120,15 @@ class Overtaking:
                 return head
         if due and not kv.idle:
             return None
-        side = by_policy(heads[Side.LEFT], heads[Side.RIGHT])
+        held = {
+            side: replace(head, blocked=True)
+            if head is not None
+            and not kv.idle
+            and self._stagger.holds(head, kv.total_tokens, now, rest_steps)
+            else head
+            for side, head in heads.items()
+        }
+        side = by_policy(held[Side.LEFT], held[Side.RIGHT])
         if side is not None:
             self._stuck_since = None
             return heads[side]
@@ -111,7 +139,9 @@ class Overtaking:
         for head in waiting:
             if head.side is Side.LEFT or not holds_right():
                 for candidate in itertools.islice(queues.look(head.side), 1 + LOOK_BEHIND):
-                    if not candidate.blocked and kv.fits(candidate):
+                    if candidate.blocked or not kv.fits(candidate):
+                        continue
+                    if not self._stagger.holds(candidate, kv.total_tokens, now, rest_steps):
                         return candidate
         self._stuck_since = now  # Not to look at them all in every step.
         return None

@@ -22,7 +22,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 
 from blendserve import __version__
 from blendserve.config import load_settings
-from blendserve.planner import Admission, Candidate, PacedAdmission, Side, StepPace
+from blendserve.planner import Admission, Candidate, Gather, PacedAdmission, Side, StepPace
 from blendserve.runtime import prefix_paths, sampling_rows
 from blendserve.runtime.cache_salt import take_salt
 from blendserve.runtime.device import cost_model_of
@@ -91,8 +91,11 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         self.blend_pace = StepPace.of(cost_model.step_costs, self.chunked_prefill_size or 0)
         # Where steps are not mixed, prefill has no decodes to overlap with.
         self.blend_pacer: StepPacer | None = None
+        self.blend_gather: Gather | None = None
         if self.is_mixed_chunk:
             self.blend_pacer = StepPacer(self.blend_pace)
+        elif not self.enable_pdmux:
+            self.blend_gather = Gather(self.blend_pace.costs.token_seconds(1))
 
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the front process refuses to serve without.
@@ -161,6 +164,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         """SGLang has given the memory of a request back."""
         if self.blend.finish(rid) or self.blend_online.ended(rid):
             self.blend_changed = True
+            if self.blend_gather is not None:
+                self.blend_gather.ended()
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         prefix_paths.current.reqs = batch.reqs
@@ -196,6 +201,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         )
         report.compute_seconds += compute
         report.memory_seconds += memory
+        if decoded and self.blend_gather is not None:
+            self.blend_gather.decode_step(decoded, compute + memory)
         if decoded and self.blend.decode_step():
             self.blend_changed = True
         if self.blend_trace is not None:
@@ -241,6 +248,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         offered: list[PlannedRequest] = []
         # Online requests go first, alone: a prefill batch is the longest step there is.
         may_offer = not online_waits and not running_batch.batch_is_full
+        if self.blend_gather is not None and self.chunked_req is None:
+            may_offer = may_offer and not self.blend_gather.holds(len(running_batch.reqs))
         if self.blend_changed and may_offer and len(self.blend):
             offered = self._offer(running_batch)
         BlendPrefillAdder.all_planned = not self.blend_online.present
@@ -297,6 +306,12 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             return Side.RIGHT
         return self.blend_paced.choose(left, right, account, target, hold)
 
+    def _rest_steps(self) -> float:
+        """Decode steps that all that has not started would take with a full pool."""
+        context_seconds = self.blend_pace.context_seconds * self.blend.account.total_tokens
+        memory = self.blend_rest[1] + self.blend.waiting_seconds[1]
+        return memory / context_seconds if context_seconds > 0 else math.inf
+
     def _holds_right(self) -> bool:
         return self.blend_pacer is not None and self.blend_pacer.hold_right
 
@@ -314,6 +329,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
                 account.now,
                 self._choose,
                 self._holds_right,
+                self._rest_steps(),
             )
             if candidate is None:
                 # Nothing more, until something changes.
@@ -323,6 +339,10 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             super()._add_request_to_queue(request.req)
             offered.append(request)
             budget -= candidate.uncached_tokens
+        if offered and self.blend_gather is not None:
+            heads = (self.blend.candidate(side) for side in Side)
+            waits = any(head is not None and head.blocked for head in heads)
+            self.blend_gather.prefill_step(goes_on=budget <= 0 or waits)
         return offered
 
     def _take_back(self, offered: list[PlannedRequest], batch: Any) -> None:

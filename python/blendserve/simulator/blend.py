@@ -139,6 +139,7 @@ class BlendScheduler:
         self._target = self._pace_density = 0.0
         self._unknown = self._longest = 0
         self._look_due = 0
+        self._rest_steps = 0.0  # That what waits would take in a full pool.
         self._loaded = False  # With its part of all memory work that is left.
 
     # -- the engine's questions -----------------------------------------------------------------
@@ -181,7 +182,7 @@ class BlendScheduler:
             return self._admission.choose(left, right, kv, self._target)
 
         chosen = self._overtaking.choose(
-            _Waiting(self, engine), kv, engine.now, by_policy, lambda: hold
+            _Waiting(self, engine), kv, engine.now, by_policy, lambda: hold, self._rest_steps
         )
         if chosen is None:
             return None
@@ -250,6 +251,9 @@ class BlendScheduler:
             density=density,
             blocked=filling >= MIN_SHARED_TOKENS,
             locked_prefix_tokens=total - private,
+            likely_output_tokens=self._central.book.rest(
+                request, engine.generated_by(request) if again else 0
+            ),
             request=request,
         )
 
@@ -296,6 +300,7 @@ class BlendScheduler:
         compute += waiting[0]
         memory += waiting[1]
         waiting_memory += waiting[1]
+        self._rest_steps = waiting_memory / (engine.capacity * costs.context_seconds)
         self._target = self._pace_density = compute / memory if memory > 0 else math.inf
         if self._options.paced:
             tokens, alive = self._memory.forecast.profile(engine.now)
