@@ -6,10 +6,11 @@ import asyncio
 from collections import Counter
 
 import pytest
-from job_server import Run, answer_200, mixed
+from job_server import Inline, Run, answer_200, mixed
 
 from blendserve.batch.executor import EngineUnavailable
 from blendserve.planner import Side
+from blendserve.runtime.job_runner import Threads
 from blendserve.runtime.line_client import MemberLost
 
 
@@ -32,7 +33,7 @@ class LosesSome:
 
 
 def run_with(respond, count=200, **more):
-    run = Run(mixed(count, **more), respond=respond)
+    run = Run(mixed(count), respond=respond, **more)
     asyncio.run(run.finish())
     return run
 
@@ -113,7 +114,8 @@ def test_engines_that_were_asked_to_leave_blame_no_line():
 def test_a_new_plan_does_not_take_what_has_come_back():
     # A sample is answered first and plans follow, while lines go back and forth.
     respond = LosesSome(set(range(0, 300, 7)))
-    run = run_with(respond, count=300)
+    # In the same thread, so that plans do come before the end.
+    run = run_with(respond, count=300, threads=Threads(Inline(), Inline()))
     assert run.runner.view.plans > 1
     assert sorted(run.answered()) == list(range(300))
     assert max(Counter(sent.index for sent in run.server.sent).values()) == 2
