@@ -35,8 +35,8 @@ from report import (
 from sgl_kernel_ext import gpu, reference
 from sgl_kernel_ext.gpu import kernels
 from sgl_kernel_ext.gpu.attention import to_device
+from sgl_kernel_ext.gpu.choice import flashinfer_or_reason
 from sgl_kernel_ext.gpu.flashinfer_steps import FlashInferSteps, plan_bytes
-from sgl_kernel_ext.gpu.steps import flashinfer_or_reason
 from sgl_kernel_ext.plan import plan_segments
 
 # Weights of one Llama-3.1-8B layer: QKV, output, gate and up, down.

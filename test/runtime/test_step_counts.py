@@ -47,7 +47,7 @@ def test_a_request_that_has_ended_is_decoded_once_more_and_not_counted(
     live.blend_report = SchedulerReport(dp_rank=0)
     live.blend_online = SimpleNamespace(step=lambda: None)
     live.blend_pace = SimpleNamespace(seconds=lambda tokens, context: (0.0, 0.0))
-    live.blend_trace = None
+    live.blend_trace = live.blend_gather = None
     live.blend_reported = (0, 0)
     live.blend = SimpleNamespace(
         prefilled=lambda rid: False, decode_step=lambda: False, context_tokens=0,
