@@ -36,6 +36,11 @@ HIDDEN_DENSITY = 8.0
 PACE_STEPS = 64
 # Part of the memory that decodes are taken to fill while there are more to come.
 FULL_PART = 0.75
+# While requests wait and decodes read less than this part of the memory, steps are paced as if they
+# read so much. Prefill in proportion to few decodes keeps them few: any number of them is in
+# balance, and a job of like requests would go on for ever in the small steps that it began with.
+# More would start long decodes of unknown length by the hundred.
+FILLING_PART = 0.4
 _BISECTIONS = 20
 
 
@@ -88,6 +93,12 @@ class StepPace:
             if tokens <= decodes:  # The next size has room for prefill, if there is one.
                 tokens = next((size for size in self.sizes if size > decodes), tokens)
         return max(int(tokens) - decodes, 1)
+
+
+def context_to_pace(context_tokens: float, total_tokens: float, waits: bool) -> int:
+    """Tokens of context to pace a step by: those that its decodes attend to, or, while requests of
+    known lengths wait, what should be filled at least of a memory of total_tokens."""
+    return int(max(context_tokens, FILLING_PART * total_tokens) if waits else context_tokens)
 
 
 def enough_unknown(running: int, longest_tokens: int, total_tokens: int) -> bool:

@@ -15,6 +15,7 @@ from blendserve.planner.pacing import (
     LONG_TOKENS,
     PACE_STEPS,
     UNCERTAIN_DENSITY,
+    context_to_pace,
     enough_unknown,
 )
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
@@ -41,7 +42,7 @@ class StepPacer:
     def __init__(self, pace: StepPace) -> None:
         self._pace = pace
         self.target_density = self._density = math.inf
-        self.hold_right = False
+        self.hold_right = self._fills = False
         self._look_in = 0
 
     def prefill_tokens(
@@ -63,7 +64,9 @@ class StepPacer:
         if self._look_in < 0:
             self._look_in = PACE_STEPS - 1
             self._look_ahead(blend, rest_seconds, backlog_tokens)
-        return self._pace.prefill_tokens(self._density, blend.context_tokens, decodes)
+        total = blend.account.total_tokens
+        context = context_to_pace(blend.context_tokens, total, self._fills)
+        return self._pace.prefill_tokens(self._density, context, decodes)
 
     def _look_ahead(
         self, blend: SideQueues, rest_seconds: tuple[float, float], backlog_tokens: int
@@ -91,6 +94,7 @@ class StepPacer:
         self.hold_right = little_known and enough_unknown(
             len(surprises), max(surprises), account.total_tokens
         )
+        self._fills = memory > 0 and not little_known
         self._density = min(density, UNCERTAIN_DENSITY) if little_known else density
 
 

@@ -25,6 +25,7 @@ from blendserve.planner.pacing import (
     LONG_TOKENS,
     PACE_STEPS,
     UNCERTAIN_DENSITY,
+    context_to_pace,
     enough_unknown,
 )
 
@@ -154,7 +155,11 @@ class BlendScheduler:
             return self._chunk
         if not self._options.paced:
             return self._paper_budget(engine)
-        return self._pace.prefill_tokens(self._pace_density, engine.reads, engine.decoding)
+        # Of a context, the part that is read: what others read as well counts once.
+        read = engine.reads / engine.context if engine.context else 1.0
+        waits = self._central.waiting > 0 and self._unknown == 0
+        context = context_to_pace(engine.reads, read * engine.capacity, waits)
+        return self._pace.prefill_tokens(self._pace_density, context, engine.decoding)
 
     def patience(self, engine: Engine) -> int:
         waits = self._central.waiting or any(queue.heap for queue in self._retracted.values())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from blendserve.planner import MemoryForecast, PrefixTree, StepPace, rest_density
 from blendserve.planner.memory_forecast import BIN_STEPS, DEVIATIONS
-from blendserve.planner.pacing import FULL_PART, PACE_STEPS
+from blendserve.planner.pacing import FULL_PART, PACE_STEPS, context_to_pace
 
 from .engine import Engine
 from .lengths import LengthBook
@@ -116,7 +116,8 @@ class PacedOrderScheduler(OrderScheduler):
         if engine.totals.steps >= self._look_due:
             self._look_due = engine.totals.steps + PACE_STEPS
             self._look_ahead(engine)
-        return self._pace.prefill_tokens(self._density, engine.reads, engine.decoding)
+        context = context_to_pace(engine.reads, engine.capacity, bool(self._waiting))
+        return self._pace.prefill_tokens(self._density, context, engine.decoding)
 
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
         super().started(engine, request, own_tokens)
