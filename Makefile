@@ -15,10 +15,11 @@ setup: $(STAMP)
 # PyTorch comes first and with its own dependencies, whatever build pip's index has for this
 # machine; all else is pinned in the lock files and installed without following dependencies,
 # because SGLang's own list would bring many gigabytes of CUDA libraries.
-$(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml $(wildcard sgl_kernel_ext/cpu/csrc/*)
+$(STAMP): requirements/cpu.txt requirements/torchvision.txt requirements/dev.txt pyproject.toml $(wildcard sgl_kernel_ext/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint requirements/cpu.txt torch
 	$(PIP) install --quiet --no-deps --requirement requirements/cpu.txt --requirement requirements/dev.txt
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/torchvision --requirement requirements/torchvision.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

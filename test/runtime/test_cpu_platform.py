@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import subprocess
 import platform
 import sys
 from collections.abc import Iterator
@@ -129,6 +130,26 @@ def test_a_package_that_is_there_is_left_alone(name):
     getattr(cpu_platform, f"_install_{name}")()
     assert sys.modules[name] is real
     assert vars(real).keys() == vars(ModuleType(name)).keys()
+
+
+PLAIN_AND_PREPARED = """
+import transformers
+transformers.LlamaConfig  # Loaded here, beside whatever is installed.
+from blendserve.runtime import cpu_platform
+cpu_platform.activate()
+from torchvision.transforms import v2
+print(v2.__file__)
+"""
+
+
+def test_transformers_works_without_our_help_and_torchvision_with_it():
+    """Programs of the environment that know nothing of us import transformers, too."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAIN_AND_PREPARED],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "torchvision" in ended.stdout
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -167,6 +168,11 @@ def _install_sgl_kernel() -> None:
 
 
 def _install_torchvision() -> None:
+    # `make setup` puts the build for CUDA apart: until its operators are declared, nothing that
+    # imports transformers starts beside it.
+    apart = Path(sys.prefix) / "torchvision"
+    if not _is_installed("torchvision") and (apart / "torchvision").is_dir():
+        sys.path.append(str(apart))
     if _is_installed("torchvision"):
         if "torchvision" not in sys.modules:
             declare_torchvision_operators()
