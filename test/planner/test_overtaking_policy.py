@@ -75,7 +75,7 @@ class Engine:
             rid = str(chosen.request)
             self.waiting[chosen.side].remove(chosen)
             self.kv.start(rid, chosen)
-            self.overtaking.start(rid)
+            self.overtaking.start(chosen, self.kv.now)
             self.running[rid] = [chosen.prompt_tokens, int(chosen.estimated_output_tokens)]
             self.started.append(rid)
 

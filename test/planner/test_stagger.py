@@ -55,7 +55,7 @@ def steps_of(pool: int, requests: list[Candidate], rest_steps: float) -> int:
             )
         ) is not None:
             waiting.requests.remove(chosen)
-            overtaking.start(chosen.request)
+            overtaking.start(chosen, account.now)
             account.start(chosen.request, chosen)
             end = account.now + int(chosen.estimated_output_tokens)
             ends.setdefault(end, []).append(chosen)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
-import subprocess
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType

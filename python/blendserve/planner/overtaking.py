@@ -54,10 +54,12 @@ class Overtaking:
         self._stuck_since: int | None = None
         self._stagger = Stagger()
 
-    def start(self, request: Hashable) -> None:
+    def start(self, candidate: Candidate, now: int) -> None:
+        """A request starts."""
         self._starts += 1
-        self._running[request] = self._starts
-        self._waits_for.pop(request, None)
+        self._running[candidate.request] = self._starts
+        self._waits_for.pop(candidate.request, None)
+        self._stagger.start(candidate, now)
 
     def end(self, request: Hashable) -> None:
         """A request has ended, or lost its memory."""
@@ -92,20 +94,6 @@ class Overtaking:
             holds_right: whether of the right nothing may start but by the policy.
             rest_steps: see `Stagger.holds`.
         """
-        chosen = self._choose(queues, kv, now, by_policy, holds_right, rest_steps)
-        if chosen is not None:
-            self._stagger.start(chosen, now)
-        return chosen
-
-    def _choose(
-        self,
-        queues: Queues,
-        kv: KVView,
-        now: int,
-        by_policy: Policy,
-        holds_right: Callable[[], bool],
-        rest_steps: float,
-    ) -> Candidate | None:
         heads = {side: next(queues.look(side), None) for side in Side}
         # One whose prefix is being computed waits for that, not for memory.
         waiting = [head for head in heads.values() if head is not None and not head.blocked]

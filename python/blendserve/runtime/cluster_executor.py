@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -26,7 +25,7 @@ from blendserve.runtime.cluster_lines import ClusterLines, ClusterReader
 from blendserve.runtime.credits import Credits
 from blendserve.runtime.dispatcher import Dispatcher, DispatchView
 from blendserve.runtime.job_runner import JobRunner, Threads
-from blendserve.runtime.job_view import JobView
+from blendserve.runtime.job_view import JobView, without_infinity
 from blendserve.runtime.link_protocol import EngineDescription
 from blendserve.runtime.member import Patience
 from blendserve.runtime.pacing import Pacer
@@ -163,7 +162,7 @@ class ClusterExecutor:
             "jobs": [dataclasses.asdict(job) for job in self.jobs()],
             "dispatch": dataclasses.asdict(self.dispatch()),
         }
-        return {key: _without_infinity(value) for key, value in view.items()}
+        return {key: without_infinity(value) for key, value in view.items()}
 
     def _known(self) -> EngineDescription:
         if self.cluster.description is None:
@@ -176,12 +175,3 @@ class ClusterExecutor:
             config = planner_config(self._settings, description, engines)
             self._planner = PlannerProcess(cost_model_of(description), config)
         return self._planner
-
-
-def _without_infinity(value: Any) -> Any:
-    """JSON has no infinity: a density without memory traffic, of what never decodes, is null."""
-    if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinity(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -33,6 +32,7 @@ from blendserve.runtime.cache_salt import SaltReader
 from blendserve.runtime.engine_link import EngineLink
 from blendserve.runtime.executor import BlendExecutor
 from blendserve.runtime.guard import UnsupportedSGLang, check_scheduler_live
+from blendserve.runtime.job_view import without_infinity
 from blendserve.runtime.program_routes import build_programs_router
 
 logger = logging.getLogger(__name__)
@@ -216,13 +216,4 @@ def _engine_view(executor: BlendExecutor) -> dict[str, Any]:
         "jobs": [dataclasses.asdict(view) for view in executor.jobs()],
         "dispatch": dataclasses.asdict(executor.dispatch()),
     }
-    return {key: _without_infinity(value) for key, value in view.items()}
-
-
-def _without_infinity(value: Any) -> Any:
-    """JSON has no infinity: a density without memory traffic, of what never decodes, is null."""
-    if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinity(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {key: without_infinity(value) for key, value in view.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -71,3 +73,12 @@ class JobView:
             self.estimated_output_tokens += estimate
             self.estimated_lines_output_tokens += output_tokens
             self.estimate_error_tokens += abs(estimate - output_tokens)
+
+
+def without_infinity(value: Any) -> Any:
+    """JSON has no infinity: a density without memory traffic, of what never decodes, is null."""
+    if isinstance(value, dict):
+        return {key: without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,12 +33,12 @@ from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, without_tag
 from blendserve.runtime.prefill_adder import (
     BlendPrefillAdder,
     cached_tokens,
-    tokens_to_compute,
 )
 from blendserve.runtime.radix_cache import BlendRadixCache
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.step_pacer import StepPacer
+from blendserve.runtime.step_room import StepRoom
 from blendserve.runtime.trace import StepTrace
 
 # Objects, and young and old generations, after which Python collects garbage.
@@ -60,7 +60,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         # takes a tenth of a second, and hardly any of it is garbage.
         gc.set_threshold(*_GC_THRESHOLDS)
         settings = load_settings()
-        self.blend = SideQueues(self.max_total_num_tokens, self._prefill_steps)
+        self.blend_room = StepRoom(self)
+        self.blend = SideQueues(self.max_total_num_tokens, self.blend_room.prefill_steps)
         self.blend_admission, self.blend_paced = Admission(), PacedAdmission()
         # (compute, memory) seconds of what the engine process has not sent yet, as of the latest
         # request; this replica's part.
@@ -221,7 +222,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         if running_batch.is_empty():
             # SGLang up to 0.5.22 can leave the flag set when the batch drains.
             running_batch.batch_is_full = False
-        elif self.is_mixed_chunk and not self._mixed_step_fits(running_batch):
+        elif self.is_mixed_chunk and not self.blend_room.mixed_step_fits(running_batch):
             # SGLang up to 0.5.21 does not check decode memory in a mixed step and dies when it
             # runs out; a step of decodes alone makes room by retraction.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
@@ -276,7 +277,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         if self.blend_pacer is None or not (self.blend.running or len(self.blend)):
             return None
         tokens = self.blend_pacer.prefill_tokens(
-            self.blend, self.blend_rest, self._chunks_to_come(), len(running_batch.reqs)
+            self.blend, self.blend_rest, self.blend_room.chunks_to_come(), len(running_batch.reqs)
         )
         page = int(self.page_size)
         return -(-tokens // page) * page
@@ -318,9 +319,9 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         account = self.blend.account
-        account.free_tokens, account.others_tokens = self._free_tokens()
+        account.free_tokens, account.others_tokens = self.blend_room.free_tokens()
         slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
-        budget = self._prefill_budget(running_batch)
+        budget = self.blend_room.prefill_budget(running_batch)
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
             candidate = self.blend.overtaking.choose(
@@ -364,56 +365,6 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         if returned:
             self.waiting_queue = [req for req in self.waiting_queue if id(req) not in returned]
 
-    def _free_tokens(self) -> tuple[float, float]:
-        """KV tokens that batch work may take, and those that others hold if none of it runs.
-
-        The former are free or evictable, less what online requests and the rest of a prompt that
-        is being computed in chunks will take.
-        """
-        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        free -= self._chunks_to_come()
-        kept = self.blend_online.reserved_tokens(
-            self.max_total_num_tokens,
-            self.new_token_ratio_tracker.current,
-            self.blend_waits.passed,
-        )
-        return float(free) - kept, float(self.max_total_num_tokens - free)
-
-    def _prefill_budget(self, running_batch: Any) -> float:
-        """Prompt tokens of planned requests that one step can take besides what is already due."""
-        budget = float(self.max_prefill_tokens)
-        if self.chunked_prefill_size is not None:
-            budget = min(budget, self.chunked_prefill_size)
-            if self.is_mixed_chunk:
-                budget -= len(running_batch.reqs)
-        budget *= self.blend_online.batch_share
-        if BlendPrefillAdder.step_tokens is not None:
-            budget = min(budget, BlendPrefillAdder.step_tokens)
-        return budget - self._chunks_to_come()
-
-    def _prefill_steps(self, tokens: int) -> int:
-        """Steps that the others decode until so many more prompt tokens have been computed."""
-        if self.enable_pdmux:
-            # At the most: then one layer of the prefill goes beside each of their steps.
-            return int(self.model_config.num_hidden_layers)
-        if not self.is_mixed_chunk:
-            return 0
-        most = BlendPrefillAdder.step_tokens or int(self.chunked_prefill_size or 0) or tokens
-        return -(-(tokens + self._chunks_to_come()) // max(most, 1))
-
-    def _mixed_step_fits(self, running_batch: Any) -> bool:
-        """Whether there is memory for the decodes, and the prompt that has begun beside them."""
-        if not running_batch.check_decode_mem():
-            return False
-        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        chunk = min(self._chunks_to_come(), int(self.chunked_prefill_size or 0))
-        # Each may begin a page.
-        return chunk + (len(running_batch.reqs) + 1) * int(self.page_size) <= free or not chunk
-
-    def _chunks_to_come(self) -> int:
-        """Tokens that are not computed yet of the prompt that SGLang has in chunks."""
-        return 0 if self.chunked_req is None else tokens_to_compute(self.chunked_req)
-
     # -- report ------------------------------------------------------------------------------
 
     def _send_report(self) -> None:
@@ -424,9 +375,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         report.target_density = self.blend_target_density
         report.retractions = self.blend.retractions
         report.kv_total_tokens = self.max_total_num_tokens
-        report.kv_free_tokens = int(
-            self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        )
+        report.kv_free_tokens = self.blend_room.free_or_evictable()
         for side in Side:
             report.taken[side.value] = self.blend.taken[side]
             report.queued[side.value] = len(self.blend.waiting[side])

@@ -182,7 +182,7 @@ class SideQueues:
             )
             del seen[next(alike, len(seen)) :]
         self.account.start(rid, candidate)
-        self.overtaking.start(rid)
+        self.overtaking.start(candidate, self.account.now)
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
             self.account.share(shared.holder, self._beyond_shared(shared))

@@ -197,7 +197,7 @@ class BlendScheduler:
             self._retracted[side].remove(request)
         else:
             self._central.take(request, side, self._replica)
-        self._overtaking.start(request)
+        self._overtaking.start(chosen, engine.now)
         self._book(engine, request, chosen)
         return request
 
