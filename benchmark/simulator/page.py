@@ -38,8 +38,6 @@ PAPER_DP = {
     "trace3": (8_403, 15_623, 32_026),
     "trace4": (6_325, 12_246, 24_541),
 }
-# The last commits before the engine's steps were those of measured kernels.
-KIND_ENGINE = {"8cdd145", "5af4590"}
 PAPER_COSTS = {512: (1.038, 1.087, 1.239, 1.317), 768: (1.494, 1.537, 1.859, 1.913)}
 PAPER_COSTS[1_024] = (1.916, 2.005, 2.478, 2.515)
 PAPER_GRIDS = {
@@ -55,12 +53,6 @@ Run = dict[str, Any]
 def load(part: str) -> list[Run]:
     path = RESULTS / f"{part}.json"
     return list(json.loads(path.read_text())["runs"]) if path.is_file() else []
-
-
-def of_the_kind_engine() -> bool:
-    """Whether any part is of the engine of datasheet peaks that had no one memory."""
-    commits = [json.loads(path.read_text()).get("commit") for path in RESULTS.glob("*.json")]
-    return bool(set(commits) & KIND_ENGINE)
 
 
 def code_of_results() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from page import PAGE, ROOT, code_of_results, load, of_the_kind_engine
+from page import PAGE, ROOT, code_of_results, load
 from sections_main import (
     kept_sharing,
     plot_balance,
@@ -34,16 +34,6 @@ from sections_worlds import section_worlds
 PLANNER_PAGE = ROOT / "docs" / "planner.md"
 MARKS = ("<!-- sharing -->\n", "<!-- end of sharing -->")
 
-_KIND_ENGINE = (
-    "## The paper's tables, on an engine that was too kind\n\n**All that follows, but for the "
-    "real engine and the cost model, is of an engine that was too kind.** It took the data "
-    "sheet's peaks, no fixed time per step, no steps in the price of a token, and read "
-    "weights and KV at the same time, which no memory can: under `ideal` all runs of "
-    "Table 2, and under `interference` two of four, moved more bytes than an A100 can. Its "
-    "ours was not the runtime's either: it filled memory only so far, and its steps had any "
-    "size. The engine has these terms now ([planner.md](planner.md#steps)).\n"
-)
-
 
 def page() -> str:
     """The text of docs/paper.md."""
@@ -56,7 +46,6 @@ def page() -> str:
         "compared are ratios. Engine, memory test and length estimates are the same for all "
         "policies, which differ in order (and ours in the prefill of each step).\n",
         section_worlds(),
-        _KIND_ENGINE if of_the_kind_engine() else "",
         code_of_results(),
         section_workloads(table2),
         section_main(table2),
