@@ -152,6 +152,25 @@ def test_transformers_works_without_our_help_and_torchvision_with_it():
     assert "torchvision" in ended.stdout
 
 
+PREPARED_STARTS_PLAIN = """
+import os, subprocess, sys
+from blendserve.runtime import cpu_platform
+cpu_platform.activate()
+env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+command = [sys.executable, "-c", "import transformers; transformers.LlamaConfig"]
+sys.exit(subprocess.run(command, env=env, timeout=60).returncode)
+"""
+
+
+def test_a_plain_process_with_the_path_of_a_prepared_one_imports_transformers():
+    """`multiprocessing` hands `sys.path` to its children, too."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PREPARED_STARTS_PLAIN],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`sgl_kernel` as it is where no wheel of it can be had."""

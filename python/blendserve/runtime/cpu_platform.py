@@ -19,7 +19,11 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 from enum import Enum
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, DistributionFinder, MetadataPathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -167,12 +171,34 @@ def _install_sgl_kernel() -> None:
     declare_sglang_operators()
 
 
+class _TorchvisionApart(MetaPathFinder):
+    """Finds torchvision in the folder where `make setup` puts its build for CUDA.
+
+    Until its operators are declared, nothing that imports transformers starts beside it. So the
+    folder is not on `sys.path`, which child processes inherit.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._path = [folder]
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, self._path) if name == "torchvision" else None
+
+    def find_distributions(
+        self, context: DistributionFinder.Context | None = None
+    ) -> Iterable[Distribution]:
+        """Transformers asks for the version."""
+        name = context.name if context is not None else None
+        wanted = DistributionFinder.Context(name=name, path=self._path)
+        return MetadataPathFinder.find_distributions(wanted)
+
+
 def _install_torchvision() -> None:
-    # `make setup` puts the build for CUDA apart: until its operators are declared, nothing that
-    # imports transformers starts beside it.
     apart = Path(sys.prefix) / "torchvision"
     if not _is_installed("torchvision") and (apart / "torchvision").is_dir():
-        sys.path.append(str(apart))
+        sys.meta_path.append(_TorchvisionApart(str(apart)))
     if _is_installed("torchvision"):
         if "torchvision" not in sys.modules:
             declare_torchvision_operators()
