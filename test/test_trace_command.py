@@ -73,7 +73,7 @@ def test_a_step_after_which_no_memory_work_is_left_is_read(
         blend_pace=SimpleNamespace(seconds=lambda tokens, context: (1.0, 0.0)),
         blend=SimpleNamespace(account=SimpleNamespace(left_tokens=5.0, right_tokens=0.0)),
         blend_report=SimpleNamespace(steps=1),
-        blend_target_density=math.inf,
+        blend_policy=SimpleNamespace(target_density=math.inf),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 10),
         tree_cache=SimpleNamespace(evictable_size=lambda: 0),
     )

@@ -15,9 +15,10 @@ PACKAGES = {"blendserve": ROOT / "python" / "blendserve", "sgl_kernel_ext": ROOT
 MAY_IMPORT = {
     "planner": set(),
     "config": {"planner"},
-    "simulator": {"planner"},
+    "policy": {"planner"},
+    "simulator": {"planner", "policy"},
     "batch": set(),
-    "runtime": {"batch", "planner", "config", "sgl_kernel_ext"},
+    "runtime": {"batch", "planner", "policy", "config", "sgl_kernel_ext"},
     # In a client's process; `Runtime` starts a server.
     "frontend": {"batch", "cli", "runtime"},
     "cli": {"batch", "planner", "simulator", "runtime", "config", "sgl_kernel_ext"},

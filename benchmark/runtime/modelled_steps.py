@@ -118,10 +118,10 @@ def predict(scale: float) -> dict[str, Any]:
 def pace(engine: Any, paced: bool, cost_model: Any) -> None:
     """The steps' costs are those of the modelled device, not of the one that this runs on."""
     from blendserve.planner import StepPace
-    from blendserve.runtime.step_pacer import StepPacer
+    from blendserve.policy import Steps
 
     pace = StepPace.of(cost_model.step_costs, CHUNK)
-    engine.live.blend_pacer = StepPacer(pace) if paced else None
+    engine.live.blend_policy.steps_are(Steps.MIXED if paced else Steps.FILLED, pace)
 
 
 def run_stock(engine: Any, policy: str, prompts: list[Any], output: Any) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Run:
         live = self.engine.live
         live.flush_cache()
         self.engine.finished.clear()
-        before = (live.blend.retractions, live.blend_report.steps, live.blend_report.cached_tokens)
+        blend, report = live.blend_policy, live.blend_report
+        before = (blend.retractions, report.steps, report.cached_tokens)
         used = []
         plan = self.plan_again()
         due = 2 * self.sampled
@@ -110,7 +111,7 @@ class Run:
                 plan = self.plan_again()
         wrong = [r for r, k in self.sent.items() if self.engine.finished[r] != self.output[k]]
         assert not wrong, f"{len(wrong)} requests did not get their tokens"
-        retractions = live.blend.retractions - before[0]
+        retractions = live.blend_policy.retractions - before[0]
         return {
             "retractions": retractions,
             "percent_of_requests": 100 * retractions / len(self.prompts),

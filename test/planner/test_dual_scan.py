@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_workloads import LLAMA_ON_A100, jobs, mixed_job
 
-from blendserve.planner import (
-    Admission,
-    Candidate,
-    DualScanner,
-    Job,
-    KVAccount,
-    Side,
-    make_plan,
-    partition_memory,
-)
+from blendserve.planner import DualScanner, Job, Side, make_plan, partition_memory
 from blendserve.planner.dual_scanner import PREFILL_ONLY_SHARE
+from blendserve.policy import Admission, Candidate, KVAccount
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 densities = st.one_of(st.floats(0, 1e6), st.just(math.inf))

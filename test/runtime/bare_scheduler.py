@@ -29,6 +29,8 @@ from sglang.srt.managers.utils import GenerationBatchResult  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import PortArgs, prepare_server_args  # noqa: E402
 
+from blendserve.planner import StepPace  # noqa: E402
+from blendserve.policy import Steps  # noqa: E402
 from blendserve.runtime.plan_tag import PlanTag  # noqa: E402
 
 KV_TOKENS, CHUNK = 4_000, 256
@@ -148,6 +150,16 @@ class BareScheduler:
         ):
             if reason is not None:
                 self.finished[rid] = count
+
+
+def pace_steps(
+    monkeypatch: pytest.MonkeyPatch, engine: BareScheduler, pace: StepPace | None
+) -> None:
+    """For one test: mixed steps that are paced so, or filled."""
+    live, policy = engine.live, engine.live.blend_policy
+    for name in ("_pace", "_pacer", "_gather"):  # To be put back.
+        monkeypatch.setattr(policy, name, getattr(policy, name))
+    policy.steps_are(Steps.FILLED if pace is None else Steps.MIXED, pace or live.blend_pace)
 
 
 @functools.cache

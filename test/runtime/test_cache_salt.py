@@ -16,6 +16,7 @@ import pytest
 from bare_scheduler import the_scheduler
 from cache_engine import CacheEngine
 from fastapi import FastAPI
+from queue_policy import separate_steps
 from sglang.srt.managers.io_struct import (
     AbortReq,
     EmbeddingReqInput,
@@ -167,7 +168,7 @@ def test_the_namespace_of_a_request_is_that_of_its_nodes() -> None:
 
 
 def test_an_eviction_is_told_with_its_namespace() -> None:
-    queues = SideQueues(1_000)
+    queues = SideQueues(separate_steps(1_000))
     started = queues._prompts
     for name in ("alice", "bob"):
         started.start(name, Side.LEFT, Prompt(TOKENS, name), 0)

@@ -135,7 +135,7 @@ def test_the_split_follows_what_is_left(engine: BareScheduler, multiplexed: Any)
     adjust = live.adjust_stream_groups
 
     def look(running_batch: Any) -> Any:
-        if live.blend.context_tokens and live.split_prefill_batch is not None:
+        if live.blend_policy.decodes.context_tokens and live.split_prefill_batch is not None:
             for compute in (1e3, 1e4, 1e5, 1e6):
                 with mock.patch.object(live, "blend_rest", (compute, 1e4)):
                     index, group = adjust(running_batch)
@@ -143,7 +143,7 @@ def test_the_split_follows_what_is_left(engine: BareScheduler, multiplexed: Any)
                         *separate_parts(
                             PACE,
                             live._density_left(),
-                            live.blend.context_tokens,
+                            live.blend_policy.decodes.context_tokens,
                             running_batch.batch_size(),
                         ),
                         SM_COUNTS[1:-1],

@@ -11,13 +11,20 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from bare_scheduler import CHUNK, FIRST_TOKEN, KV_TOKENS, VOCABULARY, BareScheduler, the_scheduler
+from bare_scheduler import (
+    CHUNK,
+    FIRST_TOKEN,
+    KV_TOKENS,
+    VOCABULARY,
+    BareScheduler,
+    pace_steps,
+    the_scheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, Side, StepPace
 from blendserve.runtime.plan_tag import PlanTag
-from blendserve.runtime.step_pacer import StepPacer
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 
@@ -203,7 +210,7 @@ def test_a_scoring_job_fills_its_steps(
     pace = StepPace.of(CostModel.attained(model, device).step_costs, chunk_tokens=CHUNK)
     live, prompt, count = engine.live, 90, 120
     monkeypatch.setattr(live, "is_mixed_chunk", True)
-    monkeypatch.setattr(live, "blend_pacer", StepPacer(pace))
+    pace_steps(monkeypatch, engine, pace)
     rng = random.Random(1)
     for k in range(count):
         tag = PlanTag(

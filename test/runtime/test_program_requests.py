@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from queue_policy import separate_steps
 
 from blendserve.frontend.seams import FRONTEND_SIGNATURES, check_frontend
 from blendserve.planner import Side
@@ -37,7 +38,7 @@ def test_whether_a_program_goes_on_is_learnt_from_those_that_ended() -> None:
 
 
 def test_a_program_that_runs_goes_before_those_that_have_not_begun() -> None:
-    queues = SideQueues(10_000)
+    queues = SideQueues(separate_steps(10_000))
 
     def add(rid: str, goes_on: bool) -> None:
         params = SimpleNamespace(max_new_tokens=10)

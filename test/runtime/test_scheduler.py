@@ -18,12 +18,12 @@ from bare_scheduler import (
     KV_TOKENS,
     VOCABULARY,
     BareScheduler,
+    pace_steps,
     the_scheduler,
 )
 
 from blendserve.planner import Side, StepPace, linear_costs
 from blendserve.runtime.plan_tag import PlanTag
-from blendserve.runtime.step_pacer import StepPacer
 from blendserve.runtime.trace import StepTrace, TraceStep
 
 QUEUED = 24  # On each side, as the engine process would keep them.
@@ -131,11 +131,11 @@ def test_with_known_lengths_the_pool_is_filled_and_nobody_loses_memory(
     engine: BareScheduler, seed: int
 ) -> None:
     job = exam_and_essays(random.Random(seed), groups=12)
-    before = engine.live.blend.retractions
+    before = engine.live.blend_policy.retractions
     fullest = run(engine, job)
     lengths = {request.rid: request.length for side in Side for request in job[side]}
     assert engine.finished == lengths
-    assert engine.live.blend.retractions == before
+    assert engine.live.blend_policy.retractions == before
     assert fullest > 0.7, "a test that never fills the pool tests nothing"
 
 
@@ -151,13 +151,13 @@ def test_mixed_steps_carry_the_prefill_that_their_decodes_balance(
     lengths = {request.rid: request.length for side in Side for request in job[side]}
     seconds: dict[str, float] = {}
     monkeypatch.setattr(live, "is_mixed_chunk", True)
-    for name, pacer in (("paced", StepPacer(PACE)), ("as SGLang does", None)):
-        monkeypatch.setattr(live, "blend_pacer", pacer)
+    for name, pace in (("paced", PACE), ("as SGLang does", None)):
+        pace_steps(monkeypatch, engine, pace)
         taken = 0.0
 
         def process(batch: Any, result: Any) -> None:
             nonlocal taken
-            report, contexts = live.blend_report, live.blend.context_tokens
+            report, contexts = live.blend_report, live.blend_policy.decodes.context_tokens
             before = report.prefill_tokens + report.decode_tokens
             type(live).process_batch_result(live, batch, result)
             tokens = report.prefill_tokens + report.decode_tokens - before
@@ -185,9 +185,9 @@ def test_the_contexts_of_the_decoding_requests_are_counted(engine: BareScheduler
         contexts = [
             len(req.origin_input_ids) + len(req.output_ids) for req in decoding if req.output_ids
         ]
-        assert engine.live.blend.context_tokens == sum(contexts)
+        assert engine.live.blend_policy.decodes.context_tokens == sum(contexts)
     run(engine, {side: [] for side in Side})
-    assert engine.live.blend.context_tokens == 0
+    assert engine.live.blend_policy.decodes.context_tokens == 0
 
 
 def test_requests_that_outlive_their_estimates_end_with_all_their_tokens(
@@ -239,7 +239,7 @@ def test_a_prompt_is_not_held_back_for_an_online_request_that_finds_no_room(
     """Where prefill goes before decodes, nothing would end that makes room for it."""
     live, rng = engine.live, random.Random(4)
     monkeypatch.setattr(live, "is_mixed_chunk", mixed)
-    monkeypatch.setattr(live, "blend_pacer", None)
+    pace_steps(monkeypatch, engine, None)
     Request("left", Side.LEFT, tokens(rng, 6 * CHUNK), 2).submit(engine)
     engine.step()
     engine.submit("online", tokens(rng, 40), 5, limit=KV_TOKENS - CHUNK)
@@ -261,7 +261,7 @@ def test_an_online_request_gets_a_token_after_every_prefill_of_the_batch(
 ) -> None:
     live, rng = engine.live, random.Random(5)
     monkeypatch.setattr(live, "is_mixed_chunk", False)
-    monkeypatch.setattr(live, "blend_pacer", None)
+    pace_steps(monkeypatch, engine, None)
     engine.submit("online", tokens(rng, 20), 6)
     engine.step()
     for k in range(6):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from queue_policy import separate_steps
 
 from blendserve.planner import Side
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
@@ -46,7 +47,7 @@ def planned(rid, side=LEFT, estimate=8.0, likely=(), **req):
 
 
 def queues_of(*requests, total_tokens=10_000):
-    queues = SideQueues(total_tokens)
+    queues = SideQueues(separate_steps(total_tokens))
     for request in requests:
         queues.add(request)
     return queues
@@ -109,10 +110,10 @@ def test_a_retracted_request_is_next_and_no_longer_counts_as_taken():
     assert waiting(queues, LEFT) == ["a"]
     assert list(queues.running) == ["b"]
     assert queues.taken == {LEFT: 1, RIGHT: 0}
-    assert queues.retractions == 1
+    assert queues.policy.retractions == 1
     start(queues, LEFT)
     assert queues.taken == {LEFT: 2, RIGHT: 0}
-    assert queues.retractions == 1
+    assert queues.policy.retractions == 1
 
 
 def test_a_retracted_request_waits_on_the_side_of_its_plan_whatever_it_has_produced():
@@ -120,7 +121,7 @@ def test_a_retracted_request_waits_on_the_side_of_its_plan_whatever_it_has_produ
     request = start(queues, LEFT)
     request.req.output_ids += [0] * 50
     for _ in range(50):
-        queues.account.decode_step()
+        queues.policy.decoded()
     assert queues.account.running == {LEFT: 0, RIGHT: 1}
     queues.retract(request)
     assert waiting(queues, LEFT) == ["a"]
@@ -315,7 +316,7 @@ class QueuesMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.queues = SideQueues(2_000)
+        self.queues = SideQueues(separate_steps(2_000))
         self.every: dict[str, PlannedRequest] = {}
         self.waiting: dict[Side, list[str]] = {side: [] for side in Side}
         self.running: set[str] = set()
@@ -356,7 +357,7 @@ class QueuesMachine(RuleBasedStateMachine):
     def decode(self, data, tokens):
         req = self.pick(data).req
         req.output_ids += [0] * min(tokens, req.max_new_tokens - len(req.output_ids))
-        self.queues.account.decode_step()
+        self.queues.policy.decoded()
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -409,7 +410,7 @@ class QueuesMachine(RuleBasedStateMachine):
         arrived = Counter(request.tag.side for request in self.every.values())
         for side in Side:
             assert self.queues.taken[side] == arrived[side] - len(self.waiting[side])
-        assert self.queues.retractions == self.retractions
+        assert self.queues.policy.retractions == self.retractions
 
     @invariant()
     def the_accounts_divide_the_running_requests(self):
@@ -436,7 +437,7 @@ def test_a_new_estimate_of_a_running_request_keeps_memory_for_what_is_left():
     started = start(queues, LEFT)
     started.req.output_ids = [5] * 6
     for _ in range(6):
-        queues.decode_step()
+        queues.policy.decoded()
     assert queues.account.growth_tokens() < 30
     queues.learn([LengthUpdate("a", 406.0, ())])
     assert queues.account.growth_tokens() == 400

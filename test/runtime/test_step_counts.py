@@ -47,11 +47,13 @@ def test_a_request_that_has_ended_is_decoded_once_more_and_not_counted(
     live.blend_report = SchedulerReport(dp_rank=0)
     live.blend_online = SimpleNamespace(step=lambda: None)
     live.blend_pace = SimpleNamespace(seconds=lambda tokens, context: (0.0, 0.0))
-    live.blend_trace = live.blend_gather = None
+    live.blend_trace = None
+    live.blend_policy = SimpleNamespace(
+        decodes=SimpleNamespace(context_tokens=0), decoded=lambda decodes, seconds: False
+    )
     live.blend_reported = (0, 0)
     live.blend = SimpleNamespace(
-        prefilled=lambda rid: False, decode_step=lambda: False, context_tokens=0,
-        taken={Side.LEFT: 0, Side.RIGHT: 0}, running={},
+        prefilled=lambda rid: False, taken={Side.LEFT: 0, Side.RIGHT: 0}, running={},
     )  # fmt: skip
     # By what it derives from: where the plugin is active, SGLang's module names ours.
     with mock.patch.object(BlendScheduler.__bases__[-1], "process_batch_result", create=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, FlatTokens, StepPace
-from blendserve.planner.pacing import FILLING_PART, context_to_pace
+from blendserve.policy.pacing import FILLING_PART, context_to_pace
 from blendserve.simulator.simulate import Policy, Setting, Simulation
 from blendserve.simulator.workloads import Workload
 

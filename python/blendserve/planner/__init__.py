@@ -3,12 +3,10 @@
 Pure: numpy and the standard library, deterministic for a seed. Knows neither torch nor SGLang.
 """
 
-from .admission import Admission, KVView, PacedAdmission
 from .cost_model import CostModel
 from .cost_sources import DATASHEET, fitted_costs, linear_costs, step_costs
-from .dual_scanner import DualScanner, Side, partition_memory
+from .dual_scanner import DualScanner, Side, account_tokens, partition_memory
 from .flat_tokens import FlatTokens
-from .gather import Gather
 from .hardware import (
     HARDWARE,
     Hardware,
@@ -19,16 +17,12 @@ from .hardware import (
     nearest_device,
 )
 from .interference import INTERFERENCE, best_split, separate_parts
-from .kv_account import Candidate, KVAccount
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
 from .media import EncoderWork, MediaRuns
-from .memory_forecast import MemoryForecast
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
-from .overtaking import LOOK_BEHIND, PATIENCE_STEPS, Overtaking
-from .pacing import StepPace, rest_density
 from .partition import Partition, partition
 from .plan import Job, Plan, PlannerConfig, make_plan
 from .prediction import (
@@ -40,6 +34,7 @@ from .prediction import (
 )
 from .prefix_tree import PrefixTree
 from .step_costs import Rates, StepCosts
+from .step_pace import StepPace
 from .transform import Transformed, transform
 
 __all__ = [
@@ -47,31 +42,21 @@ __all__ = [
     "DEFAULT_OUTPUT_TOKENS",
     "HARDWARE",
     "INTERFERENCE",
-    "LOOK_BEHIND",
     "MODEL_SPECS",
-    "PATIENCE_STEPS",
-    "Admission",
-    "Candidate",
     "CostModel",
     "DualScanner",
     "EncoderWork",
     "FlatTokens",
-    "Gather",
     "Hardware",
     "HardwareError",
     "Job",
-    "KVAccount",
-    "KVView",
     "LengthModel",
     "MediaRuns",
-    "MemoryForecast",
     "ModelSpec",
     "ModelSpecError",
     "NextUse",
     "NextUses",
     "OrderPrediction",
-    "Overtaking",
-    "PacedAdmission",
     "Partition",
     "Plan",
     "PlannerConfig",
@@ -84,6 +69,7 @@ __all__ = [
     "Timetable",
     "Transformed",
     "UnknownHardwareError",
+    "account_tokens",
     "best_split",
     "choose_sample",
     "choose_second_sample",
@@ -103,7 +89,6 @@ __all__ = [
     "partition",
     "partition_memory",
     "predict",
-    "rest_density",
     "sample_size",
     "separate_parts",
     "step_costs",

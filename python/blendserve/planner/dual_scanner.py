@@ -181,3 +181,11 @@ def partition_memory(
         share = min(1.0, max(0.0, (target - right) / (left - right)))
     left_memory = total * share
     return left_memory, total - left_memory
+
+
+def account_tokens(private_tokens: float, output_tokens: float) -> float:
+    """p + d / 2: the memory that a request holds on average over its life.
+
+    Of a prefix that several running requests share, only the first of them counts the tokens.
+    """
+    return private_tokens + output_tokens / 2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .pacing import StepPace
+from .step_pace import StepPace
 
 # (share R of the GPU given to decode attention, its speed P(R)); the GEMM beside it runs at 1 - R.
 # Measured on A100, published with NanoFlow (arXiv 2408.12757).

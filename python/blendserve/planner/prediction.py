@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost_model import CostModel
-from .kv_account import account_tokens
+from .dual_scanner import account_tokens
 from .plan import Plan
 from .prefix_tree import Floats, Ints, PrefixTree
 from .timeline import Work, run_seconds

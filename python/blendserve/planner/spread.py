@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .pacing import FULL_PART, StepPace
 from .prefix_tree import Floats, Ints
 from .step_costs import RATE_STEP_TOKENS, StepCosts
+from .step_pace import FULL_PART, StepPace
 
 # Multiples of it, less their whole part, are spread evenly over 0 to 1 however many there are.
 _GOLDEN = (5**0.5 - 1) / 2

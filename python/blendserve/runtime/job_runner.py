@@ -20,6 +20,7 @@ from blendserve.batch.errors import reason_of
 from blendserve.batch.executor import EngineUnavailable, LineResult, Lines
 from blendserve.batch.progress import usage_of
 from blendserve.planner import DualScanner, Side
+from blendserve.policy import Replanning
 from blendserve.runtime.dispatcher import Dispatcher, Turn
 from blendserve.runtime.job_prompts import BlockReader, LineReader, read_prompts
 from blendserve.runtime.job_view import JobView
@@ -176,8 +177,7 @@ class JobRunner:
         self.view.planned_sharing = plan.sharing_planned
         self.view.bound_seconds = plan.bound_seconds
         self._adopt(plan)
-        self._learning = bool(self.view.sampled)
-        self._replan_at = 2 * self.view.sampled
+        self._replan_rule = Replanning(self.view.sampled)
         self.view.phase = "running"
 
     def _adopt(self, plan: JobPlan) -> None:
@@ -189,21 +189,19 @@ class JobRunner:
         self._look()
 
     def _replan_if_due(self) -> None:
-        """Plan again when the sample is in, and whenever there are twice as many answers."""
-        doubled = self.view.observed >= self._replan_at
-        if not self._learning or not (self._walk.sample_is_in or doubled):
+        if not self._replan_rule.due(self.view.observed, self._walk.sample_is_in):
             return
         if self._replanning is None and not self._scanner.exhausted:
             self._replanning = asyncio.create_task(self._replan())
 
     async def _replan(self) -> None:
-        self._replan_at = 2 * max(self.view.observed, self.view.sampled)
+        self._replan_rule.begins(self.view.observed, self.view.sampled)
         try:
             self._adopt(await self._plan(self._news.take(self._running())))
             self._tell_lengths()
         except Exception:
             # Of any type, as for the first plan; the job goes on with the plan that it has.
-            self._learning = False
+            self._replan_rule.stop()
             logger.exception("%s is not planned again", self.job_id)
         self._replanning = None
         self._dispatcher.wake()

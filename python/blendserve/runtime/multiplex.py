@@ -39,7 +39,7 @@ class BlendMultiplex:
         prefill, decode = separate_parts(
             self.blend_pace,
             self._density_left(),
-            self.blend.context_tokens,
+            self.blend.policy.decodes.context_tokens,
             running_batch.batch_size(),
         )
         # The first group is all prefill's, the last all decode's.

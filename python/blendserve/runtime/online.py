@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from blendserve.planner.overtaking import PATIENCE_STEPS
+from blendserve.policy.overtaking import PATIENCE_STEPS
 from blendserve.runtime.prefill_adder import is_planned
 from blendserve.runtime.side_queues import SideQueues
 

@@ -22,7 +22,8 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 
 from blendserve import __version__
 from blendserve.config import load_settings
-from blendserve.planner import Admission, Candidate, Gather, PacedAdmission, Side, StepPace
+from blendserve.planner import Side, StepPace
+from blendserve.policy import BlendPolicy, Steps
 from blendserve.runtime import prefix_paths, sampling_rows
 from blendserve.runtime.cache_salt import take_salt
 from blendserve.runtime.device import cost_model_of
@@ -37,7 +38,6 @@ from blendserve.runtime.prefill_adder import (
 from blendserve.runtime.radix_cache import BlendRadixCache
 from blendserve.runtime.releases import watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
-from blendserve.runtime.step_pacer import StepPacer
 from blendserve.runtime.step_room import StepRoom
 from blendserve.runtime.trace import StepTrace
 
@@ -61,8 +61,6 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         gc.set_threshold(*_GC_THRESHOLDS)
         settings = load_settings()
         self.blend_room = StepRoom(self)
-        self.blend = SideQueues(self.max_total_num_tokens, self.blend_room.prefill_steps)
-        self.blend_admission, self.blend_paced = Admission(), PacedAdmission()
         # (compute, memory) seconds of what the engine process has not sent yet, as of the latest
         # request; this replica's part.
         self.blend_rest = (0.0, 0.0)
@@ -83,20 +81,20 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         )
         sampling_rows.protect(self.tp_worker.model_runner.sampler)
         watch_releases(self.tree_cache, self._released)
-        if isinstance(self.tree_cache, BlendRadixCache):
-            self.tree_cache.on_planned_eviction = self.blend.evicted
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
         cost_model = cost_model_of(self.model_config, self.server_args.tp_size, load_settings())
         self.blend_pace = StepPace.of(cost_model.step_costs, self.chunked_prefill_size or 0)
-        # Where steps are not mixed, prefill has no decodes to overlap with.
-        self.blend_pacer: StepPacer | None = None
-        self.blend_gather: Gather | None = None
+        steps = Steps.SEPARATE
         if self.is_mixed_chunk:
-            self.blend_pacer = StepPacer(self.blend_pace)
-        elif not self.enable_pdmux:
-            self.blend_gather = Gather(self.blend_pace.costs.token_seconds(1))
+            steps = Steps.MIXED
+        elif self.enable_pdmux:
+            steps = Steps.PARALLEL
+        self.blend_policy = BlendPolicy(self.max_total_num_tokens, self.blend_pace, steps)
+        self.blend = SideQueues(self.blend_policy, self.blend_room.prefill_steps)
+        if isinstance(self.tree_cache, BlendRadixCache):
+            self.tree_cache.on_planned_eviction = self.blend.evicted
 
     def get_init_info(self) -> dict[str, Any]:
         # SGLang only logs a replacement that failed; the engine process refuses to serve without.
@@ -165,8 +163,7 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         """SGLang has given the memory of a request back."""
         if self.blend.finish(rid) or self.blend_online.ended(rid):
             self.blend_changed = True
-            if self.blend_gather is not None:
-                self.blend_gather.ended()
+            self.blend_policy.memory_freed()
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         prefix_paths.current.reqs = batch.reqs
@@ -198,13 +195,11 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         report.prefill_tokens += prefilled
         report.decode_tokens += decoded
         compute, memory = self.blend_pace.seconds(
-            prefilled + decoded, self.blend.context_tokens if decoded else 0
+            prefilled + decoded, self.blend_policy.decodes.context_tokens if decoded else 0
         )
         report.compute_seconds += compute
         report.memory_seconds += memory
-        if decoded and self.blend_gather is not None:
-            self.blend_gather.decode_step(decoded, compute + memory)
-        if decoded and self.blend.decode_step():
+        if decoded and self.blend_policy.decoded(decoded, compute + memory):
             self.blend_changed = True
         if self.blend_trace is not None:
             self.blend_trace.step(self, batch, prefilled, decoded)
@@ -249,8 +244,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
         offered: list[PlannedRequest] = []
         # Online requests go first, alone: a prefill batch is the longest step there is.
         may_offer = not online_waits and not running_batch.batch_is_full
-        if self.blend_gather is not None and self.chunked_req is None:
-            may_offer = may_offer and not self.blend_gather.holds(len(running_batch.reqs))
+        if self.chunked_req is None and self.blend_policy.waits(len(running_batch.reqs)):
+            may_offer = False
         if self.blend_changed and may_offer and len(self.blend):
             offered = self._offer(running_batch)
         BlendPrefillAdder.all_planned = not self.blend_online.present
@@ -274,64 +269,31 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
 
     def _step_tokens(self, running_batch: Any) -> int | None:
         """Prompt tokens of the next step; None for as many as SGLang takes."""
-        if self.blend_pacer is None or not (self.blend.running or len(self.blend)):
+        if not self.blend_policy.paced or not (self.blend.running or len(self.blend)):
             return None
-        tokens = self.blend_pacer.prefill_tokens(
-            self.blend, self.blend_rest, self.blend_room.chunks_to_come(), len(running_batch.reqs)
+        self._tell_rest()
+        tokens = self.blend_policy.prefill_tokens(
+            self.blend_room.chunks_to_come(), len(running_batch.reqs)
         )
         page = int(self.page_size)
         return -(-tokens // page) * page
 
-    @property
-    def blend_target_density(self) -> float:
-        """Of what is left of all jobs."""
-        if self.blend_pacer is not None:
-            return self.blend_pacer.target_density
+    def _tell_rest(self) -> None:
+        """What has not started: not sent yet, or waiting here."""
         seconds = zip(self.blend_rest, self.blend.waiting_seconds, strict=True)
         compute, memory = (rest + waiting for rest, waiting in seconds)
-        return compute / memory if memory > 0 else math.inf
-
-    def _choose(self, left: Candidate | None, right: Candidate | None) -> Side | None:
-        account, target = self.blend.account, self.blend_target_density
-        if self.blend_pacer is None:
-            return self.blend_admission.choose(left, right, account, target)
-        hold = self.blend_pacer.hold_right
-        if (
-            right is not None
-            and not (hold or right.blocked)
-            and right.density >= target
-            and account.fits(right)
-        ):
-            # Sent when less was known of lengths. It has no part in filling memory, but those
-            # behind it may: it goes as any prefill does.
-            return Side.RIGHT
-        return self.blend_paced.choose(left, right, account, target, hold)
-
-    def _rest_steps(self) -> float:
-        """Decode steps that all that has not started would take with a full pool."""
-        context_seconds = self.blend_pace.context_seconds * self.blend.account.total_tokens
-        memory = self.blend_rest[1] + self.blend.waiting_seconds[1]
-        return memory / context_seconds if context_seconds > 0 else math.inf
-
-    def _holds_right(self) -> bool:
-        return self.blend_pacer is not None and self.blend_pacer.hold_right
+        self.blend_policy.rest_seconds = (compute, memory)
 
     def _offer(self, running_batch: Any) -> list[PlannedRequest]:
         """Move the requests that may start now from the side queues to SGLang's waiting queue."""
         account = self.blend.account
         account.free_tokens, account.others_tokens = self.blend_room.free_tokens()
+        self._tell_rest()
         slots = self.get_num_allocatable_reqs(len(running_batch.reqs))
         budget = self.blend_room.prefill_budget(running_batch)
         offered: list[PlannedRequest] = []
         while len(offered) < slots and budget > 0:
-            candidate = self.blend.overtaking.choose(
-                self.blend,
-                account,
-                account.now,
-                self._choose,
-                self._holds_right,
-                self._rest_steps(),
-            )
+            candidate = self.blend_policy.choose(self.blend)
             if candidate is None:
                 # Nothing more, until something changes.
                 self.blend_changed = False
@@ -340,10 +302,11 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             super()._add_request_to_queue(request.req)
             offered.append(request)
             budget -= candidate.uncached_tokens
-        if offered and self.blend_gather is not None:
+            self._tell_rest()
+        if offered:
             heads = (self.blend.candidate(side) for side in Side)
             waits = any(head is not None and head.blocked for head in heads)
-            self.blend_gather.prefill_step(goes_on=budget <= 0 or waits)
+            self.blend_policy.prefill_began(goes_on=budget <= 0 or waits)
         return offered
 
     def _take_back(self, offered: list[PlannedRequest], batch: Any) -> None:
@@ -372,8 +335,8 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
             return
         report = self.blend_report
         account = self.blend.account
-        report.target_density = self.blend_target_density
-        report.retractions = self.blend.retractions
+        report.target_density = self.blend_policy.target_density
+        report.retractions = self.blend_policy.retractions
         report.kv_total_tokens = self.max_total_num_tokens
         report.kv_free_tokens = self.blend_room.free_or_evictable()
         for side in Side:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blendserve.planner import Candidate, KVAccount, Overtaking, Side
-from blendserve.planner.memory_forecast import OVERDUE_PART
+from blendserve.planner import Side
+from blendserve.policy import BlendPolicy, Candidate
+from blendserve.policy.memory_forecast import OVERDUE_PART
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
 from blendserve.runtime.started_prompts import (
     Prompt,
@@ -73,32 +74,25 @@ class SideQueues:
     """Waiting requests per side in the order of their arrival, and the running ones.
 
     Args:
-        total_tokens: size of the KV pool.
+        policy: is told who starts and ends.
         prefill_steps: decode steps that the others make while so many prompt tokens are computed.
 
     Attributes:
-        account: memory that the running requests hold and will take.
-        overtaking: who may start before the heads, and for how long.
+        account: the policy's, of the memory that the running requests hold and will take.
         waiting_seconds: (compute, memory) of what waits, by the cost model.
         taken: requests of each side that have left its queue for good, so far.
-        retractions: times that a running request lost its memory.
     """
 
     def __init__(
-        self, total_tokens: int, prefill_steps: Callable[[int], int] = lambda tokens: 0
+        self, policy: BlendPolicy, prefill_steps: Callable[[int], int] = lambda tokens: 0
     ) -> None:
+        self.policy = policy
         self._prefill_steps = prefill_steps
         self.waiting: dict[Side, deque[PlannedRequest]] = {side: deque() for side in Side}
         self.running: dict[str, PlannedRequest] = {}
-        self.account = KVAccount(total_tokens)
-        self.overtaking = Overtaking()
+        self.account = policy.account
         self.taken: dict[Side, int] = dict.fromkeys(Side, 0)
-        self.retractions = 0
         self.waiting_seconds = (0.0, 0.0)
-        # Contexts of the decoding requests, less the decode steps so far: so they need not be
-        # touched while they grow.
-        self._contexts: dict[str, int] = {}
-        self._contexts_sum = self._decode_steps = 0
         self._prompts = StartedPrompts()
         # The first of each queue as they were last seen, while nothing has happened that would
         # change them.
@@ -161,7 +155,7 @@ class SideQueues:
             )
             setattr(request.req, PLAN_ATTRIBUTE, request.tag)  # For a retraction.
             done = len(request.req.output_ids)
-            self.account.revise(update.rid, done, update.output_tokens, update.likely_output_tokens)
+            self.policy.learn(update.rid, done, update.output_tokens, update.likely_output_tokens)
         self._look_anew()
 
     def start(self, candidate: Candidate) -> PlannedRequest:
@@ -181,8 +175,7 @@ class SideQueues:
                 if other.request.prompt.beginning == request.prompt.beginning
             )
             del seen[next(alike, len(seen)) :]
-        self.account.start(rid, candidate)
-        self.overtaking.start(candidate, self.account.now)
+        self.policy.start(candidate, len(request.req.output_ids))
         if shared.holder is not None:
             # What two requests hold does not come free when one of them ends.
             self.account.share(shared.holder, self._beyond_shared(shared))
@@ -204,8 +197,7 @@ class SideQueues:
     def retract(self, request: PlannedRequest) -> None:
         """A running request lost its memory: it waits again, at the front of its side."""
         self.finish(request.req.rid)
-        self.account.retracted()
-        self.retractions += 1
+        self.policy.retracted()
         self._requeue(request)
 
     def _requeue(self, request: PlannedRequest, place: int = 0) -> None:
@@ -221,29 +213,16 @@ class SideQueues:
         if news:
             self._look_anew()
             req = self.running[rid].req
-            context = len(req.origin_input_ids) + len(req.output_ids) - self._decode_steps
-            self._contexts[rid] = context
-            self._contexts_sum += context
+            done = len(req.output_ids)
+            self.policy.prefilled(rid, len(req.origin_input_ids) + done, done)
         return news
-
-    def decode_step(self) -> bool:
-        """Every decoding request has one more token. True if more may start than before."""
-        self._decode_steps += 1
-        return self.account.decode_step()
-
-    @property
-    def context_tokens(self) -> int:
-        """Sum of the contexts of the decoding requests."""
-        return self._contexts_sum + len(self._contexts) * self._decode_steps
 
     def finish(self, rid: str) -> bool:
         """A request has ended or lost its memory. False if it was not a running planned one."""
         if self.running.pop(rid, None) is None:
             return False
         self._look_anew()
-        self._contexts_sum -= self._contexts.pop(rid, 0)
-        self.account.end(rid)
-        self.overtaking.end(rid)
+        self.policy.end(rid)
         self._prompts.end(rid)
         return True
 
@@ -276,7 +255,7 @@ class SideQueues:
                 self._looked[side].clear()
                 for request in removed:
                     self._count_waiting(request, -1)
-                    self.overtaking.forget(request.req.rid)
+                    self.policy.overtaking.forget(request.req.rid)
                 yield from removed
 
     def _count_waiting(self, request: PlannedRequest, sign: int) -> None:

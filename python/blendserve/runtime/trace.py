@@ -82,7 +82,7 @@ class StepTrace:
                 scheduler.token_to_kv_pool_allocator.available_size()
                 + scheduler.tree_cache.evictable_size()
             ),
-            target_density=_finite(scheduler.blend_target_density),
+            target_density=_finite(scheduler.blend_policy.target_density),
         )
         self._file.write(msgspec.json.encode(line).decode() + "\n")
 

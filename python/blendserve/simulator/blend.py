@@ -7,21 +7,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blendserve.planner import (
-    Admission,
-    Candidate,
-    Overtaking,
-    PacedAdmission,
-    Side,
-    StepCosts,
-    StepPace,
-    partition_memory,
-    rest_density,
-)
-from blendserve.planner.kv_account import account_tokens
-from blendserve.planner.memory_forecast import BIN_STEPS
-from blendserve.planner.pacing import (
-    FULL_PART,
+from blendserve.planner import Side, StepCosts, StepPace, account_tokens, partition_memory
+from blendserve.planner.step_pace import FULL_PART
+from blendserve.policy import Admission, Candidate, Overtaking, PacedAdmission, rest_density
+from blendserve.policy.memory_forecast import BIN_STEPS
+from blendserve.policy.pacing import (
     LONG_TOKENS,
     PACE_STEPS,
     UNCERTAIN_DENSITY,

@@ -21,7 +21,7 @@ from blendserve.planner import (
     sample_size,
 )
 from blendserve.planner.length_sample import COVERED_REQUESTS
-from blendserve.planner.pacing import UNCERTAIN_GROWTH, UNCERTAIN_TOKENS
+from blendserve.policy.pacing import UNCERTAIN_GROWTH, UNCERTAIN_TOKENS
 
 from .foresight import Foresight
 from .lengths import LengthBook

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.planner import MemoryForecast, PrefixTree, StepPace, rest_density
-from blendserve.planner.memory_forecast import BIN_STEPS, DEVIATIONS
-from blendserve.planner.pacing import FULL_PART, PACE_STEPS, context_to_pace
+from blendserve.planner import PrefixTree, StepPace
+from blendserve.planner.step_pace import FULL_PART
+from blendserve.policy import MemoryForecast, rest_density
+from blendserve.policy.memory_forecast import BIN_STEPS, DEVIATIONS
+from blendserve.policy.pacing import PACE_STEPS, context_to_pace
 
 from .engine import Engine
 from .lengths import LengthBook

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from blendserve.planner import (
+from blendserve.planner import Side
+from blendserve.policy import (
     LOOK_BEHIND,
     PATIENCE_STEPS,
     Admission,
@@ -17,7 +18,6 @@ from blendserve.planner import (
     KVAccount,
     Overtaking,
     PacedAdmission,
-    Side,
 )
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT

@@ -7,8 +7,9 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
+from blendserve.planner.dual_scanner import Side
+
 from .admission import KVView, may_start_alone
-from .dual_scanner import Side
 from .kv_account import Candidate
 from .stagger import Stagger
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from .dual_scanner import Side, partition_memory
+from blendserve.planner.dual_scanner import Side, partition_memory
+
 from .kv_account import Candidate
 
 # Least and largest part of the memory that is kept from the memory side while the compute side has

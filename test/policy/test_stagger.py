@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendserve.planner import Candidate, KVAccount, Overtaking, Side
-from blendserve.planner.stagger import WORTH, Stagger
+from blendserve.planner import Side
+from blendserve.policy import Candidate, KVAccount, Overtaking
+from blendserve.policy.stagger import WORTH, Stagger
 
 LONG = 1e9
 

@@ -7,18 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendserve.planner import (
-    Candidate,
-    KVAccount,
-    MemoryForecast,
-    PacedAdmission,
-    Side,
-    StepPace,
-    linear_costs,
-    rest_density,
-)
-from blendserve.planner.memory_forecast import BIN_STEPS
-from blendserve.planner.pacing import enough_unknown
+from blendserve.planner import Side, StepPace, linear_costs
+from blendserve.policy import Candidate, KVAccount, MemoryForecast, PacedAdmission, rest_density
+from blendserve.policy.memory_forecast import BIN_STEPS
+from blendserve.policy.pacing import enough_unknown
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 

@@ -7,9 +7,10 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from .dual_scanner import Side
+from blendserve.planner.dual_scanner import Side, account_tokens
+from blendserve.planner.prefix_tree import Floats
+
 from .memory_forecast import BIN_STEPS, DEVIATIONS, OVERDUE_PART, MemoryForecast
-from .prefix_tree import Floats
 
 # Each step in which requests lose their memory shows that the estimates are worse than thought, and
 # adds so many deviations of room; what it added shrinks by this part with every step.
@@ -266,11 +267,3 @@ class KVAccount:
             self.left_tokens += tokens
         else:
             self.right_tokens += tokens
-
-
-def account_tokens(private_tokens: float, output_tokens: float) -> float:
-    """p + d / 2: the memory that a request holds on average over its life.
-
-    Of a prefix that several running requests share, only the first of them counts the tokens.
-    """
-    return private_tokens + output_tokens / 2

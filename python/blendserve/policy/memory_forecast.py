@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .prefix_tree import Floats
+from blendserve.planner.prefix_tree import Floats
 
 # Steps that share one figure, the expected demand at their end, in a pool of an 80 GB device.
 BIN_STEPS = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blendserve.planner import Gather
+from blendserve.policy import Gather
 
 
 def decode_steps_before_prefill(decodes: int, ended_each_step: int) -> int:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 
-from blendserve.planner import StepPace, rest_density
-from blendserve.planner.pacing import (
-    FULL_PART,
+from blendserve.planner.step_pace import FULL_PART, StepPace
+from blendserve.policy.decodes import Decodes
+from blendserve.policy.kv_account import KVAccount
+from blendserve.policy.pacing import (
     LONG_TOKENS,
     PACE_STEPS,
     UNCERTAIN_DENSITY,
     context_to_pace,
     enough_unknown,
+    rest_density,
 )
-from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 
 # A request shows that too little is known when it is so many times as long as the longest of the
 # lengths that were expected of it.
@@ -28,13 +29,13 @@ _TELLING_PART = 0.1
 
 
 class StepPacer:
-    """The step budgets of one scheduler.
+    """The step budgets of one engine.
 
     Args:
         pace: costs of a step.
 
     Attributes:
-        target_density: of all that is left: not sent yet, waiting, and running.
+        target_density: of all that is left: not started yet, and running.
         hold_right: whether so much runs far beyond what was expected that no more long decodes
             should start until a new plan knows more.
     """
@@ -47,36 +48,45 @@ class StepPacer:
 
     def prefill_tokens(
         self,
-        blend: SideQueues,
+        account: KVAccount,
+        running: Decodes,
         rest_seconds: tuple[float, float],
         backlog_tokens: int,
         decodes: int,
+        read_part: float = 1.0,
     ) -> int:
         """Prompt tokens for the next step, at least one.
 
         Args:
-            blend: the requests that wait and run.
-            rest_seconds: (compute, memory) of what has not been sent to the scheduler.
+            account: memory that the running requests hold and will take.
+            running: how far they have come.
+            rest_seconds: (compute, memory) of what has not started.
             backlog_tokens: still to be computed of prompts that have begun.
             decodes: requests that the step decodes.
+            read_part: part of their contexts that is read; what several have in common may be read
+                once for all.
         """
         self._look_in -= 1
         if self._look_in < 0:
             self._look_in = PACE_STEPS - 1
-            self._look_ahead(blend, rest_seconds, backlog_tokens)
-        total = blend.account.total_tokens
-        context = context_to_pace(blend.context_tokens, total, self._fills)
+            self._look_ahead(account, running, rest_seconds, backlog_tokens, read_part)
+        read = read_part * running.context_tokens
+        context = context_to_pace(read, read_part * account.total_tokens, self._fills)
         return self._pace.prefill_tokens(self._density, context, decodes)
 
     def _look_ahead(
-        self, blend: SideQueues, rest_seconds: tuple[float, float], backlog_tokens: int
+        self,
+        account: KVAccount,
+        running: Decodes,
+        rest_seconds: tuple[float, float],
+        backlog_tokens: int,
+        read_part: float,
     ) -> None:
-        pace, account = self._pace, blend.account
+        pace = self._pace
         tokens, alive = account.profile()
-        tail_seconds = tokens * pace.context_seconds
-        compute = rest_seconds[0] + blend.waiting_seconds[0]
+        tail_seconds = tokens * (read_part * pace.context_seconds)
+        compute, memory = rest_seconds
         compute += (account.remaining_tokens() + backlog_tokens) * pace.token_seconds
-        memory = rest_seconds[1] + blend.waiting_seconds[1]
         everything = memory + float(tail_seconds.sum()) * account.bin_steps
         self.target_density = compute / everything if everything > 0 else math.inf
         density = rest_density(
@@ -87,19 +97,10 @@ class StepPacer:
             pace.floor_seconds,
             FULL_PART * account.total_tokens * pace.context_seconds,
         )
-        surprises = [
-            done for request in blend.running.values() if (done := _beyond_expectation(request))
-        ]
-        little_known = sum(surprises) > _TELLING_PART * blend.context_tokens
+        surprises = running.far_beyond(_FAR_BEYOND, LONG_TOKENS)
+        little_known = sum(surprises) > _TELLING_PART * running.context_tokens
         self.hold_right = little_known and enough_unknown(
             len(surprises), max(surprises), account.total_tokens
         )
         self._fills = memory > 0 and not little_known
         self._density = min(density, UNCERTAIN_DENSITY) if little_known else density
-
-
-def _beyond_expectation(request: PlannedRequest) -> int:
-    """Output tokens so far of a long decode that nobody expected; 0 for all others."""
-    tag, done = request.tag, len(request.req.output_ids)
-    likely = tag.likely_output_tokens
-    return done if likely and done > max(_FAR_BEYOND * likely[-1], LONG_TOKENS) else 0
