@@ -104,10 +104,16 @@ def predict(scale: float) -> dict[str, Any]:
         )
     )
     found = {}
-    for policy in (Policy.BLEND, Policy.DFS):
-        setting = Setting(retractions.COST_MODEL, policy, overlaps=tuple(Overlap), sampling=1.0)
+    for name, policy, sampling in (
+        ("blend", Policy.BLEND, 1.0),
+        ("sampled", Policy.BLEND, 0.01),
+        ("dfs", Policy.DFS, 1.0),
+    ):
+        setting = Setting(
+            retractions.COST_MODEL, policy, overlaps=tuple(Overlap), sampling=sampling
+        )
         results = simulation.run(setting)
-        found[policy.value] = {
+        found[name] = {
             "steps": results[0].steps,
             "seconds": {result.overlap: round(result.seconds, 2) for result in results},
             "share_of_bound": {result.overlap: result.share_of_bound for result in results},

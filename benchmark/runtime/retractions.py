@@ -4,7 +4,7 @@ The runtime's planner and SGLang's scheduler with our queues, in one process; th
 once, so only steps are counted. The job is one half MMLU's questions (real where the data folder is
 there; answers of 2 tokens) and one half a trace of public lengths, random token ids behind a system
 prompt; limits say nothing. The KV pool holds some 100 chats. The job is planned again as the
-service does it: when the sample is in, and at every doubling of answers.
+service does it (`policy.Replanning`).
 
     python benchmark/runtime/retractions.py [--requests 6000] [--json FILE]
 """
@@ -28,6 +28,7 @@ os.environ.setdefault("BLENDSERVE_ENABLED", "1")
 from bare_scheduler import FIRST_TOKEN, VOCABULARY, BareScheduler
 
 from blendserve.planner import HARDWARE, MODEL_SPECS, CostModel, PlannerConfig, Side
+from blendserve.policy import Replanning
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 from blendserve.simulator.exam import exam
@@ -94,7 +95,7 @@ class Run:
         before = (blend.retractions, report.steps, report.cached_tokens)
         used = []
         plan = self.plan_again()
-        due = 2 * self.sampled
+        replanning = Replanning(0 if self.known else self.sampled)
         while len(self.engine.finished) < len(self.prompts):
             for side in Side:
                 while len(live.blend.waiting[side]) < QUEUED and self.send(plan, side):
@@ -106,8 +107,8 @@ class Run:
             used.append(1 - free / live.max_total_num_tokens)
             answers = len(self.engine.finished)
             sample_in = self.sample_out and self.sample_out <= self.engine.finished.keys()
-            if not self.known and (sample_in or answers >= due) and not plan.scanner.exhausted:
-                due = 2 * max(answers, self.sampled)
+            if replanning.due(answers, sample_in) and not plan.scanner.exhausted:
+                replanning.begins(answers, self.sampled)
                 plan = self.plan_again()
         wrong = [r for r, k in self.sent.items() if self.engine.finished[r] != self.output[k]]
         assert not wrong, f"{len(wrong)} requests did not get their tokens"
@@ -143,7 +144,10 @@ class Run:
         )
         self.updates = tuple(
             LengthUpdate(
-                rid, float(plan.output_tokens[k]), likely_tokens(plan.likely_output_tokens[k])
+                rid,
+                float(plan.output_tokens[k]),
+                likely_tokens(plan.likely_output_tokens[k]),
+                bool(plan.guessed[k]),
             )
             for rid, k in self.sent.items()
             if rid not in self.engine.finished and not self.known
@@ -169,6 +173,7 @@ class Run:
             density=float(plan.density[k]),
             output_tokens=float(plan.output_tokens[k]),
             likely_output_tokens=likely_tokens(plan.likely_output_tokens[k]),
+            guessed=bool(plan.guessed[k]),
             compute_seconds=float(plan.compute_seconds[k]),
             memory_seconds=float(plan.memory_seconds[k]),
             rest_compute_seconds=scanner.remaining_seconds[0],

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from blendserve.planner import Side, StepPace, linear_costs
 from blendserve.policy import Candidate, KVAccount, MemoryForecast, PacedAdmission, rest_density
 from blendserve.policy.memory_forecast import BIN_STEPS
-from blendserve.policy.pacing import enough_unknown
 
 LEFT, RIGHT = Side.LEFT, Side.RIGHT
 
@@ -269,12 +268,6 @@ def test_the_tail_keeps_what_its_weight_reads_will_take():
     assert rest_density(10.0, 0.0, none, none, 0.008, 0.02) == math.inf
 
 
-def test_unknown_lengths_hold_the_memory_side_back():
-    assert not enough_unknown(2, 100, 100_000)
-    assert enough_unknown(30, 100, 100_000)
-    assert enough_unknown(2, 20_000, 100_000)
-
-
 def head(side, density, prompt=100, output=10.0, blocked=False):
     return Candidate(side, prompt, prompt, output, density, blocked)
 
@@ -295,7 +288,6 @@ def test_the_memory_side_goes_first_while_its_part_lasts():
     assert choose(left, right, pool(900, 50, 50), 1.0) is RIGHT
     # A fifth of the pool is kept for the left, which may use all of it.
     assert choose(left, right, pool(300, 50, 450), 1.0) is LEFT
-    assert choose(left, right, pool(900, 50, 50), 1.0, hold_right=True) is LEFT
     assert choose(left, head(RIGHT, 2.0), pool(900, 50, 50), 1.0) is LEFT
     assert choose(None, right, pool(900, 50, 50), 0.01) is RIGHT
     assert choose(left, right, pool(60, 400, 540), 1.0) is None

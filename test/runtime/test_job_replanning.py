@@ -168,7 +168,7 @@ def test_the_rest_is_planned_again_with_the_lengths_of_the_sample(plans):
             assert update.output_tokens == pytest.approx(ANSWER_TOKENS, rel=1e-3)
 
 
-def test_a_plan_is_made_whenever_there_are_twice_as_many_answers(plans):
+def test_a_plan_is_made_whenever_there_are_so_many_more_answers(plans):
     lines = chat(200)
     run = Run(lines, threads=Threads(Inline(), Inline()))
     asyncio.run(run.finish())
@@ -176,7 +176,7 @@ def test_a_plan_is_made_whenever_there_are_twice_as_many_answers(plans):
     sample = set(make_plan(planner_job(lines), COST_MODEL).sample.tolist())
     assert counts[0] == 0
     assert sample <= plans[1].observed.keys()
-    assert all(later >= 2 * before for before, later in itertools.pairwise(counts[1:]))
+    assert all(later >= 1.4 * before for before, later in itertools.pairwise(counts[1:]))
     assert len(counts) > 3
     assert run.runner.view.plans == len(plans)
     for before, later in itertools.pairwise(plans):

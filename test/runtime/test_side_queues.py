@@ -461,3 +461,12 @@ def test_a_retracted_request_comes_back_with_the_new_estimate():
     request = start(queues, LEFT)
     queues.learn([LengthUpdate("a", 300.0, (280, 320))])
     assert getattr(request.req, PLAN_ATTRIBUTE).output_tokens == 300.0
+
+
+def test_a_waiting_request_that_turns_out_long_is_no_longer_dense():
+    queues = queues_of(planned("a", estimate=2.0))
+    dense = queues.candidate(LEFT).density
+    queues.learn([LengthUpdate("a", 5_000.0, (4_000.0, 6_000.0), guessed=True)])
+    candidate = queues.candidate(LEFT)
+    assert candidate.density < dense
+    assert candidate.guessed

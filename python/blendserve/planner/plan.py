@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .annotation import amortised_compute, prompt_tokens_read
 from .cost_model import CostModel, density
+from .families import families, guessed, likely_guesses, longest_guesses
 from .flat_tokens import FlatTokens
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
@@ -129,6 +130,8 @@ class Plan:
     By request index, shape (n,):
       estimated_output_tokens; likely_output_tokens: (n, k) lengths that it may have, ascending,
           each as likely as the others, all the same where the length is known;
+          guessed: whether nothing tells yet how long it gets (`families`), so that the order takes
+          it for a long one;
           request_density: nan where the request is not planned.
     sample: (s,) request indices to run first, so that the rest can be planned again with what
         they show (see `make_plan`); empty when the sample is complete, or the lengths are known.
@@ -149,6 +152,7 @@ class Plan:
     memory_seconds: Floats
     estimated_output_tokens: Floats
     likely_output_tokens: Floats
+    guessed: NDArray[np.bool_]
     request_density: Floats
     sample: Ints
     target_density: float
@@ -199,7 +203,7 @@ def make_plan(
         known, np.minimum(job.known_output_tokens, job.max_output_tokens), job.max_output_tokens
     )
     lengths = LengthModel(tree, limit, known).fit(observed, running)
-    output = lengths.mean()
+    output, likely = lengths.mean(), lengths.likely()
 
     waiting = ~_marked(n, exclude, "excluded")
     taken = _marked(n, sampled, "sampled")
@@ -217,8 +221,18 @@ def make_plan(
         size = sample_size(int(free.sum()), config.sample_fraction, config.min_sample)
         sample = choose_sample(tree, first_part(size), config.seed, free)
 
+    guess = np.zeros(n, dtype=bool)
+    planned_output = output
+    if taken.any() or len(sample):  # Else nothing will be learnt.
+        family = families(tree)
+        guess = unknown & guessed(family, observed, limit)
+        longest = longest_guesses(family, running or {}, limit)
+        likely[guess] = likely_guesses(longest[guess], likely.shape[1])
+        if taken.any():
+            planned_output = np.where(guess, np.maximum(output, longest), output)
+
     rest = tree.subset(waiting[tree.requests])
-    leaf_output = output[rest.requests]
+    leaf_output = planned_output[rest.requests]
     encoder = EncoderWork.of(cost_model, job.media)
     compute = encoder.compute_seconds(cost_model, rest.requests, rest.length, leaf_output)
     memory = config.memory_seconds(cost_model, rest, leaf_output)
@@ -255,7 +269,8 @@ def make_plan(
         compute_seconds=compute_after,
         memory_seconds=memory_after,
         estimated_output_tokens=output,
-        likely_output_tokens=lengths.likely(),
+        likely_output_tokens=likely,
+        guessed=guess,
         request_density=request_density,
         sample=sample,
         target_density=target,

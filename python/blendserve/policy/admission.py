@@ -107,21 +107,15 @@ class PacedAdmission:
         right: Candidate | None,
         kv: KVView,
         target_density: float,
-        hold_right: bool = False,
     ) -> Side | None:
         """The side whose head should start now, None when none can; asked only while the step has
-        prefill budget left. hold_right: enough long decodes run, until more is known of them or
-        some of them end.
+        prefill budget left.
 
         A right head of less than the target density goes first, if memory lasts with the left
         partition kept free. A denser one has no part in filling the memory, and waits until the
         left side is exhausted. When nothing runs, a head starts even if its estimate does not fit.
         """
-        if (
-            right is not None
-            and not hold_right
-            and (left is None or right.density < target_density)
-        ):
+        if right is not None and (left is None or right.density < target_density):
             reserve = 0.0
             if left is not None and left.density > right.density:
                 share = partition_memory(

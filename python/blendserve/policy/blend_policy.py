@@ -57,6 +57,8 @@ class BlendPolicy:
         self.overtaking = Overtaking()
         self.rest_seconds = (0.0, 0.0)
         self.retractions = 0
+        # Of two heads that are both dense, whose turn it is.
+        self._dense_turn = Side.RIGHT
         self._admission, self._paced = Admission(), PacedAdmission()
         self.steps_are(steps, pace)
 
@@ -73,8 +75,7 @@ class BlendPolicy:
         request = candidate.request
         self.account.start(request, candidate)
         self.overtaking.start(candidate, self.account.now)
-        likely = tuple(done_tokens + more for more in candidate.likely_output_tokens)
-        self.decodes.start(request, done_tokens, likely)
+        self.decodes.start(request, done_tokens, candidate.guessed)
 
     def prefilled(self, request: Hashable, context_tokens: int, done_tokens: int) -> None:
         """Its prompt is in the KV pool, and it decodes from the next step on."""
@@ -111,11 +112,16 @@ class BlendPolicy:
         self.retractions += 1
 
     def learn(
-        self, request: Hashable, done_tokens: int, output_tokens: float, likely: Sequence[float]
+        self,
+        request: Hashable,
+        done_tokens: int,
+        output_tokens: float,
+        likely: Sequence[float],
+        guessed: bool,
     ) -> None:
         """Other lengths are expected of a running request; see `KVAccount.revise`."""
         if self.account.revise(request, done_tokens, output_tokens, likely):
-            self.decodes.revise(request, tuple(likely))
+            self.decodes.revise(request, guessed)
 
     # -- what is to be done ----------------------------------------------------------------------
 
@@ -132,17 +138,20 @@ class BlendPolicy:
         compute, memory = self.rest_seconds
         return compute / memory if memory > 0 else math.inf
 
-    @property
-    def hold_right(self) -> bool:
-        """Whether no more long decodes should start until more is known of lengths."""
-        return self._pacer is not None and self._pacer.hold_right
-
     def prefill_tokens(self, backlog_tokens: int, decodes: int, read_part: float = 1.0) -> int:
         """See `StepPacer.prefill_tokens`; only where `paced`."""
         assert self._pacer is not None
         return self._pacer.prefill_tokens(
             self.account, self.decodes, self.rest_seconds, backlog_tokens, decodes, read_part
         )
+
+    def running_seconds(self, backlog_tokens: int, read_part: float = 1.0) -> tuple[float, float]:
+        """(compute, memory) seconds that the running requests are expected to take yet; arguments
+        as of `prefill_tokens`."""
+        account, pace = self.account, self._pace
+        tokens = account.remaining_tokens() + backlog_tokens
+        contexts = float(account.profile()[0].sum()) * account.bin_steps
+        return tokens * pace.token_seconds, contexts * read_part * pace.context_seconds
 
     def waits(self, decodes: int) -> bool:
         """Whether nothing should start beside so many decodes, though it could."""
@@ -155,7 +164,6 @@ class BlendPolicy:
             self.account,
             self.account.now,
             self._choose_head,
-            lambda: self.hold_right,
             self._rest_steps(),
         )
 
@@ -163,17 +171,27 @@ class BlendPolicy:
         account, target = self.account, self.target_density
         if self._pacer is None:
             return self._admission.choose(left, right, account, target)
-        hold = self._pacer.hold_right
-        if (
-            right is not None
-            and not (hold or right.blocked)
-            and right.density >= target
-            and account.fits(right)
-        ):
-            # Sent when less was known of lengths. It has no part in filling memory, but those
-            # behind it may: it goes as any prefill does.
-            return Side.RIGHT
-        return self._paced.choose(left, right, account, target, hold)
+        if right is None or right.density < target:
+            return self._paced.choose(left, right, account, target)
+        # The right one was sent when less was known of lengths. It has no part in filling memory,
+        # but those behind it may; and so may those behind the left one, or that one itself.
+        if left is not None and left.density < target:
+            side = self._paced.choose(right, left, account, target)
+            return None if side is None else side.other
+        turns = (self._dense_turn, self._dense_turn.other)
+        heads = {Side.LEFT: left, Side.RIGHT: right}
+        for side in turns:
+            head = heads[side]
+            if head is not None and not head.blocked and account.fits(head):
+                self._dense_turn = side.other
+                return side
+        return self._paced.choose(left, right, account, target)
+
+    def density(self, prompt_tokens: int, output_tokens: float) -> float:
+        """Compute density of a request that shares nothing; inf without output."""
+        compute = (prompt_tokens + output_tokens) * self._pace.token_seconds
+        read = (prompt_tokens + output_tokens / 2) * output_tokens * self._pace.context_seconds
+        return compute / read if read > 0 else math.inf
 
     def _rest_steps(self) -> float:
         """Decode steps that all that has not started would take with a full pool."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class _Decode:
-    """longest: the most output tokens expected of it; 0 where that is exact. before: those that it
+    """guessed: see `Candidate`. before: those that it
     had when it started, less the step from which it decodes, once it does."""
 
-    longest: float
+    guessed: bool
     before: int
     context: int = 0
     decodes: bool = False
@@ -23,11 +23,15 @@ class Decodes:
     All that decode grow by one token with every step, so none is touched while they grow.
 
     Mutable, without a clock.
+
+    Attributes:
+        guessed: how many of them there are whose lengths are guesses.
     """
 
     def __init__(self) -> None:
         self._running: dict[Hashable, _Decode] = {}
         self._steps = self._decoding = 0
+        self.guessed = 0
         self._contexts = 0  # Of the decoding ones, less the steps so far.
 
     def __len__(self) -> int:
@@ -38,10 +42,10 @@ class Decodes:
         """Sum of the contexts of the decoding requests."""
         return self._contexts + self._decoding * self._steps
 
-    def start(self, request: Hashable, done_tokens: int, likely: tuple[float, ...]) -> None:
-        """A request starts that has done_tokens of output from before it lost its memory. likely:
-        see `Candidate`, of all of its output."""
-        self._running[request] = _Decode(likely[-1] if likely else 0.0, done_tokens)
+    def start(self, request: Hashable, done_tokens: int, guessed: bool) -> None:
+        """A request starts that has done_tokens of output from before it lost its memory."""
+        self._running[request] = _Decode(guessed, done_tokens)
+        self.guessed += guessed
 
     def prefilled(self, request: Hashable, context_tokens: int, done_tokens: int) -> None:
         """It decodes from the next step on, with so many tokens in the KV pool and of output."""
@@ -52,9 +56,11 @@ class Decodes:
         self._decoding += 1
         self._contexts += decode.context
 
-    def revise(self, request: Hashable, likely: tuple[float, ...]) -> None:
+    def revise(self, request: Hashable, guessed: bool) -> None:
         """Other lengths are expected of it now."""
-        self._running[request].longest = likely[-1] if likely else 0.0
+        decode = self._running[request]
+        self.guessed += guessed - decode.guessed
+        decode.guessed = guessed
 
     def step(self, steps: int = 1) -> None:
         """All that decode have so many more tokens."""
@@ -63,6 +69,7 @@ class Decodes:
     def end(self, request: Hashable) -> None:
         """It has ended, or lost its memory."""
         decode = self._running.pop(request)
+        self.guessed -= decode.guessed
         if decode.decodes:
             self._decoding -= 1
             self._contexts -= decode.context
@@ -72,12 +79,7 @@ class Decodes:
         decode = self._running[request]
         return decode.before + self._steps if decode.decodes else decode.before
 
-    def far_beyond(self, times: float, least: int) -> list[int]:
-        """Output tokens so far of those that have more than `least`, and more than so many times
-        the longest of the lengths that were expected of them."""
-        found = []
-        for decode in self._running.values():
-            done = decode.before + self._steps if decode.decodes else decode.before
-            if decode.longest and done > max(times * decode.longest, least):
-                found.append(done)
-        return found
+    def longest_guessed(self) -> int:
+        """Output tokens so far of the longest one whose length is a guess."""
+        done = [self.done_tokens(key) for key, one in self._running.items() if one.guessed]
+        return max(done, default=0)

@@ -16,6 +16,8 @@ from .memory_forecast import BIN_STEPS, DEVIATIONS, OVERDUE_PART, MemoryForecast
 # adds so many deviations of room; what it added shrinks by this part with every step.
 _AFTER_RETRACTION = 1.0
 _FORGETTING = 0.002
+# A shared prefix shorter than this is cheaper computed twice than waited for.
+MIN_SHARED_TOKENS = 16
 # A request that fills the pool alone runs for so many bins of the forecast, so that a small pool
 # is looked at as closely as a large one.
 _POOL_BINS = 8_192
@@ -42,6 +44,7 @@ class Candidate:
         likely_output_tokens: numbers of output tokens still to come, ascending and each as likely
             as the others; empty where the estimate is exact.
         max_output_tokens: the most that it may still produce.
+        guessed: nothing tells yet how long it gets, and it may get long.
         prefill_steps: decode steps that the others make while its prompt is being computed.
         request: which one it is, to whoever owns the queues.
     """
@@ -56,6 +59,7 @@ class Candidate:
     newly_shared_tokens: float = 0.0
     likely_output_tokens: Sequence[float] = ()
     max_output_tokens: float = math.inf
+    guessed: bool = False
     prefill_steps: int = 0
     request: Hashable = None
 
@@ -68,6 +72,50 @@ class Candidate:
     def private_tokens(self) -> int:
         """Prompt tokens that it takes from the free ones as soon as it starts."""
         return self.prompt_tokens - self.locked_prefix_tokens
+
+
+def candidate_of(
+    request: Hashable,
+    side: Side,
+    density: float,
+    prompt_tokens: int,
+    done_tokens: int,
+    output_tokens: float,
+    likely_output_tokens: Sequence[float],
+    limit_tokens: float,
+    *,
+    guessed: bool,
+    cached_tokens: int,
+    locked_tokens: int,
+    blocked: bool,
+) -> Candidate:
+    """A waiting request as the policy sees it.
+
+    Args:
+        done_tokens: output of before it lost its memory: computed again with the prompt.
+        output_tokens, likely_output_tokens, limit_tokens: of all its output.
+        cached_tokens, locked_tokens: of the prompt and what is done, in the cache, and held there
+            by what runs.
+    """
+    prompt, estimate, likely = prompt_tokens + done_tokens, output_tokens, likely_output_tokens
+    if done_tokens:
+        # One that has outlived all estimates will go on for a part of what it has produced.
+        likely = tuple(tokens - done_tokens for tokens in likely if tokens > done_tokens)
+        beyond = (1.0 + OVERDUE_PART) * done_tokens
+        estimate = (estimate if estimate > done_tokens else beyond) - done_tokens
+    return Candidate(
+        side=side,
+        prompt_tokens=prompt,
+        uncached_tokens=prompt - cached_tokens,
+        estimated_output_tokens=max(estimate, 1.0),
+        density=density,
+        blocked=blocked,
+        locked_prefix_tokens=locked_tokens,
+        likely_output_tokens=likely,
+        max_output_tokens=limit_tokens - done_tokens,
+        guessed=guessed,
+        request=request,
+    )
 
 
 @dataclass(slots=True)

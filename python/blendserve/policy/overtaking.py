@@ -85,14 +85,12 @@ class Overtaking:
         kv: KVView,
         now: int,
         by_policy: Policy,
-        holds_right: Callable[[], bool] = lambda: False,
         rest_steps: float = 0.0,
     ) -> Candidate | None:
         """The request that should start now, None when none can.
 
         Args:
             by_policy: the choice between a head of the left and one of the right.
-            holds_right: whether of the right nothing may start but by the policy.
             rest_steps: see `Stagger.holds`.
         """
         heads = {side: next(queues.look(side), None) for side in Side}
@@ -126,11 +124,10 @@ class Overtaking:
         if now - self._stuck_since < PATIENCE_STEPS:
             return None
         for head in waiting:
-            if head.side is Side.LEFT or not holds_right():
-                for candidate in itertools.islice(queues.look(head.side), 1 + LOOK_BEHIND):
-                    if candidate.blocked or not kv.fits(candidate):
-                        continue
-                    if not self._stagger.holds(candidate, kv.total_tokens, now, rest_steps):
-                        return candidate
+            for candidate in itertools.islice(queues.look(head.side), 1 + LOOK_BEHIND):
+                if candidate.blocked or not kv.fits(candidate):
+                    continue
+                if not self._stagger.holds(candidate, kv.total_tokens, now, rest_steps):
+                    return candidate
         self._stuck_since = now  # Not to look at them all in every step.
         return None

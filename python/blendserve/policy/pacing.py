@@ -16,14 +16,6 @@ from blendserve.planner.step_pace import HIDDEN_DENSITY
 # does not would have spent the compute that its long decodes need beside them. And short steps
 # bring the answers sooner.
 UNCERTAIN_DENSITY = 0.8
-# And until then, each of them may grow to so many times the longest so far (of so many tokens at
-# least); together they must not take more than this part of the memory. Half of it left the memory
-# of a small pool empty for as long as the first long decodes ran, as if all grew so far at once.
-UNCERTAIN_GROWTH = 4
-UNCERTAIN_TOKENS = 1_024
-UNCERTAIN_SHARE = 0.8
-# A request of unknown length is a long decode from here on.
-LONG_TOKENS = 256
 # Steps after which the density of what is left is looked at again.
 PACE_STEPS = 64
 # While requests wait and decodes read less than this part of the memory, steps are paced as if they
@@ -38,12 +30,6 @@ def context_to_pace(context_tokens: float, total_tokens: float, waits: bool) -> 
     """Tokens of context to pace a step by: those that its decodes attend to, or, while requests of
     known lengths wait, what should be filled at least of a memory of total_tokens."""
     return int(max(context_tokens, FILLING_PART * total_tokens) if waits else context_tokens)
-
-
-def enough_unknown(running: int, longest_tokens: int, total_tokens: int) -> bool:
-    """Whether no more long decodes should start while it is not known how long they get."""
-    each = UNCERTAIN_GROWTH * max(longest_tokens, UNCERTAIN_TOKENS)
-    return (running + 1) * each > UNCERTAIN_SHARE * total_tokens
 
 
 def rest_density(

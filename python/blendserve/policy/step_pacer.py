@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import math
 
+from blendserve.planner.families import LONG_TOKENS
 from blendserve.planner.step_pace import FULL_PART, StepPace
 from blendserve.policy.decodes import Decodes
 from blendserve.policy.kv_account import KVAccount
 from blendserve.policy.pacing import (
-    LONG_TOKENS,
     PACE_STEPS,
     UNCERTAIN_DENSITY,
     context_to_pace,
-    enough_unknown,
     rest_density,
 )
 
-# A request shows that too little is known when it is so many times as long as the longest of the
-# lengths that were expected of it.
-_FAR_BEYOND = 1.5
-# Part of the decodes' contexts that such requests make up before that counts: some always do.
-_TELLING_PART = 0.1
+# While no guess has come further than this, all of them may be as short, and steps are filled: the
+# first answers come sooner, and little has been started that would have to be balanced.
+_NEW_TOKENS = 32
 
 
 class StepPacer:
@@ -36,14 +33,12 @@ class StepPacer:
 
     Attributes:
         target_density: of all that is left: not started yet, and running.
-        hold_right: whether so much runs far beyond what was expected that no more long decodes
-            should start until a new plan knows more.
     """
 
     def __init__(self, pace: StepPace) -> None:
         self._pace = pace
         self.target_density = self._density = math.inf
-        self.hold_right = self._fills = False
+        self._fills = False
         self._look_in = 0
 
     def prefill_tokens(
@@ -97,10 +92,11 @@ class StepPacer:
             pace.floor_seconds,
             FULL_PART * account.total_tokens * pace.context_seconds,
         )
-        surprises = running.far_beyond(_FAR_BEYOND, LONG_TOKENS)
-        little_known = sum(surprises) > _TELLING_PART * running.context_tokens
-        self.hold_right = little_known and enough_unknown(
-            len(surprises), max(surprises), account.total_tokens
-        )
-        self._fills = memory > 0 and not little_known
-        self._density = min(density, UNCERTAIN_DENSITY) if little_known else density
+        self._fills = memory > 0 and not running.guessed
+        self._density = density
+        if running.guessed:
+            longest = running.longest_guessed()
+            if longest <= _NEW_TOKENS:
+                self._density = math.inf
+            elif longest > LONG_TOKENS:
+                self._density = min(density, UNCERTAIN_DENSITY)

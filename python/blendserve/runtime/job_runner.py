@@ -287,6 +287,7 @@ class JobRunner:
                     sent.task.get_name(),
                     float(plan.output_tokens[position]),
                     likely_tokens(plan.likely_output_tokens[position]),
+                    bool(plan.guessed[position]),
                 )
             )
         return tuple(updates)

@@ -34,12 +34,13 @@ class LengthUpdate:
     Attributes:
         rid: SGLang's id of the request.
         output_tokens: expected output, what it has produced so far included.
-        likely_output_tokens: as in the plan tag.
+        likely_output_tokens, guessed: as in the plan tag.
     """
 
     rid: str
     output_tokens: _Number
     likely_output_tokens: tuple[_Number, ...]
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class PlanTag:
         output_tokens: estimated output length.
         likely_output_tokens: lengths that it may have, ascending, each as likely as the others;
             empty where the estimate is exact.
+        guessed: nothing tells yet how long it gets (see `Plan`).
         compute_seconds, memory_seconds: that it will take by the cost model, what it shares with
             the request before it in the plan left out.
         rest_compute_seconds, rest_memory_seconds: those of all that had not been dispatched of any
@@ -88,6 +90,7 @@ class PlanTag:
     density: _Number
     output_tokens: _Number
     likely_output_tokens: tuple[_Number, ...] = ()
+    guessed: bool = False
     compute_seconds: _Number = 0.0
     memory_seconds: _Number = 0.0
     rest_compute_seconds: _Number = 0.0

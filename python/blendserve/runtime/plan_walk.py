@@ -106,6 +106,7 @@ class PlanWalk:
             density=step.density,
             output_tokens=float(plan.output_tokens[position]),
             likely_output_tokens=likely_tokens(plan.likely_output_tokens[position]),
+            guessed=bool(plan.guessed[position]),
             compute_seconds=compute,
             memory_seconds=memory,
             rest_compute_seconds=max(rest_compute - compute, 0.0),

@@ -121,6 +121,7 @@ class JobPlan:
         density: compute density; nan where the request is not planned.
         output_tokens, likely_output_tokens: estimated output length; (requests, k) lengths that it
             may have, see `Plan`.
+        guessed: whether nothing tells yet how long it gets.
         prefill_tokens: prompt tokens that the plan does not find in the cache, and
         compute_seconds, memory_seconds: by the cost model, after sharing; all three as of the last
             plan that had the request in it.
@@ -138,6 +139,7 @@ class JobPlan:
     density: Floats
     output_tokens: Floats
     likely_output_tokens: Floats
+    guessed: NDArray[np.bool_]
     prefill_tokens: Ints
     compute_seconds: Floats
     memory_seconds: Floats
@@ -319,6 +321,7 @@ class _PlannedJob:
             density=plan.request_density,
             output_tokens=plan.estimated_output_tokens,
             likely_output_tokens=plan.likely_output_tokens,
+            guessed=plan.guessed,
             prefill_tokens=self._prefill.copy(),
             compute_seconds=self._compute.copy(),
             memory_seconds=self._memory.copy(),

@@ -28,10 +28,11 @@ from sglang.srt.mem_cache.registry import (
 
 from blendserve.config import load_settings
 from blendserve.planner import CostModel, NextUse, Side
+from blendserve.policy.kv_account import MIN_SHARED_TOKENS
 from blendserve.runtime.device import cost_model_of
 from blendserve.runtime.eviction_order import NEVER, EvictionOrder, NodeFuture
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, PlanTag, UseTag
-from blendserve.runtime.started_prompts import MIN_SHARED_TOKENS, namespace_of
+from blendserve.runtime.started_prompts import namespace_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from blendserve.planner import Side
 from blendserve.policy import BlendPolicy, Candidate
-from blendserve.policy.memory_forecast import OVERDUE_PART
+from blendserve.policy.kv_account import candidate_of
 from blendserve.runtime.plan_tag import PLAN_ATTRIBUTE, LengthUpdate, PlanTag
 from blendserve.runtime.started_prompts import (
     Prompt,
@@ -39,26 +39,19 @@ class PlannedRequest:
 
     def candidate(self, shared: SharedPrefix) -> Candidate:
         """This request as the admission code sees it."""
-        done = len(self.req.output_ids)
-        # Output of before a retraction is computed again with the prompt.
-        prompt = len(self.req.origin_input_ids) + done
-        estimate, likely = self.tag.output_tokens, self.tag.likely_output_tokens
-        if done:
-            # One that has outlived all estimates will go on for half of what it has produced.
-            likely = tuple(tokens - done for tokens in likely if tokens > done)
-            beyond = (1.0 + OVERDUE_PART) * done
-            estimate = (estimate if estimate > done else beyond) - done
-        return Candidate(
-            side=self.tag.side,
-            prompt_tokens=prompt,
-            uncached_tokens=prompt - shared.cached_tokens,
-            estimated_output_tokens=max(estimate, 1.0),
-            density=self.tag.density,
+        return candidate_of(
+            self.req.rid,
+            self.tag.side,
+            self.tag.density,
+            len(self.req.origin_input_ids),
+            len(self.req.output_ids),
+            self.tag.output_tokens,
+            self.tag.likely_output_tokens,
+            self.req.sampling_params.max_new_tokens,
+            guessed=self.tag.guessed,
+            cached_tokens=shared.cached_tokens,
+            locked_tokens=shared.locked_tokens,
             blocked=shared.blocked,
-            locked_prefix_tokens=shared.locked_tokens,
-            likely_output_tokens=likely,
-            max_output_tokens=self.req.sampling_params.max_new_tokens - done,
-            request=self.req.rid,
         )
 
 
@@ -148,14 +141,23 @@ class SideQueues:
             request = self.running.get(update.rid) or waiting.get(update.rid)
             if request is None:
                 continue  # It has ended on the way.
+            prompt = len(request.req.origin_input_ids)
             request.tag = replace(
                 request.tag,
+                density=self.policy.density(prompt, update.output_tokens),
                 output_tokens=update.output_tokens,
                 likely_output_tokens=update.likely_output_tokens,
+                guessed=update.guessed,
             )
             setattr(request.req, PLAN_ATTRIBUTE, request.tag)  # For a retraction.
             done = len(request.req.output_ids)
-            self.policy.learn(update.rid, done, update.output_tokens, update.likely_output_tokens)
+            self.policy.learn(
+                update.rid,
+                done,
+                update.output_tokens,
+                update.likely_output_tokens,
+                update.guessed,
+            )
         self._look_anew()
 
     def start(self, candidate: Candidate) -> PlannedRequest:

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.planner import Side
+from blendserve.policy.kv_account import MIN_SHARED_TOKENS
 
-# A shared prefix shorter than this is cheaper computed twice than waited for.
-MIN_SHARED_TOKENS = 16
 # Comparisons that a waiting prompt remembers: the latest of each side, and one that runs.
 _COMPARED = 3
 # Prompts remembered, one for each beginning and side; far more than two scanners touch at a time.

@@ -1,27 +1,18 @@
-"""The dual scan on the modelled engine, with the planner's scanner and admission code."""
+"""The dual scan on the modelled engine: `BlendPolicy` driven by the engine's events."""
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blendserve.planner import Side, StepCosts, StepPace, account_tokens, partition_memory
-from blendserve.planner.step_pace import FULL_PART
-from blendserve.policy import Admission, Candidate, Overtaking, PacedAdmission, rest_density
-from blendserve.policy.memory_forecast import BIN_STEPS
-from blendserve.policy.pacing import (
-    LONG_TOKENS,
-    PACE_STEPS,
-    UNCERTAIN_DENSITY,
-    context_to_pace,
-    enough_unknown,
-)
+from blendserve.planner import Side, StepCosts, StepPace, partition_memory
+from blendserve.policy import BlendPolicy, Candidate, Steps
+from blendserve.policy.kv_account import MIN_SHARED_TOKENS, candidate_of
+from blendserve.policy.pacing import PACE_STEPS
 
 from .central_plan import CentralPlan
 from .engine import Engine
-from .orders import CHUNK_TOKENS, MIN_SHARED_TOKENS, PATIENCE_STEPS, MemoryTest
+from .orders import CHUNK_TOKENS, PATIENCE_STEPS
 
 # On GPUs the tokens of a step are kept at multiples of this (BlendServe, section 5.3).
 TOKEN_MULTIPLE = 128
@@ -50,44 +41,6 @@ class BlendOptions:
 PAPER = BlendOptions(online=False, paced=False, distribution=True, foresight=False)
 
 
-@dataclass
-class _Retracted:
-    """Requests of one side that lost their memory; the one with the most tokens goes first."""
-
-    heap: list[tuple[int, int]]
-
-    def __contains__(self, request: int) -> bool:
-        return any(request == other for _, other in self.heap)
-
-    def __iter__(self) -> Iterator[int]:
-        return (request for _, request in sorted(self.heap))
-
-    def remove(self, request: int) -> None:
-        self.heap = [item for item in self.heap if item[1] != request]
-        heapq.heapify(self.heap)
-
-
-@dataclass
-class _Pool:
-    """The memory as the heads of one moment find it, with the test that all policies share."""
-
-    engine: Engine
-    test: MemoryTest
-    left_tokens: float
-    right_tokens: float
-    idle: bool
-    others_tokens: float = 0.0
-
-    @property
-    def total_tokens(self) -> int:
-        return self.engine.capacity
-
-    def fits(self, candidate: Candidate, reserve_tokens: float = 0.0) -> bool:
-        request = candidate.request
-        assert isinstance(request, int)
-        return self.test.fits(self.engine, request, candidate.private_tokens, reserve_tokens)
-
-
 @dataclass(frozen=True)
 class _Waiting:
     """What waits for one replica, as it is at this moment."""
@@ -100,85 +53,69 @@ class _Waiting:
 
 
 class BlendScheduler:
-    """One replica's scheduler: asks the central plan for the heads of both sides, the admission
-    code which of them may start."""
+    """One replica's scheduler: tells the policy what its engine does, and does what it says.
+
+    paced: whether steps get the prefill that the policy says; else that of the paper's formula.
+    """
 
     def __init__(
         self,
         central: CentralPlan,
         costs: StepCosts,
-        options: BlendOptions,
+        engine: Engine,
+        paced: bool = True,
         replica: int = 0,
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self._central = central
-        self._options = options
         self._replica = replica
         self._chunk = chunk_tokens
-        self._memory = MemoryTest(central.book)
-        self._admission, self._paced = Admission(), PacedAdmission()
-        self._overtaking = Overtaking()
+        steps = Steps.SEPARATE if not engine.mixed else Steps.MIXED if paced else Steps.FILLED
         self._pace = StepPace.of(costs, chunk_tokens)
-        self._retracted = {side: _Retracted([]) for side in Side}
-        # Side and booked tokens of running requests; sums per side; when the left ones outlive
-        # their estimates.
-        self._running: dict[int, tuple[Side, float]] = {}
-        self._account = dict.fromkeys(Side, 0.0)
-        self._outlived: list[tuple[int, int]] = []
-        # Of what is left: its density, and the one to pace the next steps at; how many requests of
-        # unknown length run here, and the longest of them.
-        self._target = self._pace_density = 0.0
-        self._unknown = self._longest = 0
+        self.policy = BlendPolicy(engine.capacity, self._pace, steps)
+        # The latest first; sides of what runs; of each shared prefix, who started on it last.
+        self._retracted: dict[Side, list[int]] = {side: [] for side in Side}
+        self._side: dict[int, Side] = {}
+        self._latest: dict[int, int] = {}
+        self._seen = 0  # Decode steps that the policy has been told of.
         self._look_due = 0
-        self._rest_steps = 0.0  # That what waits would take in a full pool.
+        self._budget = self._backlog = 0
+        self._began = self._asked_in_vain = False
         self._loaded = False  # With its part of all memory work that is left.
 
     # -- the engine's questions -----------------------------------------------------------------
 
     def prefill_budget(self, engine: Engine) -> int:
-        if self._central.sample:
-            return engine.prefill_room(self._chunk)
-        if engine.totals.steps >= self._look_due:
-            self._look_due = engine.totals.steps + PACE_STEPS
-            self._look_ahead(engine)
-        if not engine.mixed:
-            return self._chunk
-        if not self._options.paced:
-            return self._paper_budget(engine)
-        # Of a context, the part that is read: what others read as well counts once.
-        read = engine.reads / engine.context if engine.context else 1.0
-        waits = self._central.waiting > 0 and self._unknown == 0
-        context = context_to_pace(engine.reads, read * engine.capacity, waits)
-        return self._pace.prefill_tokens(self._pace_density, context, engine.decoding)
+        self._catch_up(engine)
+        self._tell_rest(engine)
+        if self._began:
+            heads = (next(self.look(engine, side), None) for side in Side)
+            blocked = any(head is not None and head.blocked for head in heads)
+            self.policy.prefill_began(goes_on=blocked or not self._asked_in_vain)
+            self._began = False
+        self._asked_in_vain = False
+        self._backlog = engine.prefill_backlog
+        self._budget = self._chunk
+        if self.policy.paced:
+            # Of a context, the part that is read: what others read as well counts once.
+            read = engine.reads / engine.context if engine.context else 1.0
+            self._budget = self.policy.prefill_tokens(self._backlog, engine.decoding, read)
+        elif engine.mixed:
+            self._budget = self._paper_budget(engine)
+        return self._budget
 
     def patience(self, engine: Engine) -> int:
-        waits = self._central.waiting or any(queue.heap for queue in self._retracted.values())
+        waits = self._central.waiting or any(self._retracted.values())
         return PATIENCE_STEPS if waits else 1 << 30
 
     def pick(self, engine: Engine) -> int | None:
-        while self._outlived and self._outlived[0][0] <= engine.now:
-            self._outlive(heapq.heappop(self._outlived)[1])
-        central = self._central
-        if not (central.informed or central.sample or engine.idle):
-            return None  # The sample's first answers are a few steps away.
-        kv = _Pool(
-            engine,
-            self._memory,
-            self._account[Side.LEFT],
-            self._account[Side.RIGHT],
-            # The accounts are sums that came and went; they need not end at nothing.
-            idle=not self._running,
-        )
-        hold = self._options.paced and self._hold_right(engine)
-
-        def by_policy(left: Candidate | None, right: Candidate | None) -> Side | None:
-            if self._options.paced:
-                return self._paced.choose(left, right, kv, self._target, hold)
-            return self._admission.choose(left, right, kv, self._target)
-
-        chosen = self._overtaking.choose(
-            _Waiting(self, engine), kv, engine.now, by_policy, lambda: hold, self._rest_steps
-        )
+        self._asked_in_vain = True
+        policy = self.policy
+        if not engine.prefill_backlog and policy.waits(engine.decoding):
+            return None
+        account = policy.account
+        account.free_tokens = float(engine.capacity - engine.cache.locked)
+        chosen = policy.choose(_Waiting(self, engine))
         if chosen is None:
             return None
         request, side = chosen.request, chosen.side
@@ -187,128 +124,126 @@ class BlendScheduler:
             self._retracted[side].remove(request)
         else:
             self._central.take(request, side, self._replica)
-        self._overtaking.start(chosen, engine.now)
-        self._book(engine, request, chosen)
+        policy.start(chosen, engine.generated_by(request))
+        holder = self._holder(engine, request)
+        if holder is not None:
+            account.share(*holder)
+        for entry in engine.cache.path(engine.node[request]):
+            self._latest[entry] = request
+        self._side[request] = side
+        self._backlog += chosen.uncached_tokens
+        self._asked_in_vain, self._began = False, True
+        self._tell_rest(engine)
         return request
 
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
-        self._memory.started(engine, request, own_tokens)
+        """The policy knows."""
+
+    def prefilled(self, engine: Engine, request: int, context_tokens: int, done: int) -> None:
+        self._catch_up(engine)
+        self.policy.prefilled(request, context_tokens, done)
 
     def ended(self, engine: Engine, request: int) -> None:
-        self._memory.ended(engine, request)
-        self._unbook(request)
+        self._leave(engine, request)
         self._central.finished(request)
 
     def retracted(self, engine: Engine, request: int) -> None:
-        self._memory.ended(engine, request)
-        self._unbook(request)
-        compute, memory, _ = self._rest_of(engine, request)
-        side = Side.LEFT if compute > self._target * memory else Side.RIGHT
-        heapq.heappush(self._retracted[side].heap, (-engine.generated[request], request))
+        side = self._leave(engine, request)
+        self.policy.retracted()
+        self._retracted[side].insert(0, request)
 
     def learnt(self, engine: Engine) -> None:
         """The job has been planned again."""
-        self._memory.learnt(engine)
-        self._look_due = engine.totals.steps
+        for request in self._side:
+            mean, likely = self._central.expected(request)
+            guessed = self._central.guessed(request)
+            self.policy.learn(request, engine.generated_by(request), mean, likely, guessed)
 
     def running(self, engine: Engine) -> dict[int, int]:
         """Output tokens so far of everything that has started here and not ended."""
-        waiting = [r for queue in self._retracted.values() for _, r in queue.heap]
-        return {r: engine.generated_by(r) for r in (*self._running, *waiting)}
+        waiting = [request for queue in self._retracted.values() for request in queue]
+        return {r: engine.generated_by(r) for r in (*self._side, *waiting)}
 
     # -- heads ----------------------------------------------------------------------------------
 
     def look(self, engine: Engine, side: Side) -> Iterator[Candidate]:
         """The requests of a side in the order in which they are to start."""
         for request in self._retracted[side]:
-            yield self._candidate(engine, side, request, again=True)
+            yield self._candidate(engine, side, request)
         if side is Side.RIGHT and self._loaded and not engine.idle:
             return  # Others take them.
         for request in self._central.upcoming(side, self._replica):
-            yield self._candidate(engine, side, request, again=False)
+            yield self._candidate(engine, side, request)
 
-    def _candidate(self, engine: Engine, side: Side, request: int, again: bool) -> Candidate:
+    def _candidate(self, engine: Engine, side: Side, request: int) -> Candidate:
         prefill, _, private, filling = engine.demand(request)
-        total = engine.prompt[request]
-        if not again:
-            density = self._central.density(request)
-            output = self._central.book.mean(request)
-        else:
-            # What has begun goes on first: it is as urgent as its side's most extreme request.
-            total += engine.generated[request]
-            _, _, output = self._rest_of(engine, request)
-            density = math.inf if side is Side.LEFT else 0.0
-        return Candidate(
-            side=side,
-            prompt_tokens=total,
-            uncached_tokens=prefill,
-            estimated_output_tokens=output,
-            density=density,
-            blocked=filling >= MIN_SHARED_TOKENS,
-            locked_prefix_tokens=total - private,
-            likely_output_tokens=self._central.book.rest(
-                request, engine.generated_by(request) if again else 0
-            ),
-            request=request,
-        )
-
-    def _rest_of(self, engine: Engine, request: int) -> tuple[float, float, float]:
-        """(compute seconds, memory seconds, tokens) that a started request is expected to need."""
         done = engine.generated_by(request)
-        lengths = self._central.book.rest(request, done)
-        rest = sum(lengths) / len(lengths)
-        context = engine.prompt[request] + done
-        return (
-            rest * self._pace.token_seconds,
-            max(sum((context + more / 2) * more for more in lengths) / len(lengths), 1.0)
-            * self._pace.context_seconds,
-            rest,
+        prompt = engine.prompt[request]
+        mean, likely = self._central.expected(request)
+        found = candidate_of(
+            request,
+            side,
+            self._central.density(request),
+            prompt,
+            done,
+            mean,
+            likely,
+            self._central.limit(request),
+            guessed=self._central.guessed(request),
+            cached_tokens=prompt + done - prefill,
+            locked_tokens=prompt + done - private,
+            blocked=filling >= MIN_SHARED_TOKENS,
         )
+        holder = self._holder(engine, request)
+        if holder is not None:
+            found.newly_shared_tokens = self.policy.account.held_alone(*holder)
+        if engine.mixed:
+            found.prefill_steps = -(-(prefill + self._backlog) // max(self._budget, 1))
+        return found
 
-    def _hold_right(self, engine: Engine) -> bool:
-        return self._loaded or (
-            self._unknown > 0 and enough_unknown(self._unknown, self._longest, engine.capacity)
-        )
+    def _holder(self, engine: Engine, request: int) -> tuple[int, int] | None:
+        """Who runs and holds the same prefix, and its prompt's tokens beyond that."""
+        entry, held = engine.cache.held(engine.node[request])
+        holder = self._latest.get(entry)
+        if not held or holder is None or holder not in self._side:
+            return None
+        return holder, engine.prompt[holder] - held
 
-    def _look_ahead(self, engine: Engine) -> None:
-        """The density to pace the next steps at, and whether it rests on guesses."""
-        costs, central = self._pace, self._central
-        # Of a context, the part that is read: what others read as well counts once.
-        read = engine.reads / engine.context if engine.context else 1.0
-        compute, memory = engine.prefill_backlog * costs.token_seconds, 0.0
-        self._longest = self._unknown = 0
-        waiting_memory = 0.0
-        for request, done in self.running(engine).items():
-            more_compute, more_memory, _ = self._rest_of(engine, request)
-            more_memory *= read
-            compute += more_compute
-            memory += more_memory
-            if request not in self._running:
-                waiting_memory += more_memory  # Retracted: not in the forecast.
-            if central.unknown(request):
-                self._unknown += 1
-                self._longest = max(self._longest, done)
-        waiting = central.rest(self._replica, compute, memory)
-        self._loaded = central.waiting > 0 and central.right_part(self._replica) <= 0
-        if self._loaded:
-            central.give_back(self._replica)
-        compute += waiting[0]
-        memory += waiting[1]
-        waiting_memory += waiting[1]
-        self._rest_steps = waiting_memory / (engine.capacity * costs.context_seconds)
-        self._target = self._pace_density = compute / memory if memory > 0 else math.inf
-        if self._options.paced:
-            tokens, alive = self._memory.forecast.profile(engine.now)
-            self._pace_density = rest_density(
-                compute,
-                waiting_memory,
-                tokens * read * costs.context_seconds,
-                alive * BIN_STEPS,
-                costs.floor_seconds,
-                FULL_PART * engine.capacity * costs.context_seconds,
+    # -- what the policy is told ------------------------------------------------------------------
+
+    def _catch_up(self, engine: Engine) -> None:
+        seconds = 0.0
+        if not engine.mixed:
+            seconds = sum(self._pace.seconds(engine.decoding, engine.context))
+        while self._seen < engine.now:
+            self._seen += 1
+            self.policy.decoded(engine.decoding, seconds)
+
+    def _tell_rest(self, engine: Engine) -> None:
+        """What has not started, for this replica to do."""
+        if engine.totals.steps >= self._look_due:
+            self._look_due = engine.totals.steps + PACE_STEPS
+            read = engine.reads / engine.context if engine.context else 1.0
+            self._central.runs(
+                self._replica, *self.policy.running_seconds(engine.prefill_backlog, read)
             )
-            if self._longest > LONG_TOKENS:
-                self._pace_density = min(self._pace_density, UNCERTAIN_DENSITY)
+            self._loaded = (
+                self._central.waiting > 0 and self._central.right_part(self._replica) <= 0
+            )
+            if self._loaded:
+                self._central.give_back(self._replica)
+        compute, memory = self._central.rest(self._replica)
+        for queue in self._retracted.values():
+            for request in queue:
+                compute += self._central.compute_seconds(request)
+                memory += self._central.memory_seconds(request)
+        self.policy.rest_seconds = (compute, memory)
+
+    def _leave(self, engine: Engine, request: int) -> Side:
+        self._catch_up(engine)
+        self.policy.end(request)
+        self.policy.memory_freed()
+        return self._side.pop(request)
 
     def _paper_budget(self, engine: Engine) -> int:
         """C_L + C_R, the prefill tokens that keep N_L + N_R requests in flight (section 5.3)."""
@@ -317,37 +252,11 @@ class BlendScheduler:
         heads = [self._central.head(side, self._replica) for side in Side]
         for head in heads:
             densities.append(None if head is None else self._central.density(head))
-        shares = partition_memory(engine.capacity, self._target, *densities)
+        shares = partition_memory(engine.capacity, self.policy.target_density, *densities)
         for head, share in zip(heads, shares, strict=True):
             if head is not None:
-                output = max(self._central.book.mean(head), 1.0)
+                output = max(self._central.expected(head)[0], 1.0)
                 prompt = engine.prompt[head]
                 tokens += share / (prompt + output / 2) * prompt / output
         batch = -(-int(min(tokens, self._chunk) + engine.decoding) // TOKEN_MULTIPLE)
         return max(min(batch * TOKEN_MULTIPLE, self._chunk) - engine.decoding, 1)
-
-    # -- memory accounts of the two sides ---------------------------------------------------------
-
-    def _book(self, engine: Engine, request: int, candidate: Candidate) -> None:
-        output = candidate.estimated_output_tokens
-        booked = account_tokens(candidate.private_tokens, output)
-        self._running[request] = (candidate.side, booked)
-        self._account[candidate.side] += booked
-        self._unknown += self._central.unknown(request)
-        if candidate.side is Side.LEFT:
-            heapq.heappush(self._outlived, (int(engine.now + output) + 1, request))
-
-    def _unbook(self, request: int) -> Side:
-        self._overtaking.end(request)
-        side, booked = self._running.pop(request)
-        self._unknown = max(self._unknown - self._central.unknown(request), 0)
-        self._account[side] -= booked
-        return side
-
-    def _outlive(self, request: int) -> None:
-        """A request of the left that outlives its estimate is a long decode after all."""
-        side, booked = self._running.get(request, (Side.RIGHT, 0.0))
-        if side is Side.LEFT:
-            self._account[Side.LEFT] -= booked
-            self._account[Side.RIGHT] += booked
-            self._running[request] = (Side.RIGHT, booked)

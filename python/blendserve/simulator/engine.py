@@ -39,6 +39,9 @@ class Scheduler(Protocol):
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
         """It holds so many tokens beyond the inner nodes of the tree."""
 
+    def prefilled(self, engine: Engine, request: int, context_tokens: int, done: int) -> None:
+        """It decodes from the next step on, with so many tokens in all, and of output."""
+
     def patience(self, engine: Engine) -> int:
         """For how many steps, while nothing ends, `pick` need not be asked again."""
 
@@ -293,6 +296,7 @@ class Engine:
         self._decodes[request] = (self.now, total + 1, own)
         self.decoding += 1
         self.context += total + 1
+        scheduler.prefilled(self, request, total + 1, before + 1)
         end = self.now + more
         due = self._ends.get(end)
         if due is None:

@@ -10,6 +10,7 @@ locked. A node is only ever evicted after all that continues it.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from blendserve.planner import PrefixTree
 
@@ -93,6 +94,19 @@ class KVCache:
             filling += self._edge[at]
             at = parent[at]
         return self._depth[cached], self._depth[held], filling
+
+    def held(self, node: int) -> tuple[int, int]:
+        """The deepest entry on a request's path that running requests lock, and its depth."""
+        locks, parent = self._locks, self._parent
+        while node and not locks[node]:
+            node = parent[node]
+        return node, self._depth[node]
+
+    def path(self, node: int) -> Iterator[int]:
+        """The entries that a request which hangs from `node` needs, the deepest first."""
+        while node:
+            yield node
+            node = self._parent[node]
 
     def start(self, node: int, own_tokens: int) -> tuple[int, int]:
         """A request starts: its path is locked, what of it is missing is taken from memory, and so

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from blendserve.planner import PrefixTree, StepPace
 from blendserve.planner.step_pace import FULL_PART
 from blendserve.policy import MemoryForecast, rest_density
+from blendserve.policy.kv_account import MIN_SHARED_TOKENS
 from blendserve.policy.memory_forecast import BIN_STEPS, DEVIATIONS
 from blendserve.policy.pacing import PACE_STEPS, context_to_pace
 
@@ -22,8 +23,6 @@ Floats = NDArray[np.float64]
 
 # Tokens of a step, decodes included: what NanoFlow runs Llama-3.1-8B with on an A100.
 CHUNK_TOKENS = 2_048
-# A shared prefix shorter than this is cheaper computed twice than waited for (as in the runtime).
-MIN_SHARED_TOKENS = 16
 # Decode-only steps after which a request that found no memory is looked at again.
 PATIENCE_STEPS = 8
 
@@ -89,6 +88,9 @@ class OrderScheduler:
 
     def started(self, engine: Engine, request: int, own_tokens: int) -> None:
         self._memory.started(engine, request, own_tokens)
+
+    def prefilled(self, engine: Engine, request: int, context_tokens: int, done: int) -> None:
+        """It was counted on when it started."""
 
     def ended(self, engine: Engine, request: int) -> None:
         self._memory.ended(engine, request)

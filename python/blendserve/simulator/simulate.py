@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -58,13 +57,6 @@ class Policy(StrEnum):
     BLEND = "blend"
 
 
-# Steps of the first replica after which the job is planned again.
-REPLAN_STEPS = (
-    *(64, 256, 512, 1_024),
-    *range(2_048, 16_384, 2_048),
-    *range(16_384, 65_536, 8_192),
-    *range(65_536, 2**21, 32_768),
-)
 # Prefill and decode devices that `disaggregated` tries; the best counts.
 SPLITS = tuple((x, y) for x in range(1, 5) for y in range(1, 5))
 
@@ -101,8 +93,6 @@ class Setting:
             raise ValueError(f"there must be at least one replica, not {self.replicas}")
         if self.replicas > 1 and self.policy is not Policy.BLEND:
             raise ValueError("several replicas are simulated for the policy blend only")
-        if not self.mixed and self.options.paced and self.policy is Policy.BLEND:
-            raise ValueError("only mixed steps can be paced: switch the option off")
         if not self.overlaps or (self.replicas > 1 and len(self.overlaps) > 1):
             raise ValueError("give one overlap model; with a single replica, one or more")
 
@@ -270,19 +260,15 @@ class Simulation:
             replace(setting, options=PAPER) if setting.policy is Policy.BLEND_PAPER else setting
         )
         options, known = setting.options, setting.sampling == 1.0
-        online = options.online and not known
         outcomes = LIKELY_LENGTHS if options.distribution else 1
-        book = (
-            self._book(known, outcomes)
-            if known or online
-            else self._sampled_book(setting, outcomes)
-        )
+        book = None
+        if known or not options.online:
+            book = self._book(known, outcomes) if known else self._sampled_book(setting, outcomes)
         lengths = None
-        if setting.policy is Policy.BLEND_PAPER and not known:
+        if setting.policy is Policy.BLEND_PAPER and book is not None and not known:
             limits = self.workload.max_output_tokens
             observed = book.observed(self._sample(setting))
-            found = estimate(self.tree, observed, limits, np.zeros(len(limits), dtype=bool))
-            lengths = np.rint(found).astype(np.int64)
+            lengths = estimate(self.tree, observed, limits, np.zeros(len(limits), dtype=bool))
         foresight = Foresight(self.tree) if options.foresight else None
         central = CentralPlan(
             self.job,
@@ -299,19 +285,26 @@ class Simulation:
                 if known and setting.policy is Policy.BLEND
                 else None,
             ),
+            self.output,
             book,
-            online,
             setting.replicas,
             lengths,
             foresight,
+            options.distribution,
         )
-        costs = setting.step_costs
         engines, schedulers = [], []
         for replica in range(setting.replicas):
-            cache = self._cache(setting, foresight)
-            engines.append(self._engine(setting, cache))
+            engine = self._engine(setting, self._cache(setting, foresight))
+            engines.append(engine)
             schedulers.append(
-                BlendScheduler(central, costs, options, replica, setting.chunk_tokens)
+                BlendScheduler(
+                    central,
+                    setting.step_costs,
+                    engine,
+                    options.paced,
+                    replica,
+                    setting.chunk_tokens,
+                )
             )
         run_together(engines, schedulers, central, len(self.output))
         return [engine.totals for engine in engines]
@@ -395,16 +388,14 @@ class Simulation:
 def run_together(
     engines: list[Engine], schedulers: list[BlendScheduler], central: CentralPlan, requests: int
 ) -> None:
-    """Replicas side by side, always the one whose clock is behind; the job is planned again after
-    REPLAN_STEPS."""
+    """Replicas side by side, always the one whose clock is behind; the job is planned again when
+    that is due."""
     clocks = [(0.0, replica) for replica in range(len(engines))]
-    due = deque(REPLAN_STEPS if central.online else ())
     ended = 0
     while clocks:
         _, replica = heapq.heappop(clocks)
         engine = engines[replica]
-        if due and engine.now >= due[0] and not central.sample:
-            due.popleft()
+        if central.replan_due:
             running: dict[int, int] = {}
             for other, scheduler in zip(engines, schedulers, strict=True):
                 running |= scheduler.running(other)
