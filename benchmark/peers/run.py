@@ -57,7 +57,8 @@ class Part(NamedTuple):
     """Rows that are run without a selection.
 
     Attributes:
-        rounds: at most so many of those asked for; of an engine that is far behind one is enough.
+        rounds: at most so many of those asked for, unless with --every-round: fewer where a result
+            is far from what it is compared with, or takes long.
     """
 
     engines: tuple[str, ...]
@@ -69,12 +70,15 @@ class Part(NamedTuple):
 
 
 DEFAULT = (
-    Part(("blendserve", "stock-best", "vllm"), "demo", "scarce", "random"),
-    Part(("stock", "llama.cpp"), "demo", "scarce", "random", rounds=1),
-    Part(("blendserve", "vllm"), "mmlu", "scarce", "random"),
-    Part(("blendserve", "vllm"), "mmlu", "scarce", "sorted"),
-    Part(("stock-best",), "mmlu", "scarce", "sorted", ("bfloat16",)),
-    Part(("blendserve", "vllm"), "mmlu", "ample", "random", ("bfloat16",)),
+    Part(("blendserve", "vllm"), "demo", "scarce", "random"),
+    Part(("stock-best", "stock", "llama.cpp"), "demo", "scarce", "random", ("bfloat16",), 1),
+    Part(("blendserve", "vllm"), "mmlu", "scarce", "random", ("bfloat16",)),
+    Part(("blendserve", "stock-best", "vllm"), "mmlu", "scarce", "sorted", ("bfloat16",)),
+    Part(("blendserve", "vllm"), "mmlu", "ample", "random", ("bfloat16",), 2),
+    Part(("blendserve", "vllm"), "mmlu", "scarce", "random", ("float32",), 1),
+    Part(("blendserve", "vllm"), "mmlu", "scarce", "sorted", ("float32",), 1),
+    Part(("stock-best", "stock", "llama.cpp"), "demo", "scarce", "random", ("float32",), 0),
+    Part(("stock-best",), "mmlu", "scarce", "sorted", ("float32",), 0),
 )
 
 
@@ -120,6 +124,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--all", action="store_true", help="every combination, not only those of the table"
     )
+    parser.add_argument(
+        "--every-round", action="store_true", help="no row in fewer rounds: about an hour for three"
+    )
     parser.add_argument("--continue", dest="resume", action="store_true")
     parser.add_argument("--minutes", type=float, help="start no further row after so long")
     parser.add_argument("--row-limit", type=float, default=600, help="seconds (default: 600)")
@@ -146,7 +153,8 @@ def selected(options: argparse.Namespace) -> Iterator[Row]:
             (part.kv, options.kv),
             (part.order, options.orders),
         )
-        if number > part.rounds or any(asked and one not in asked for one, asked in wanted):
+        few = number > part.rounds and not options.every_round
+        if few or any(asked and one not in asked for one, asked in wanted):
             continue
         for dtype, engine in product(part.dtypes, part.engines):
             if engine in (options.engines or ENGINES) and dtype in (options.dtypes or DTYPES):
