@@ -180,7 +180,12 @@ def measure(row: Row, lines: int, limit: float) -> dict[str, Any]:
         command += [str(lines), str(to)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, start_new_session=True
+                command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                # What a row that is ended leaves behind goes with this folder.
+                env={**os.environ, "TMPDIR": folder},
             )
             try:
                 process.wait(limit)
