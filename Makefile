@@ -80,6 +80,13 @@ test-campaign: setup
 test-candidates: setup
 	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
 
+# LiteLLM, LangChain, instructor, llm and the newest OpenAI SDK, unmodified, against a server on a tiny model.
+test-clients: setup
+	test -x $(VENV)/clients/bin/python || $(BIN)/python -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement requirements/clients.txt
+	$(BIN)/python test/clients/run_clients.py --log test/logs/clients.log
+
 # What takes one to two hours: kills at random instants, storms of batches, odd requests, a backlog, a locked
 # database. Each ends with a status of its own and leaves its result in benchmark/results.
 test-reliability: setup

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,8 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -192,15 +193,25 @@ def measure(row: Row, lines: int, limit: float) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 return {"error": f"not done after {limit:.0f} s"}
             finally:
-                # Engines end with the process that started them.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end(process)
         if not to.is_file():
             text = log.read_text(errors="replace").strip()
             return {"error": text[-1500:] or f"status {process.returncode}"}
         found: dict[str, Any] = json.loads(to.read_text())
         return found | ({"lines": lines} if lines else {})
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """With all processes below it: the next row has the machine for itself."""
+    below: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    psutil.wait_procs(below, timeout=30)
 
 
 def write(path: Path, results: dict[Row, dict[str, Any]]) -> None:
