@@ -80,7 +80,8 @@ def langchain(url: str, model: str, expected: Expected) -> str:
     from langchain_core.prompts import ChatPromptTemplate
     from langchain_openai import ChatOpenAI
 
-    chat = ChatOpenAI(base_url=url, api_key="unused", model=model, temperature=0, max_tokens=TOKENS)  # type: ignore[arg-type]
+    to: dict[str, Any] = {"base_url": url, "api_key": "unused", "model": model, "temperature": 0}
+    chat = ChatOpenAI(**to, max_tokens=TOKENS)
     chain = ChatPromptTemplate([("user", "{question}")]) | chat | StrOutputParser()
     answers = chain.batch([{"question": question} for question in expected])
     for got, answer in zip(answers, expected.values(), strict=True):
