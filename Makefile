@@ -8,7 +8,7 @@ STAMP := $(VENV)/.cpu-setup
 GPU_VENV := .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.gpu-setup
 
-.PHONY: setup setup-gpu demo test test-versions test-overlap test-media test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability test-ray bench-cluster
+.PHONY: setup setup-gpu demo test test-versions test-overlap test-media test-candidates test-campaign test-cuda-imports test-flashinfer-workspace lint bench paper docs clean test-reliability test-ray bench-cluster peers test-clients
 
 setup: $(STAMP)
 
@@ -80,6 +80,13 @@ test-campaign: setup
 test-candidates: setup
 	$(BIN)/python test/kernels/candidate_resources.py --json test/logs/candidates.json
 
+# LiteLLM, LangChain, instructor, llm and the newest OpenAI SDK, unmodified, against a server on a tiny model.
+test-clients: setup
+	test -x $(VENV)/clients/bin/python || $(BIN)/python -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement requirements/clients.txt
+	$(BIN)/python test/clients/run_clients.py --log test/logs/clients.log
+
 # What takes one to two hours: kills at random instants, storms of batches, odd requests, a backlog, a locked
 # database. Each ends with a status of its own and leaves its result in benchmark/results.
 test-reliability: setup
@@ -113,6 +120,12 @@ bench: setup
 	$(BIN)/python benchmark/planner/run.py
 	$(BIN)/python examples/demo.py --json benchmark/results/demo-kv4096.json
 	$(BIN)/python examples/demo.py --kv-tokens 16384 --json benchmark/results/demo-kv16384.json
+
+# vLLM's CPU build and llama.cpp's server in environments of their own, then all engines in turn.
+# PEERS chooses a part: make peers PEERS="--engines vllm blendserve --jobs demo --continue"
+peers: setup
+	$(BIN)/python benchmark/peers/install.py
+	$(BIN)/python benchmark/peers/run.py $(PEERS)
 
 # The paper's evaluation on the modelled engine: what is in the results already, of the sources as
 # they are, is not run again.
