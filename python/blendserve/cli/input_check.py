@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blendserve.batch import BatchFault, BatchLimits, BatchLine, LineFault, LineResult, LineSource
-from blendserve.batch.executor import ENDPOINTS
+from blendserve.batch.endpoints import ENDPOINTS, did_you_mean
 from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 from blendserve.batch.refusals import RefusedLine
@@ -124,7 +124,7 @@ def _endpoint(path: Path, name: str, limits: BatchLimits) -> str:
             if url not in ENDPOINTS:
                 raise InputError(
                     f"{name}, line {line.number}: there is no endpoint {url[:80]!r}; "
-                    f"use one of {', '.join(sorted(ENDPOINTS))}"
+                    f"use one of {', '.join(sorted(ENDPOINTS))}.{did_you_mean(url)}"
                 )
             return url
     return _ANY_ENDPOINT

@@ -35,7 +35,7 @@ from blendserve.cli.stock_flags import ConfigFileError
 from blendserve.config import ConfigError
 
 # Limits protect a shared server; this one is the user's own.
-LIMITS = BatchLimits(max_lines=10**9, max_file_bytes=10**13)
+LIMITS = BatchLimits(max_lines=10**9, max_file_bytes=10**13, mixed_endpoints=True)
 
 # Exit statuses, for whoever decides what to do next (docs/batch.md).
 ALL_ANSWERED = 0
