@@ -96,7 +96,8 @@ def take_salt(req: Any) -> None:
     if params and (salt := params.get(SALT_PARAM)):
         req.extra_key = f"{req.extra_key or ''}/{salt}"
         rest = {key: value for key, value in params.items() if key != SALT_PARAM}
-        req.sampling_params.custom_params = rest or None
+        # SGLang's own reference to the request alone is no parameter; see `plan_tag.without_tag`.
+        req.sampling_params.custom_params = rest if rest.keys() - {"__req__"} else None
 
 
 def _joined(salt: str, own: Any) -> str:
