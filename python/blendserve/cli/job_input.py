@@ -81,7 +81,8 @@ def job_input(
         for source in sources:
             places.add(whole.lines, source.name, whole.add(source))
         file.flush()
-        yield JobInput(path_of(file), name, places, writer and writer.carried())
+        carried = writer.carried() if writer is not None else None
+        yield JobInput(path_of(file), name, places, carried)
 
 
 def _holds_requests(source: Source, mapping: RowMapping) -> bool:
@@ -163,11 +164,13 @@ class _Whole:
             mapping = mapping.chosen(source.name, table.columns)
             check_columns(source.name, carry.columns if carry is not None else (), table.columns)
         found: set[str] = set()
+        first: list[str] = []
         for number, row in enumerate(table.rows, start=1):
             if row is None:
                 self._write(b"")
                 continue
             self._rows += 1
+            first = first or list(row)
             try:
                 request = mapping.request(row, self._rows)
                 if carry is not None:
@@ -179,14 +182,20 @@ class _Whole:
             self._write(orjson.dumps(request))
             if table.columns is None:
                 found |= row.keys() & set(mapping.columns())
-        if table.columns is None:
-            self._check_found(source, carry, found)
-            check_columns(source.name, mapping.columns(), sorted(found)) if self._rows else None
+        if table.columns is None and first:
+            wanted = [*mapping.columns(), *(carry.columns if carry is not None else ())]
+            missing = [column for column in wanted if column not in found]
+            # Not each line needs to have it, but one does.
+            if missing:
+                raise InputError(
+                    f"no line of {source.name} has a column {', '.join(map(repr, missing))}; the "
+                    f"first has {', '.join(first)}"
+                )
         return table.unit
 
     def _check_found(self, source: Source, carry: CarryWriter | None, found: set[str]) -> None:
         missing = [name for name in (carry.columns if carry else ()) if name not in found]
-        if missing and self._rows + self.lines:
+        if missing and self.lines:
             raise InputError(f"no line of {source.name} has a field {', '.join(missing)} to carry")
 
     def _write(self, data: Any) -> None:
