@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from blendserve.cli import main
 from blendserve.cli.batch_input import InputError
 from blendserve.cli.job_input import job_input
 from blendserve.cli.row_mapping import RowMapping, add_mapping_flags, read_mapping
@@ -269,3 +270,11 @@ def test_a_data_set_of_splits_and_a_damaged_table_are_refused(tmp_path: Path) ->
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="no Parquet file"):
         requests(tmp_path / "t.parquet")
+
+
+def test_input_of_another_kind_on_stdin_is_told_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows").write_text("prompt\nhello\n")
+    assert main(["run-batch", "-i", str(tmp_path / "rows"), "-o", str(tmp_path / "out.jsonl")]) == 2
+    assert "needs --format csv, tsv, parquet or txt" in capsys.readouterr().err

@@ -125,6 +125,8 @@ def _remedies(faults: Sequence[BatchFault]) -> list[str]:
             "A line of a batch file has custom_id, method, url and body. Of rows, --prompt-column "
             "or --template says what the prompt is."
         ]
+    if (faults[0].code, faults[0].line) == ("invalid_json_line", 1):
+        return ["Input of another kind than batch lines needs --format csv, tsv, parquet or txt."]
     if all(fault.code != "model_not_found" for fault in faults):
         return []
     return ["--served-model-name NAME gives the model that you load the name that the file has."]

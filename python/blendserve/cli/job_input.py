@@ -68,7 +68,7 @@ def job_input(
     Raises:
         InputError: a source cannot be read, or a column is missing.
     """
-    name = sources[0].name if len(sources) == 1 else f"the input of {len(sources)} files"
+    name = sources[0].label if len(sources) == 1 else f"the input of {len(sources)} files"
     places = Places()
     if len(sources) == 1 and not carry and _holds_requests(sources[0], mapping):
         places.add(0, name, "line")
@@ -79,7 +79,7 @@ def job_input(
         writer = CarryWriter(stack.enter_context(spool(folder)), carry) if carry else None
         whole = _Whole(file, folder, mapping, writer, max_line_bytes)
         for source in sources:
-            places.add(whole.lines, source.name, whole.add(source))
+            places.add(whole.lines, source.label, whole.add(source))
         file.flush()
         carried = writer.carried() if writer is not None else None
         yield JobInput(path_of(file), name, places, carried)
@@ -123,7 +123,7 @@ class _Whole:
                     self._add_requests(source, path, self._carry)
             except ValueError as error:
                 # The disk is too small.
-                raise InputError(f"input {source.name} cannot be read: {error}") from error
+                raise InputError(f"input {source.label} cannot be read: {error}") from error
         return "line"
 
     def _copy(self, path: Path) -> None:
@@ -161,8 +161,8 @@ class _Whole:
         table = read_table(source, path, self._max_line_bytes)
         mapping, carry = self._mapping, self._carry
         if table.columns is not None:
-            mapping = mapping.chosen(source.name, table.columns)
-            check_columns(source.name, carry.columns if carry is not None else (), table.columns)
+            mapping = mapping.chosen(source.label, table.columns)
+            check_columns(source.label, carry.columns if carry is not None else (), table.columns)
         found: set[str] = set()
         first: list[str] = []
         for number, row in enumerate(table.rows, start=1):
@@ -178,7 +178,7 @@ class _Whole:
                     found |= values.keys() & row.keys()
                     carry.add(str(request["custom_id"]), values)
             except InputError as error:
-                raise InputError(f"{source.name}, {table.unit} {number}: {error}") from error
+                raise InputError(f"{source.label}, {table.unit} {number}: {error}") from error
             self._write(orjson.dumps(request))
             if table.columns is None:
                 found |= row.keys() & set(mapping.columns())
@@ -188,7 +188,7 @@ class _Whole:
             # Not each line needs to have it, but one does.
             if missing:
                 raise InputError(
-                    f"no line of {source.name} has a column {', '.join(map(repr, missing))}; the "
+                    f"no line of {source.label} has a column {', '.join(map(repr, missing))}; the "
                     f"first has {', '.join(first)}"
                 )
         return table.unit
@@ -196,7 +196,7 @@ class _Whole:
     def _check_found(self, source: Source, carry: CarryWriter | None, found: set[str]) -> None:
         missing = [name for name in (carry.columns if carry else ()) if name not in found]
         if missing and self.lines:
-            raise InputError(f"no line of {source.name} has a field {', '.join(missing)} to carry")
+            raise InputError(f"no line of {source.label} has a field {', '.join(missing)} to carry")
 
     def _write(self, data: Any) -> None:
         self._sink.write(data + b"\n")

@@ -39,14 +39,14 @@ def read_table(source: Source, path: Path, max_line_bytes: int) -> Table:
         InputError: now or while rows are read; names the source, the row and the remedy.
     """
     if source.format == "parquet":
-        return Table(*parquet_rows(path, source.name))
+        return Table(*parquet_rows(path, source.label))
     if source.format == "dataset":
         return Table(*dataset_rows(path))
     if source.format == "txt":
-        return Table([PROMPT], _prompts(source.name, path, max_line_bytes), "line")
+        return Table([PROMPT], _prompts(source.label, path, max_line_bytes), "line")
     if source.format == "jsonl":
-        return Table(None, _objects(source.name, path, max_line_bytes), "line")
-    return _delimited(source.name, path, "\t" if source.format == "tsv" else ",", max_line_bytes)
+        return Table(None, _objects(source.label, path, max_line_bytes), "line")
+    return _delimited(source.label, path, "\t" if source.format == "tsv" else ",", max_line_bytes)
 
 
 def _prompts(name: str, path: Path, max_line_bytes: int) -> Iterator[dict[str, Any] | None]:

@@ -33,10 +33,15 @@ _HIDDEN = (".", "_")
 
 @dataclass(frozen=True)
 class Source:
-    """One file, pipe or data set. name: as it is told to the user; `-` is stdin."""
+    """One file, pipe or data set. name: its path; `-` is stdin."""
 
     name: str
     format: Format
+
+    @property
+    def label(self) -> str:
+        """As messages name it."""
+        return "stdin" if self.name == "-" else self.name
 
 
 def expand(given: Sequence[str], form: Format | None = None) -> list[Source]:

@@ -145,7 +145,6 @@ HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "...",
     ),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.score_request": ("self", "..."),
-    "sglang.srt.configs.model_config.is_cross_encoding_pooler_model": ("model_architectures",),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
         "self",
         "obj",

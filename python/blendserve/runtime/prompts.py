@@ -132,7 +132,10 @@ class PromptReader:
 
     def _scored(self, request: Any) -> tuple[NDArray[np.int32], int]:
         """Tokens of the first item with its query, and how many items there are."""
-        if self._tokenizer_manager.server_args.enable_mis:
+        args = self._tokenizer_manager.server_args
+        # As releases before 0.5.21 call it.
+        delimiter = getattr(args, "multi_item_scoring_delimiter", None)
+        if getattr(args, "enable_mis", False) or delimiter is not None:
             raise UnreadablePrompt("all items of a line are one prompt on this server")
         items = [request.items] if isinstance(request.items, str) else request.items
         if not items:

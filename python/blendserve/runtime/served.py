@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.configs.model_config import is_cross_encoding_pooler_model
 from sglang.srt.entrypoints.openai.protocol import V1RerankReqInput
 
 # How SGLang names the architectures whose answer is a number for each label.
 _LABELLING = ("SequenceClassification", "RewardModel")
+# Those that read a pair of texts (SGLang's `_cross_encoding_pooler_archs`).
+_CROSS_ENCODERS = frozenset(
+    {"BertForSequenceClassification", "XLMRobertaForSequenceClassification"}
+)
 
 
 def served_endpoints(app: Any, tokenizer_manager: Any) -> frozenset[str]:
@@ -32,7 +35,7 @@ def served_endpoints(app: Any, tokenizer_manager: Any) -> frozenset[str]:
     served = {"/v1/embeddings"}
     if labels:
         served |= {"/v1/classify", "/v1/score"}
-    if is_cross_encoding_pooler_model(architectures):
+    if _CROSS_ENCODERS.intersection(architectures):
         served.add("/v1/rerank")
     return frozenset(served)
 
