@@ -121,7 +121,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_pip_installs_what_is_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *extras["plot"], *extras["measured"], *extras["ray"]]
+    named = [
+        *project["dependencies"],
+        *extras["plot"],
+        *extras["measured"],
+        *extras["ray"],
+        *extras["data"],
+    ]
     installed = {re.split(r"[<>=\[]", word)[0] for word in named}
     foreign = {
         top

@@ -430,3 +430,48 @@ def test_the_output_of_one_batch_is_not_the_input_of_another(server: BatchServer
             input_file_id=batch.output_file_id or "none", endpoint=CHAT, completion_window="24h"
         )
     assert refused.value.code == "invalid_file_purpose"
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("/chat/completions", CHAT),
+        (f"{CHAT}/", CHAT),
+        (f"https://api.example.org{CHAT}", CHAT),
+        ("v1/chat/completions", CHAT),
+        ("/v1/chat/completion", CHAT),
+        ("/v1/embedding", "/v1/embeddings"),
+        ("/rerank", "/v1/rerank"),
+    ],
+)
+def test_a_url_that_is_nearly_right_is_told_the_right_one(
+    tmp_path: Path, url: str, meant: str
+) -> None:
+    found, _ = verdict(tmp_path, jsonl([GOOD, {**LINE, "url": url}]))
+    assert f"Did you mean {meant!r}?" in found.faults[0].message
+
+
+def test_a_url_like_no_other_gets_no_guess(tmp_path: Path) -> None:
+    found, _ = verdict(tmp_path, jsonl([GOOD, {**LINE, "url": "/v2/images"}]))
+    assert "Did you mean" not in found.faults[0].message
+
+
+def test_where_urls_may_differ_each_line_is_checked_by_its_own(tmp_path: Path) -> None:
+    lines = [
+        GOOD,
+        {**LINE, "custom_id": "p", "url": "/v1/completions", "body": {"prompt": "fine"}},
+        {**LINE, "custom_id": "e", "url": "/v1/embeddings"},
+        {**LINE, "custom_id": "s", "url": "/v1/score", "body": {"items": ["not served"]}},
+    ]
+    found, refused = verdict(tmp_path, jsonl(lines), mixed_endpoints=True)
+    assert found.faults == []
+    assert [(line.custom_id, line.faults[0].code) for line in refused] == [
+        ("e", "missing_required_parameter"),
+        ("s", "invalid_endpoint"),
+    ]
+
+
+def test_where_urls_may_differ_a_file_of_which_none_is_served_fails(tmp_path: Path) -> None:
+    line = {**LINE, "url": "/v1/score", "body": {"items": ["not served"]}}
+    found, _ = verdict(tmp_path, jsonl([line]), mixed_endpoints=True)
+    assert [fault.code for fault in found.faults] == ["invalid_endpoint"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import zstandard
 
 from blendserve.cli import batch_input
 from blendserve.cli.batch_input import InputError, plain_file
+from blendserve.cli.unpack import unpack
 
 TEXT = b"".join(b'{"line": %d}\n' % number for number in range(1_000))
 
@@ -17,10 +22,14 @@ TEXT = b"".join(b'{"line": %d}\n' % number for number in range(1_000))
 def packed(kind: str, text: bytes) -> bytes:
     if kind == "gz":
         return gzip.compress(text)
+    if kind == "bz2":
+        return bz2.compress(text)
+    if kind == "xz":
+        return lzma.compress(text)
     return bytes(zstandard.ZstdCompressor().compress(text))
 
 
-@pytest.fixture(params=["gz", "zst"])
+@pytest.fixture(params=["gz", "zst", "bz2", "xz"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -78,7 +87,8 @@ def test_a_bomb_is_unpacked_block_by_block(tmp_path: Path) -> None:
             file.write(packer.compress(b" " * (1 << 20)))
         file.write(packer.flush())
     sink = Counted()
-    batch_input._unzstd(str(source), sink)  # type: ignore[arg-type]
+    with source.open("rb") as stream:
+        unpack("zst", stream, sink)
     assert sink.size == 512 << 20
     assert sink.largest <= 40 << 20
 
@@ -105,3 +115,44 @@ def test_what_does_not_fit_on_the_disk_is_refused_with_a_remedy(
         with plain_file(str(source), tmp_path):
             pass
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("packing", ["bz2", "xz"])
+def test_a_bomb_of_another_kind_is_unpacked_block_by_block(packing: str, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_bytes(packed(packing, b" " * (64 << 20)))
+    sink = Counted()
+    with source.open("rb") as stream:
+        unpack(packing, stream, sink)
+    assert sink.size == 64 << 20
+    assert sink.largest <= 1 << 20
+
+
+def test_packed_input_is_known_without_a_name_that_says_so(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(packed(kind, TEXT))
+    with plain_file(str(source), tmp_path) as plain:
+        assert plain.read_bytes() == TEXT
+
+
+@pytest.mark.parametrize("packing", [None, "gz", "zst"])
+def test_a_pipe_is_read_once_whole(tmp_path: Path, packing: str | None) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    data = TEXT if packing is None else packed(packing, TEXT)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,), daemon=True)
+    writer.start()
+    with plain_file(str(pipe), tmp_path) as plain:
+        assert plain.read_bytes() == TEXT
+    writer.join(10)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_short_pipe_is_read_whole(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"{}",), daemon=True)
+    writer.start()
+    with plain_file(str(pipe), tmp_path) as plain:
+        assert plain.read_bytes() == b"{}"
+    writer.join(10)

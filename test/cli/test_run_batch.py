@@ -67,10 +67,45 @@ def test_input_and_output_are_required(capsys, engine, argv, missing):
     assert engine == []
 
 
-@pytest.mark.parametrize("source", ["missing.jsonl", "."])
-def test_an_input_that_is_no_file_is_refused(capsys, engine, files, source):
-    assert run(files, source=source) == 2
-    assert f"blendserve run-batch: input {files / source} is not a file" in capsys.readouterr().err
+def test_an_input_that_is_no_file_is_refused(capsys, engine, files):
+    source = files / "missing.jsonl"
+    assert run(files, source="missing.jsonl") == 2
+    assert f"blendserve run-batch: input {source} is not a file" in capsys.readouterr().err
+    assert engine == []
+
+
+def test_results_in_an_input_folder_are_refused(capsys, engine, files):
+    assert run(files, source=".") == 2
+    assert f"results in the input folder {files} would be input the next time" in (
+        capsys.readouterr().err
+    )
+    assert engine == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--errors", "e.parquet"], "errors are JSON lines; give a .jsonl name"),
+        (["--shard", "0/2", "-o", "out.parquet"], "--shard works on JSON lines"),
+        (["--retry-failed", "-o", "out.parquet"], "--retry-failed works on JSON lines"),
+    ],
+)
+def test_parquet_is_refused_where_lines_are_needed(capsys, engine, files, monkeypatch, flags, said):
+    monkeypatch.chdir(files)
+    assert run(files, *flags) == 2
+    assert said in capsys.readouterr().err
+    assert engine == []
+
+
+@pytest.mark.parametrize("source", ["in.jsonl", "t.parquet"])
+def test_parquet_without_its_library_is_refused_with_the_way_to_it(
+    capsys, engine, files, monkeypatch, source
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (files / "t.parquet").write_bytes(b"PAR1")
+    output = "out.parquet" if source == "in.jsonl" else "out.jsonl"
+    assert run(files, source=source, output=output) == 2
+    assert "needs pyarrow: pip install 'blendserve[data]'" in capsys.readouterr().err
     assert engine == []
 
 
@@ -186,7 +221,7 @@ def test_a_message_is_not_broken_into_lines(capsys, engine, files, columns):
     source = "input of many words " * 5 + "[bold]" + "x" * 100
     assert run(files, source=source) == 2
     said = capsys.readouterr().err
-    assert said == f"blendserve run-batch: input {files / source} is not a file\n"
+    assert said == f"blendserve run-batch: no file matches {files / source}\n"
 
 
 def test_the_path_of_the_engines_log_is_not_broken_into_lines(capsys, engine, files):

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from sglang.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
+    ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
     ResponsesRequest,
+    ScoringRequest,
+    V1RerankReqInput,
 )
 from whole_server import Line, WholeServer, whole_server
 
@@ -47,7 +50,11 @@ REQUESTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"prompt": "Say it.", "max_tokens": 4}),
     "/v1/responses": (ResponsesRequest, {"input": "Say it.", "max_output_tokens": 4}),
     "/v1/embeddings": (EmbeddingRequest, {"input": "Say it."}),
+    "/v1/classify": (ClassifyRequest, {"input": "Say it."}),
+    "/v1/rerank": (V1RerankReqInput, {"query": "Say it.", "documents": ["One.", "Two."]}),
+    "/v1/score": (ScoringRequest, {"query": "Say", "items": [" it.", " so."]}),
 }
+EMBEDS = frozenset({"/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score"})
 # A batch cannot stream, nor leave its answers behind: such lines never reach an engine.
 NOT_OF_LINES = {"stream", "background", "model"}
 
@@ -61,7 +68,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[WholeServer]:
 
 on_every_route = pytest.mark.parametrize(
     ("server", "url"),
-    [(url == "/v1/embeddings", url) for url in REQUESTS],
+    [(url in EMBEDS, url) for url in REQUESTS],
     indirect=["server"],
     ids=list(REQUESTS),
     scope="module",

@@ -352,3 +352,19 @@ def test_one_prompt_in_two_cache_namespaces_is_computed_in_each(engine: BareSche
 
     assert computed("a", "alice") == computed("b", "bob") == 60
     assert computed("c", "alice") == 1
+
+
+def test_prompts_behind_one_that_ended_with_its_prompt_share_it_all_at_once(
+    engine: BareScheduler,
+) -> None:
+    # An answer of one token ends where its prompt does; so does an embedding.
+    prefix = tokens(random.Random(1), 100)
+    job = {
+        Side.LEFT: [Request(f"q{k}", Side.LEFT, [*prefix, 20 + k], 1) for k in range(12)],
+        Side.RIGHT: [],
+    }
+    before = engine.live.blend_report.steps
+    run(engine, job)
+    assert len(engine.finished) == 12
+    # The first alone, and then the others together.
+    assert engine.live.blend_report.steps - before == 2

@@ -16,9 +16,12 @@ import msgspec
 from sglang.srt import runtime_context
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_classify import OpenAIServingClassify
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.entrypoints.openai.serving_embedding import OpenAIServingEmbedding
+from sglang.srt.entrypoints.openai.serving_rerank import OpenAIServingRerank
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+from sglang.srt.entrypoints.openai.serving_score import OpenAIServingScore
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.parser.template_manager import TemplateManager
@@ -50,7 +53,7 @@ _ONE_TOKEN: dict[str, Any] = {
 class AnsweringScheduler:
     """Reads what it is sent as SGLang's does, and answers with one token, or a vector of two.
 
-    `deadly` has what would have ended a real one.
+    `deadly` has what would have ended a real one, `tags` the plan of each planned request.
     """
 
     def __init__(self, manager: Any, vocab_size: int) -> None:
@@ -59,6 +62,7 @@ class AnsweringScheduler:
         self._taken: Counter[str] = Counter({side.value: 0 for side in Side})
         self.executor: BlendExecutor | None = None
         self.deadly: list[str] = []
+        self.tags: list[PlanTag] = []
         self._answers: set[asyncio.Future[None]] = set()
 
     def dispatch(self, sent: Any) -> None:
@@ -83,6 +87,7 @@ class AnsweringScheduler:
             if not 0 <= getattr(params, name) < 2**31:
                 self.deadly.append(f"{name} {getattr(params, name)}")
         tag = PlanTag.from_params(params.custom_params)
+        self.tags += [tag] if tag is not None else []
         if tag is not None and self.executor is not None:
             self._taken[tag.side.value] += 1
             queued = {side.value: 0 for side in Side}
@@ -172,6 +177,9 @@ def whole_server(model_path: str, *, embeds: bool = False) -> Iterator[WholeServ
     app.state.openai_serving_chat = OpenAIServingChat(manager, templates)
     app.state.openai_serving_completion = OpenAIServingCompletion(manager, templates)
     app.state.openai_serving_embedding = OpenAIServingEmbedding(manager, templates)
+    app.state.openai_serving_classify = OpenAIServingClassify(manager, templates)
+    app.state.openai_serving_rerank = OpenAIServingRerank(manager, templates)
+    app.state.openai_serving_score = OpenAIServingScore(manager)
     app.state.openai_serving_responses = OpenAIServingResponses(
         manager, templates, enable_prompt_tokens_details=True, tool_server=None
     )

@@ -12,12 +12,17 @@ from blendserve.batch.limits import BatchLimits
 from blendserve.batch.line_parser import MAX_BODY_DEPTH, too_deep
 from blendserve.batch.media_urls import url_fault
 
-# The field that carries the prompt, and the JSON types it may have.
-_PROMPT_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "/v1/chat/completions": ("messages", (list,)),
-    "/v1/completions": ("prompt", (str, list)),
-    "/v1/embeddings": ("input", (str, list)),
-    "/v1/responses": ("input", (str, list)),
+# The fields that carry the prompt, and the JSON types they may have.
+_TEXT_OR_LIST = (str, list)
+_PROMPT_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "/v1/chat/completions": {"messages": (list,)},
+    "/v1/completions": {"prompt": _TEXT_OR_LIST},
+    "/v1/embeddings": {"input": _TEXT_OR_LIST},
+    "/v1/responses": {"input": _TEXT_OR_LIST},
+    # Without a `query` the items are whole prompts.
+    "/v1/score": {"items": _TEXT_OR_LIST},
+    "/v1/rerank": {"query": _TEXT_OR_LIST, "documents": (list,)},
+    "/v1/classify": {"input": _TEXT_OR_LIST},
 }
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _MAX_CHOICES = 128
@@ -205,17 +210,15 @@ def _number_fault(value: Any, place: _Place) -> LineFault | None:
 
 
 def _prompt_faults(endpoint: str, body: dict[str, Any]) -> Iterator[LineFault]:
-    if endpoint not in _PROMPT_FIELDS:
-        return
-    name, types = _PROMPT_FIELDS[endpoint]
-    value = body.get(name)
-    if value is None:
-        yield LineFault("missing_required_parameter", f"body.{name} is missing.", f"body.{name}")
-    elif not isinstance(value, types):
-        expected = " or ".join("a list" if kind is list else "a string" for kind in types)
-        yield LineFault("invalid_type", f"{name} must be {expected}.", f"body.{name}")
-    elif not value:
-        yield LineFault("invalid_value", f"{name} must not be empty.", f"body.{name}")
+    for name, types in _PROMPT_FIELDS.get(endpoint, {}).items():
+        param, value = f"body.{name}", body.get(name)
+        if value is None:
+            yield LineFault("missing_required_parameter", f"{param} is missing.", param)
+        elif not isinstance(value, types):
+            expected = " or ".join("a list" if kind is list else "a string" for kind in types)
+            yield LineFault("invalid_type", f"{name} must be {expected}.", param)
+        elif not value:
+            yield LineFault("invalid_value", f"{name} must not be empty.", param)
 
 
 def _batch_faults(endpoint: str, body: dict[str, Any]) -> Iterator[LineFault]:

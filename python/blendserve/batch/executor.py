@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-ENDPOINTS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"}
-)
-"""Urls that a line may have; an engine serves some of them."""
-
 
 class EngineUnavailable(Exception):
     """There is no engine: it loads, died or hangs. The job keeps its lines and waits for one.

@@ -30,6 +30,8 @@ class BatchLimits:
     """Whether a body may name http(s) media, which the server would then fetch."""
     media_root: Path | None = None
     """Folder below which a body may name media by file: URLs."""
+    mixed_endpoints: bool = False
+    """Whether the lines of one file may have different urls. OpenAI's may not."""
     max_running: int = 8
     """Batches that run at once. Each holds its prompts' tokens in the planner's memory."""
     max_open_batches: int = 50_000

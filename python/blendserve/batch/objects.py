@@ -8,7 +8,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-from blendserve.batch.executor import ENDPOINTS
+from blendserve.batch.endpoints import ENDPOINTS
 from blendserve.batch.limits import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from blendserve.batch.progress import Progress, Usage
 from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, BatchStatus, FileRow

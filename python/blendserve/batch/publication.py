@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -112,7 +113,12 @@ def result_line(record: Record) -> bytes:
     JSON allows some characters in strings that many readers take for the end of a line; they are
     escaped. Those below U+0020 always are.
     """
-    data = orjson.dumps(record.line, option=orjson.OPT_APPEND_NEWLINE)
+    return one_line(record.line)
+
+
+def one_line(entry: dict[str, Any]) -> bytes:
+    """A JSON object as the only line that any reader finds in it."""
+    data = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
     for raw, escaped in _LINE_ENDS:
         data = data.replace(raw, escaped)
     return data

@@ -12,8 +12,9 @@ from typing import BinaryIO, Literal
 import orjson
 
 from blendserve.batch.directory import Draft
+from blendserve.batch.endpoints import ENDPOINTS, did_you_mean
 from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
-from blendserve.batch.executor import ENDPOINTS, EngineUnavailable, Executor
+from blendserve.batch.executor import EngineUnavailable, Executor
 from blendserve.batch.ids import is_batch_id, is_file_id, new_batch_id, new_file_id
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import (
@@ -169,11 +170,13 @@ class BatchService:
     ) -> BatchObject:
         """Creates a batch, which is validated at once and run after those before it."""
         endpoints = self._endpoints()
+        if self.limits.mixed_endpoints:
+            endpoints |= ENDPOINTS
         if request.endpoint not in endpoints:
             known = ", ".join(sorted(endpoints))
             raise bad_request(
                 f"There is no endpoint {request.endpoint[:80]!r} for batches; "
-                f"this server has {known}.",
+                f"this server has {known}.{did_you_mean(request.endpoint, endpoints)}",
                 code="invalid_endpoint",
                 param="endpoint",
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.batch.bodies import body_faults
+from blendserve.batch.endpoints import ENDPOINTS, did_you_mean
 from blendserve.batch.executor import BatchLine, EngineUnavailable, Executor, LineFault
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.line_parser import Entry, UnreadableLine, read_entry
@@ -79,6 +80,7 @@ class _Validator:
         self._on_refused = on_refused
         self._refused = 0
         self._model: str | None = None
+        self._some_served = False
         self._line_of_id: dict[bytes, int] = {}
         self._faults: list[BatchFault] = []
         self._unlisted = 0
@@ -108,6 +110,8 @@ class _Validator:
                 f"The file holds {total} requests; at most {self._limits.max_lines} are allowed. "
                 "Split it, or raise the server's limit. The rest was not checked.",
             )
+        elif self._limits.mixed_endpoints and not (self._some_served or self._faults):
+            fault = self._not_served(self._endpoint)
         else:
             return []
         return [_named(fault, None)]
@@ -142,13 +146,17 @@ class _Validator:
 
     def _own_faults(self, entry: Entry, index: int) -> list[LineFault]:
         """What is wrong with a line whose envelope is good."""
+        url = entry.fields["url"]
+        if url not in self._executor.endpoints:
+            return [self._not_served(url)]
+        self._some_served = True
         if entry.body_fault is not None:
             return [entry.body_fault]
         body = entry.fields["body"]
-        faults = [*_model_type_faults(body), *body_faults(self._endpoint, body, self._limits)]
+        faults = [*_model_type_faults(body), *body_faults(url, body, self._limits)]
         if faults:
             return faults
-        line = BatchLine(index, entry.fields["custom_id"], entry.fields["url"], body)
+        line = BatchLine(index, entry.fields["custom_id"], url, body)
         fault = self._executor_fault(line)
         return [] if fault is None else [fault]
 
@@ -215,6 +223,9 @@ class _Validator:
             yield LineFault("invalid_type", "url must be a string.", "url")
         elif url == self._endpoint:
             return
+        elif self._limits.mixed_endpoints:
+            if url not in ENDPOINTS:
+                yield _no_endpoint(url, f"use one of {', '.join(sorted(ENDPOINTS))}")
         elif url in self._executor.endpoints:
             yield LineFault(
                 "url_mismatch",
@@ -222,11 +233,7 @@ class _Validator:
                 "url",
             )
         else:
-            yield LineFault(
-                "invalid_url",
-                f"There is no endpoint {url[:80]!r}; this batch is for {self._endpoint}.",
-                "url",
-            )
+            yield _no_endpoint(url, f"this batch is for {self._endpoint}")
 
     def _model_faults(self, model: Any) -> Iterator[LineFault]:
         # One that is missing is the served one; one of another type names none.
@@ -249,6 +256,12 @@ class _Validator:
                     "body.model",
                 )
 
+    def _not_served(self, url: str) -> LineFault:
+        served = ", ".join(sorted(self._executor.endpoints))
+        return LineFault(
+            "invalid_endpoint", f"The engine does not serve {url}; it has {served}.", "url"
+        )
+
     def _executor_fault(self, line: BatchLine) -> LineFault | None:
         try:
             return self._executor.check(line)
@@ -263,6 +276,11 @@ class _Validator:
                 f"The request cannot be read by the engine ({type(error).__name__}).",
                 "body",
             )
+
+
+def _no_endpoint(url: str, remedy: str) -> LineFault:
+    message = f"There is no endpoint {url[:80]!r}; {remedy}.{did_you_mean(url)}"
+    return LineFault("invalid_url", message, "url")
 
 
 def _named(fault: LineFault, number: int | None) -> BatchFault:

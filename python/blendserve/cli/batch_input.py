@@ -1,22 +1,21 @@
-"""The input of ``run-batch`` as a file of plain lines: from a file, stdin, .gz or .zst."""
+"""One input of ``run-batch`` as a file that can be read twice: from a file, a pipe, or packed."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
+import os
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
-_BLOCK_BYTES = 1 << 20
-# A block of zstd, 4 bytes at least, gives 128 KiB at most: 1 KiB of them is 32 MiB in memory.
-_ZSTD_BLOCK_BYTES = 1 << 10
-# What `zstd --long=27` needs at the other end. Larger windows take a flag there, too.
-_MAX_WINDOW_BYTES = 1 << 27
+from blendserve.cli.unpack import BLOCK_BYTES, packing_of, unpack
+
 _SPACE_CHECK_BYTES = 16 << 20
+_MARK_BYTES = 8
 
 
 class InputError(RuntimeError):
@@ -25,24 +24,40 @@ class InputError(RuntimeError):
 
 @contextlib.contextmanager
 def plain_file(source: str, folder: Path) -> Iterator[Path]:
-    """The input as a file of plain lines: the file itself, or a temporary one in `folder`.
+    """The input as a plain file: the file itself, or a temporary one in `folder`.
+
+    `-` is stdin; a pipe is read once, whole.
 
     Raises:
         InputError: not a file, not what its name promises, or too large for the disk.
     """
-    if source != "-" and not Path(source).is_file():
+    if not is_readable(source):
         raise InputError(f"input {source} is not a file")
-    unpack = _unpacker(source)
-    if unpack is None:
-        yield Path(source)
-        return
-    with spool(folder) as file:
-        try:
-            unpack(_Spool(file, folder))
-            file.flush()
-        except (OSError, EOFError, ValueError) as error:
-            raise InputError(f"input {source} cannot be unpacked: {error}") from error
-        yield path_of(file)
+    with contextlib.ExitStack() as stack:
+        if source == "-":
+            stream: IO[bytes] = sys.stdin.buffer
+        else:
+            stream = stack.enter_context(_open(source))
+        path = None if source == "-" or not Path(source).is_file() else Path(source)
+        beginning = _beginning(stream, path)
+        packing = packing_of(source, beginning)
+        if path is not None and packing is None:
+            yield path
+            return
+        with spool(folder) as file:
+            _fill(file, stream, beginning, packing, source, folder)
+            yield path_of(file)
+
+
+def is_readable(source: str) -> bool:
+    """Whether it is stdin, a file, or a pipe, as `<(command)` gives one."""
+    if source == "-":
+        return True
+    try:
+        mode = os.stat(source).st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISFIFO(mode)
 
 
 def spool(folder: Path) -> IO[bytes]:
@@ -55,7 +70,61 @@ def path_of(file: IO[bytes]) -> Path:
     return Path(f"/proc/self/fd/{file.fileno()}")
 
 
-class _Spool:
+def _open(source: str) -> IO[bytes]:
+    try:
+        return open(source, "rb")
+    except OSError as error:
+        raise InputError(f"input {source} cannot be read: {error.strerror}") from error
+
+
+def _beginning(stream: IO[bytes], path: Path | None) -> bytes:
+    """The first bytes. Those of a pipe are gone from it; a file is as it was."""
+    found = b""
+    while len(found) < _MARK_BYTES and (more := stream.read(_MARK_BYTES - len(found))):
+        found += more
+    if path is not None:
+        stream.seek(0)
+        return found
+    return found
+
+
+def _fill(
+    file: IO[bytes],
+    stream: IO[bytes],
+    beginning: bytes,
+    packing: str | None,
+    source: str,
+    folder: Path,
+) -> None:
+    """Write a pipe, or what is packed, into a spool."""
+    sink = Spool(file, folder)
+    try:
+        if not stream.seekable():
+            if packing is None:
+                sink.write(beginning)
+            else:
+                stream = _whole(stream, beginning, folder)
+        if packing is None:
+            shutil.copyfileobj(stream, sink, BLOCK_BYTES)
+        else:
+            with stream:
+                unpack(packing, stream, sink)
+        file.flush()
+    except (OSError, EOFError, ValueError) as error:
+        did = "read" if packing is None else "unpacked"
+        raise InputError(f"input {source} cannot be {did}: {error}") from error
+
+
+def _whole(stream: IO[bytes], beginning: bytes, folder: Path) -> IO[bytes]:
+    """A packed pipe in a file, from its beginning."""
+    packed = spool(folder)
+    packed.write(beginning)
+    shutil.copyfileobj(stream, Spool(packed, folder), BLOCK_BYTES)
+    packed.seek(0)
+    return packed
+
+
+class Spool:
     """Writes, as long as the disk has room for the file and for the copy that a job makes of it."""
 
     def __init__(self, file: IO[bytes], folder: Path) -> None:
@@ -77,40 +146,3 @@ class _Spool:
                 )
         self._size += len(data)
         return self._file.write(data)
-
-
-def _unpacker(source: str) -> Callable[[_Spool], None] | None:
-    """Writes the plain lines into a file; None if they are plain already."""
-    if source == "-":
-        return lambda sink: shutil.copyfileobj(sys.stdin.buffer, sink, _BLOCK_BYTES)
-    if source.endswith(".gz"):
-        return lambda sink: _ungzip(source, sink)
-    if source.endswith(".zst"):
-        return lambda sink: _unzstd(source, sink)
-    return None
-
-
-def _ungzip(source: str, sink: _Spool | BinaryIO) -> None:
-    with gzip.open(source, "rb") as stream:
-        shutil.copyfileobj(stream, sink, _BLOCK_BYTES)
-
-
-def _unzstd(source: str, sink: _Spool | BinaryIO) -> None:
-    import zstandard
-
-    frame = None
-    with open(source, "rb") as stream:
-        # The library's own file object would take a file that was cut off for a whole one.
-        while block := stream.read(_ZSTD_BLOCK_BYTES):
-            while block:
-                if frame is None:
-                    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
-                    frame = decompressor.decompressobj()
-                try:
-                    sink.write(frame.decompress(block))
-                except zstandard.ZstdError as error:
-                    raise ValueError(str(error)) from error
-                block = frame.unused_data
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends in the middle")

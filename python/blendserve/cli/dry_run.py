@@ -82,7 +82,8 @@ def dry_run(
         number = len(faults)
         lines = "1 line is" if number == 1 else f"{number} lines are"
         say(f"{lines} not planned, and the engine would refuse:")
-        for text in fault_lines(sorted(faults, key=lambda fault: fault.line or 0)):
+        faults.sort(key=lambda fault: fault.line or 0)
+        for text in fault_lines(faults, where=checked.where):
             say(text)
     return 2 if failed else 0
 

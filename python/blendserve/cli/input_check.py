@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from array import array
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blendserve.batch import BatchFault, BatchLimits, BatchLine, LineFault, LineResult, LineSource
-from blendserve.batch.executor import ENDPOINTS
+from blendserve.batch.endpoints import ENDPOINTS, did_you_mean
 from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 from blendserve.batch.refusals import RefusedLine
@@ -18,7 +19,11 @@ from blendserve.cli.batch_input import InputError
 from blendserve.cli.stock_flags import read
 
 _MAX_LISTED_FAULTS = 50
+_NO_REQUEST = ("missing_required_parameter", "custom_id")
 _ANY_ENDPOINT = "/v1/chat/completions"
+
+
+Where = Callable[[int], str]
 
 
 @dataclass
@@ -26,13 +31,14 @@ class CheckedInput:
     """What a good file holds.
 
     refused: indexes of the lines that will be answered as errors, counted from 0 without blank
-    ones; refusals: what is wrong with the first of them.
+    ones; refusals: what is wrong with the first of them. where: names the place of a line.
     """
 
     endpoint: str
     total: int = 0
     refused: array[int] = field(default_factory=lambda: array("Q"))
     refusals: list[BatchFault] = field(default_factory=list)
+    where: Where | None = None
 
 
 def check(
@@ -42,17 +48,19 @@ def check(
     *,
     models: Collection[str] = (),
     strict: bool = False,
+    where: Where | None = None,
 ) -> CheckedInput:
     """Reads the whole file.
 
     Args:
         models: names that the engine will answer to; empty: not known yet.
         strict: takes a line with a bad body for a fault of the file.
+        where: the place of a line by its number, where the file is made of several.
 
     Raises:
         InputError: lists the bad lines of a file that cannot be run.
     """
-    checked = CheckedInput(_endpoint(path, name, limits))
+    checked = CheckedInput(_endpoint(path, name, limits, where), where=where)
 
     def refuse(line: RefusedLine) -> None:
         checked.refused.append(line.index)
@@ -70,7 +78,8 @@ def check(
     if strict:
         faults = sorted([*faults, *checked.refusals], key=lambda fault: fault.line or 0)
     if faults:
-        listed = fault_lines(faults, most=limits.max_listed_faults if strict else None)
+        most = limits.max_listed_faults if strict else None
+        listed = fault_lines(faults, most, where)
         listed += _remedies(faults)
         raise InputError("\n".join([f"{name} cannot be run:", *listed]))
     return checked
@@ -91,27 +100,39 @@ def served_models(flags: Sequence[str]) -> frozenset[str]:
     return frozenset({known.model_path, known.served_model_name or known.model_path})
 
 
-def fault_lines(faults: Sequence[BatchFault], most: int | None = None) -> list[str]:
+def fault_lines(
+    faults: Sequence[BatchFault], most: int | None = None, where: Where | None = None
+) -> list[str]:
     """Faults as lines of text, and how many more there are than `most`."""
     most = _MAX_LISTED_FAULTS if most is None else most
-    listed = [
-        f"  line {fault.line}: {fault.message} ({fault.code})"
-        if fault.line
-        else f"  {fault.message} ({fault.code})"
-        for fault in faults[:most]
-    ]
+    place = where if where is not None else "line {}".format
+    listed = []
+    for fault in faults[:most]:
+        message = fault.message
+        if fault.code == "duplicate_custom_id":
+            # It names the other line as the whole counts it.
+            message = re.sub(r"line (\d+)", lambda found: place(int(found[1])), message)
+        at = f"{place(fault.line)}: " if fault.line else ""
+        listed.append(f"  {at}{message} ({fault.code})")
     if len(faults) > most:
         listed.append(f"  and {len(faults) - most} more")
     return listed
 
 
 def _remedies(faults: Sequence[BatchFault]) -> list[str]:
+    if any((fault.code, fault.param) == _NO_REQUEST for fault in faults):
+        return [
+            "A line of a batch file has custom_id, method, url and body. Of rows, --prompt-column "
+            "or --template says what the prompt is."
+        ]
+    if (faults[0].code, faults[0].line) == ("invalid_json_line", 1):
+        return ["Input of another kind than batch lines needs --format csv, tsv, parquet or txt."]
     if all(fault.code != "model_not_found" for fault in faults):
         return []
     return ["--served-model-name NAME gives the model that you load the name that the file has."]
 
 
-def _endpoint(path: Path, name: str, limits: BatchLimits) -> str:
+def _endpoint(path: Path, name: str, limits: BatchLimits, where: Where | None) -> str:
     """The url of the first line that has one; the check finds what is wrong with the others."""
     with path.open("rb") as stream:
         for line in iter_lines(stream, limits.max_line_bytes):
@@ -122,9 +143,10 @@ def _endpoint(path: Path, name: str, limits: BatchLimits) -> str:
             if not isinstance(url, str):
                 continue
             if url not in ENDPOINTS:
+                place = where(line.number) if where is not None else f"line {line.number}"
                 raise InputError(
-                    f"{name}, line {line.number}: there is no endpoint {url[:80]!r}; "
-                    f"use one of {', '.join(sorted(ENDPOINTS))}"
+                    f"{name}, {place}: there is no endpoint {url[:80]!r}; "
+                    f"use one of {', '.join(sorted(ENDPOINTS))}.{did_you_mean(url)}"
                 )
             return url
     return _ANY_ENDPOINT

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.batch.endpoints import did_you_mean
 from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 
@@ -249,9 +250,13 @@ def _batch_line(entry: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Req
         "/v1/completions": _completion,
         "/v1/embeddings": _embedding,
         "/v1/responses": _response,
+        "/v1/classify": _embedding,
+        "/v1/score": _score,
+        "/v1/rerank": _rerank,
     }
     if url not in readers:
-        raise _BadLine(f"url is {_shown(url)}; it must be one of {', '.join(readers)}")
+        meant = did_you_mean(url) if isinstance(url, str) else ""
+        raise _BadLine(f"url is {_shown(url)}; it must be one of {', '.join(readers)}.{meant}")
     request = readers[url](body, tokenizer)
     copies = _count(body, "n", 1) or 1
     return replace(
@@ -287,6 +292,30 @@ def _completion(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Requ
 
 def _embedding(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
     return _Request(list(_prompts(body.get("input"), "input", tokenizer)), 0, exact=True)
+
+
+def _score(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    items = list(_prompts(body.get("items"), "items", tokenizer))
+    if body.get("query"):
+        [query] = _prompts(body["query"], "query", tokenizer)
+        ends = [(item, query) if body.get("item_first") else (query, item) for item in items]
+        items = [np.concatenate(pair) for pair in ends]
+    return _Request(items, 0, exact=True)
+
+
+def _rerank(body: dict[str, Any], tokenizer: Callable[[], Encoder]) -> _Request:
+    query, documents = _plain_text(body.get("query"), "query"), body.get("documents")
+    if not isinstance(documents, list) or not documents:
+        raise _BadLine(f"documents is {_shown(documents)}; it must be a list of texts")
+    pairs = [(query, _plain_text(document, "documents")) for document in documents]
+    if any(None in pair for pair in pairs):
+        raise _BadLine("query and documents hold pictures; only texts are planned")
+    # The reranker's template is the server's to fill in; what it adds is the same in all.
+    return _Request(
+        [np.array(tokenizer().text("".join(map(str, pair))), dtype=np.int32) for pair in pairs],
+        0,
+        exact=True,
+    )
 
 
 def _prompts(value: Any, key: str, tokenizer: Callable[[], Encoder]) -> Iterator[NDArray[np.int32]]:

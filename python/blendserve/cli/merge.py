@@ -19,8 +19,13 @@ from blendserve.batch.directory import fsync_folder
 from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 from blendserve.cli.batch_input import InputError, plain_file
+from blendserve.cli.carried import read_columns
+from blendserve.cli.input_flags import add_input_flags
+from blendserve.cli.job_input import job_input
+from blendserve.cli.row_mapping import read_mapping
 from blendserve.cli.run_batch import ALL_ANSWERED, INTERRUPTED, LIMITS, REFUSED, SOME_FAILED
 from blendserve.cli.shard import Shard
+from blendserve.cli.sources import expand
 
 _SHARD_NAME = re.compile(r"\.shard-(\d+)-of-(\d+)")
 _MAX_NAMED = 5
@@ -35,7 +40,10 @@ def main(argv: Sequence[str]) -> int:
     """Exit status: as of run-batch; 3 while parts are missing."""
     options = _parse(argv)
     try:
-        failed = merge(options.input, options.output, options.errors, options.overwrite)
+        sources = expand(options.input, options.format)
+        folder, most = options.output.parent, LIMITS.max_line_bytes
+        with job_input(sources, options.mapping, options.carry, folder, most) as given:
+            failed = merge(str(given.path), options.output, options.errors, options.overwrite)
     except InputError as error:
         print(f"blendserve merge: {error}", file=sys.stderr)
         return REFUSED
@@ -51,7 +59,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Put the results of `run-batch --shard` together, once they are complete.",
         allow_abbrev=False,
     )
-    parser.add_argument("-i", "--input", required=True, help="the whole input of all parts")
+    parser.add_argument(
+        *("-i", "--input"),
+        required=True,
+        nargs="+",
+        action="extend",
+        help="the whole input of all parts",
+    )
+    add_input_flags(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="the -o of all parts; the parts lie there"
     )
@@ -60,6 +75,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     options = parser.parse_args(list(argv))
+    try:
+        options.mapping, options.carry = read_mapping(options), read_columns(options.carry)
+    except InputError as error:
+        parser.error(str(error))
     if options.errors is None:
         options.errors = options.output.with_suffix(".errors.jsonl")
     return options

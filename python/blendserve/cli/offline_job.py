@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import secrets
@@ -24,6 +25,7 @@ from blendserve.batch.directory import fsync_folder
 from blendserve.batch.executor import same_engine
 from blendserve.batch.objects import CreateBatch
 from blendserve.batch.upload import Upload
+from blendserve.cli.carried import Carried
 from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineProcess, WatchSettings
 from blendserve.cli.figures import FigureKeeper, Figures
@@ -36,6 +38,7 @@ from blendserve.cli.front import (
 )
 from blendserve.cli.input_check import fault_lines
 from blendserve.cli.live_results import LiveResults
+from blendserve.cli.parquet_output import is_parquet, write_parquet
 from blendserve.cli.status import StatusBoard
 
 _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
@@ -68,6 +71,7 @@ class OfflineJob:
         log: receives what the engine prints.
         in_order: sort the results as the input is.
         earlier: results that those of this job are added to.
+        carried: columns of the input that results are to have.
     """
 
     def __init__(
@@ -81,8 +85,10 @@ class OfflineJob:
         log: Path,
         in_order: bool = False,
         earlier: EarlierRun | None = None,
+        carried: Carried | None = None,
     ) -> None:
         self._in_order = in_order
+        self._carried = carried
         self._earlier = earlier
         self._store = BatchStore(state / "batches")
         self._places = {"output": output, "error": errors}
@@ -125,10 +131,10 @@ class OfflineJob:
         batch = known[0]
         metadata = batch.metadata or {}
         state = self._store.directory.root.parent
-        if metadata.get(_METADATA_KEY) != _digest(source):
+        if metadata.get(_METADATA_KEY) != self._identity(source):
             raise JobRefused(
-                f"{state} holds the state of a run over another input. Give that input, another "
-                "-o, or --overwrite to begin anew."
+                f"{state} holds the state of a run over another input. Give that input, with the "
+                "same columns and template, another -o, or --overwrite to begin anew."
             )
         if (_RETRY_KEY in metadata) != (self._earlier is not None):
             flag = "with" if _RETRY_KEY in metadata else "without"
@@ -158,7 +164,7 @@ class OfflineJob:
                     draft.file.write(block)
             upload = Upload({"purpose": "batch"}, "input.jsonl", size, digest.hexdigest())
             file = self._service.add_upload(upload, draft)
-        metadata = {_METADATA_KEY: _digest(whole)}
+        metadata = {_METADATA_KEY: self._identity(whole)}
         if self._earlier is not None:
             metadata[_RETRY_KEY] = "yes"
         request = CreateBatch(
@@ -212,7 +218,8 @@ class OfflineJob:
         fresh = {"output": batch.output_file_id, "error": batch.error_file_id}
         paths = {kind: id and self._store.content_of(id) for kind, id in fresh.items()}
         answers = batch.request_counts.completed
-        with self._store.directory.draft() as merged:
+        with contextlib.ExitStack() as drafts:
+            merged = drafts.enter_context(self._store.directory.draft())
             if self._earlier is not None:
                 output = paths["output"] or None
                 answers = self._earlier.merge(output, merged.file, in_order=self._in_order)
@@ -221,13 +228,36 @@ class OfflineJob:
             for kind, path in paths.items():
                 target = self._places[kind]
                 if path:
-                    _place(path, target)
+                    _place(self._as_asked(path, target, drafts), target)
                 else:
                     target.unlink(missing_ok=True)
                 # Before the state goes: a power cut must not take the name and leave the removal.
                 fsync_folder(target.parent)
         self._live.remove()
         return answers
+
+    def _as_asked(self, results: Path, target: Path, drafts: contextlib.ExitStack) -> Path:
+        """A result file with its columns, as Parquet if the target's name says so."""
+        columns: Sequence[str] = ()
+        if self._carried is not None:
+            columns = self._carried.columns
+            joined = drafts.enter_context(self._store.directory.draft())
+            self._carried.join(results, joined.file)
+            joined.settle()
+            results = joined.path
+        if is_parquet(target):
+            table = drafts.enter_context(self._store.directory.draft())
+            write_parquet(results, table.file, columns)
+            table.settle()
+            results = table.path
+        return results
+
+    def _identity(self, source: Path) -> str:
+        """Of the input, with what is carried of it."""
+        digest = _digest(source)
+        if self._carried is None:
+            return digest
+        return hashlib.sha256(f"{digest}{self._carried.digest}".encode()).hexdigest()
 
     def close(self) -> None:
         self._live.close()

@@ -21,21 +21,28 @@ from pathlib import Path
 from rich.console import Console
 
 from blendserve.batch import BatchDirectoryError, BatchLimits, BatchObject
-from blendserve.cli.batch_input import InputError, plain_file
+from blendserve.cli.arrow import need_arrow
+from blendserve.cli.batch_input import InputError
+from blendserve.cli.carried import Carried, read_columns
 from blendserve.cli.display import BatchDisplay, JsonStatus
 from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineFailed
 from blendserve.cli.front import settings_of, split_flags
 from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_models
+from blendserve.cli.input_flags import add_input_flags
+from blendserve.cli.job_input import job_input
 from blendserve.cli.offline_job import JobRefused, OfflineJob
 from blendserve.cli.outcome import causes, keep_log
+from blendserve.cli.parquet_output import is_parquet
+from blendserve.cli.row_mapping import read_mapping
 from blendserve.cli.run_state import RunState, StateBusy
 from blendserve.cli.shard import read_shard, shard_file
+from blendserve.cli.sources import Source, expand
 from blendserve.cli.stock_flags import ConfigFileError
 from blendserve.config import ConfigError
 
 # Limits protect a shared server; this one is the user's own.
-LIMITS = BatchLimits(max_lines=10**9, max_file_bytes=10**13)
+LIMITS = BatchLimits(max_lines=10**9, max_file_bytes=10**13, mixed_endpoints=True)
 
 # Exit statuses, for whoever decides what to do next (docs/batch.md).
 ALL_ANSWERED = 0
@@ -95,7 +102,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-i", "--input", required=True, help="OpenAI batch file (JSONL, .gz, .zst, - for stdin)"
+        *("-i", "--input"),
+        required=True,
+        nargs="+",
+        action="extend",
+        help="files, globs, folders, pipes, - for stdin: batch lines, or rows of a table",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="answers with status 200")
     parser.add_argument(
@@ -125,6 +136,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--state", type=Path, help="folder for the run's state, on a local disk (default: by -o)"
     )
+    add_input_flags(parser)
     parser.add_argument("--json", action="store_true", help="status as JSON lines on stdout")
     options, rest = parser.parse_known_args(list(argv))
     if not options.output.name:
@@ -132,6 +144,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.errors is None:
         options.errors = options.output.with_suffix(".errors.jsonl")
     try:
+        options.mapping, options.carry = read_mapping(options), read_columns(options.carry)
         options.part = None if options.shard is None else read_shard(options.shard)
     except InputError as error:
         parser.error(str(error))
@@ -153,14 +166,19 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
         allow_remote_urls=settings.allow_remote_urls,
         media_root=settings.media_root,
     )
-    _check_paths(options)
-    with plain_file(options.input, _spool_folder(options)) as source:
+    sources = expand(options.input, options.format)
+    _check_paths(options, sources)
+    with job_input(
+        sources, options.mapping, options.carry, _spool_folder(options), limits.max_line_bytes
+    ) as given:
+        source = given.path
         checked = check(
             source,
-            options.input,
+            given.name,
             limits,
             models=served_models(server_flags),
             strict=options.strict,
+            where=given.places,
         )
         _tell_refusals(checked, console, all_of_them=options.dry_run)
         if options.dry_run:
@@ -178,20 +196,38 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
                 if not count:
                     options.output.touch()
                     return ALL_ANSWERED
-                checked = check(source, options.input, limits)
+                checked = check(source, given.name, limits)
             state = stack.enter_context(RunState(options.state))
             if options.overwrite:
                 state.set_aside()
                 options.begun_anew = True
-            return _run(options, server_flags, source, checked, limits, state, console)
+            return _run(
+                options, server_flags, source, checked, limits, state, console, given.carried
+            )
 
 
-def _check_paths(options: argparse.Namespace) -> None:
-    paths = [path.resolve() for path in (options.output, options.errors)]
-    if options.input != "-":
-        if not Path(options.input).is_file():
-            raise RunBatchError(f"input {options.input} is not a file")
-        paths.append(Path(options.input).resolve())
+def _check_parquet(options: argparse.Namespace) -> None:
+    if is_parquet(options.errors):
+        raise RunBatchError(f"--errors {options.errors}: errors are JSON lines; give a .jsonl name")
+    if not is_parquet(options.output):
+        return
+    for flag, given in (("--retry-failed", options.retry_failed), ("--shard", options.part)):
+        if given:
+            raise RunBatchError(f"{flag} works on JSON lines: give an -o that ends with .jsonl")
+    need_arrow(f"writing {options.output}")
+
+
+def _check_paths(options: argparse.Namespace, sources: Sequence[Source]) -> None:
+    _check_parquet(options)
+    results = [path.resolve() for path in (options.output, options.errors)]
+    for folder in (Path(given).resolve() for given in options.input if Path(given).is_dir()):
+        if any(folder in path.parents for path in results):
+            raise RunBatchError(
+                f"results in the input folder {folder} would be input the next time; give an -o "
+                "outside of it"
+            )
+    inputs = {Path(source.name).resolve() for source in sources if source.name != "-"}
+    paths = [*results, *inputs]
     if len(set(paths)) < len(paths):
         raise RunBatchError("input, output and errors must be three different files")
     state = options.state.resolve()
@@ -237,7 +273,7 @@ def _tell_refusals(checked: CheckedInput, console: Console, *, all_of_them: bool
     lines = "1 line cannot run and is" if number == 1 else f"{number} lines cannot run and are"
     _say(console, f"{lines} answered as an error (--strict refuses such a file):")
     most = len(checked.refusals) if all_of_them else _MAX_TOLD_REFUSALS
-    for line in fault_lines(checked.refusals, most):
+    for line in fault_lines(checked.refusals, most, checked.where):
         _say(console, line)
 
 
@@ -249,6 +285,7 @@ def _run(
     limits: BatchLimits,
     state: RunState,
     console: Console,
+    carried: Carried | None,
 ) -> int:
     log = options.state / "server.log"
     earlier = None
@@ -263,6 +300,7 @@ def _run(
         log=log,
         in_order=options.ordered,
         earlier=earlier,
+        carried=carried,
     )
     reporter = JsonStatus() if options.json else BatchDisplay(console)
     with contextlib.closing(job):

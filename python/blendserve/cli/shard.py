@@ -29,6 +29,9 @@ _TOKEN_BYTES = 4
 # How long answers get is not known: half their limit, and not more than this.
 _NO_LIMIT_TOKENS = 512
 _MAX_OUTPUT_TOKENS = 1_024
+_PROMPTS = ("messages", "prompt", "input", "items", "documents")
+# What they answer is not generated.
+_NO_ANSWER_TOKENS = ("/v1/classify", "/v1/embeddings", "/v1/rerank", "/v1/score")
 _FORM = re.compile(r"(auto|\d+)(?:/(\d+))?")
 
 
@@ -126,13 +129,17 @@ def _owners(source: Path, count: int, max_line_bytes: int) -> list[int]:
 
 def _work(data: bytes | None) -> tuple[bytes, int]:
     """A line's prompt as whole tokens of bytes, and what it may answer."""
-    body = {} if data is None else read_entry(data).fields.get("body")
+    fields = {} if data is None else read_entry(data).fields
+    body = fields.get("body")
     if not isinstance(body, dict):
         return b"", 0
     prompt = _prompt(body)
     padded = prompt + b"\0" * (-len(prompt) % _TOKEN_BYTES)
     # Token ids are not negative.
     values = np.frombuffer(padded, dtype="<i4") & 0x7FFFFFFF
+    tokens = values.astype("=i4").tobytes()
+    if fields.get("url") in _NO_ANSWER_TOKENS:
+        return tokens, 1
     limit = next(
         (
             value
@@ -141,13 +148,13 @@ def _work(data: bytes | None) -> tuple[bytes, int]:
         ),
         _NO_LIMIT_TOKENS,
     )
-    return values.astype("=i4").tobytes(), min(limit // 2 + 1, _MAX_OUTPUT_TOKENS)
+    return tokens, min(limit // 2 + 1, _MAX_OUTPUT_TOKENS)
 
 
 def _prompt(body: dict[str, Any]) -> bytes:
-    given = next((body[key] for key in ("messages", "prompt", "input") if key in body), None)
+    given = next((body[key] for key in _PROMPTS if key in body), None)
     # What a chat template puts first comes first.
-    named = [body[key] for key in ("tools", "instructions") if body.get(key)]
+    named = [body[key] for key in ("tools", "instructions", "query") if body.get(key)]
     try:
         return orjson.dumps([*named, given])
     except (TypeError, ValueError):

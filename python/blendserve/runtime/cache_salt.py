@@ -77,11 +77,17 @@ def add_salt(obj: Any, salt: str) -> None:
         return
     # An embedding request: the scheduler puts it on the request that it makes.
     params = obj.sampling_params
-    own = {"custom_params": {SALT_PARAM: salt}}
+    own = {SALT_PARAM: salt}
     if isinstance(params, list):
-        obj.sampling_params = [{**one, **own} for one in params]
+        obj.sampling_params = [with_custom(one, own) for one in params]
     else:
-        obj.sampling_params = {**(params or {}), **own}
+        obj.sampling_params = with_custom(params, own)
+
+
+def with_custom(params: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's sampling parameters with these ``custom_params`` beside those that it has."""
+    given = params or {}
+    return {**given, "custom_params": {**(given.get("custom_params") or {}), **own}}
 
 
 def take_salt(req: Any) -> None:
@@ -89,7 +95,9 @@ def take_salt(req: Any) -> None:
     params = req.sampling_params.custom_params
     if params and (salt := params.get(SALT_PARAM)):
         req.extra_key = f"{req.extra_key or ''}/{salt}"
-        req.sampling_params.custom_params = None
+        rest = {key: value for key, value in params.items() if key != SALT_PARAM}
+        # SGLang's own reference to the request alone is no parameter; see `plan_tag.without_tag`.
+        req.sampling_params.custom_params = rest if rest.keys() - {"__req__"} else None
 
 
 def _joined(salt: str, own: Any) -> str:

@@ -24,7 +24,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from blendserve.batch import CACHE_SALT_HEADER
-from blendserve.batch.executor import ENDPOINTS
+from blendserve.batch.endpoints import ENDPOINTS
 from blendserve.runtime.feedback import SchedulerReport
 from blendserve.runtime.job_prompts import LineReader
 from blendserve.runtime.link_protocol import (

@@ -29,6 +29,7 @@ from blendserve.runtime.guard import not_live
 from blendserve.runtime.job_runner import JobRunner, Threads
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineClient
+from blendserve.runtime.line_plans import planned
 from blendserve.runtime.link_protocol import LINK_VERSION, EngineDescription
 from blendserve.runtime.media_checks import checking_media, kinds_read
 from blendserve.runtime.metrics import Metrics
@@ -37,8 +38,9 @@ from blendserve.runtime.planner_process import PlannerProcess
 from blendserve.runtime.program_client import ProgramClient
 from blendserve.runtime.program_job import ProgramJob, ProgramView
 from blendserve.runtime.prompts import PromptReader
-from blendserve.runtime.refusals import RefuseBodies, guarded, refuse_in_handlers
+from blendserve.runtime.refusals import RefuseBodies, guarded, refuse_in_handlers, scoring
 from blendserve.runtime.request_checks import ModelLimits, checked
+from blendserve.runtime.served import served_endpoints
 from blendserve.runtime.tickets import Tickets, ticketed
 from sgl_kernel_ext import cpu
 
@@ -105,8 +107,10 @@ class BlendExecutor:
         )
         self._tickets = Tickets()
         generate = salted(ticketed(tokenizer_manager.generate_request, self._tickets))
+        generate = planned(generate)
         generate = guarded(checking_media(generate, kinds_read(tokenizer_manager)))
         tokenizer_manager.generate_request = paced(generate, pacer)
+        tokenizer_manager.score_request = scoring(tokenizer_manager.score_request)
         app.add_middleware(RefuseBodies)
         self.reader = PromptReader(app, tokenizer_manager)
         self._planner = PlannerProcess(
@@ -131,13 +135,7 @@ class BlendExecutor:
 
     @property
     def endpoints(self) -> frozenset[str]:
-        if not self._tokenizer_manager.is_generation:
-            return frozenset({"/v1/embeddings"})
-        served = {"/v1/chat/completions", "/v1/completions"}
-        # SGLang serves these only where its handler could be made, which it is at the start.
-        if hasattr(self._app.state, "openai_serving_responses"):
-            served.add("/v1/responses")
-        return frozenset(served)
+        return served_endpoints(self._app, self._tokenizer_manager)
 
     @property
     def models(self) -> frozenset[str]:

@@ -144,6 +144,7 @@ HTTP_SIGNATURES: Mapping[str, tuple[str, ...]] = {
         "obj",
         "...",
     ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.score_request": ("self", "..."),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
         "self",
         "obj",

@@ -18,7 +18,8 @@ from blendserve.runtime.plan_tag import PlanTag
 
 _ABORT_INTERVAL_SECONDS = 0.05
 # Routes whose bodies may name a data-parallel replica.
-_ROUTED = frozenset({"/v1/completions", "/v1/chat/completions"})
+_ROUTED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/score"})
+_EMBEDS = frozenset({"/v1/embeddings", "/v1/classify"})
 
 
 class MemberLost(Exception):
@@ -133,7 +134,7 @@ def request_body(
 ) -> dict[str, Any]:
     """A line's body as the server's route gets it."""
     body = {"model": model, **line.body}
-    if sequences == 1:
+    if sequences == 1 and not _has_several(line):
         # SGLang makes ids of its own for several sequences, and could not be told to abort.
         body["rid"] = rid
     if line.url == "/v1/responses":
@@ -146,16 +147,32 @@ def request_body(
     return body
 
 
+def _has_several(line: BatchLine) -> bool:
+    """Whether an embedding line has a list of texts, of which SGLang wants a list of ids."""
+    given = line.body.get("input") if line.url in _EMBEDS else None
+    return isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+
+
 def answer_body(content: bytes) -> dict[str, Any]:
-    """What the server's route answered; in OpenAI's shape of an error if it is no object."""
+    """What the server's route answered; in OpenAI's shape of an error if it is no JSON."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         body = None
     if isinstance(body, dict):
         return body
+    if isinstance(body, list):
+        return _ranking(body)
     text = content.decode("utf-8", "replace")
     return {"error": {"message": text, "type": "server_error"}}
+
+
+def _ranking(answer: list[Any]) -> dict[str, Any]:
+    """A reranker's answer as an object, as the body of a result is, with its tokens."""
+    found = (one.get("meta_info") if isinstance(one, dict) else None for one in answer)
+    told = [meta["prompt_tokens"] for meta in found if meta and "prompt_tokens" in meta]
+    tokens = sum(told)
+    return {"results": answer, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
 def unwritable(error: Exception) -> dict[str, Any]:

@@ -13,8 +13,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ScoringRequest,
+    V1RerankReqInput,
+)
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from blendserve.batch.errors import reason_of
 from blendserve.runtime.media import MediaReader
@@ -28,6 +35,13 @@ logger = logging.getLogger(__name__)
 
 # A processor that is given a blank picture has an answer in a few milliseconds to a second.
 _PROBE_SECONDS = 60.0
+# SGLang's handlers and request classes of lines without output tokens.
+_PREFILL_ONLY: Mapping[str, tuple[str, Any]] = {
+    "/v1/embeddings": ("openai_serving_embedding", EmbeddingRequest),
+    "/v1/classify": ("openai_serving_classify", ClassifyRequest),
+    "/v1/rerank": ("openai_serving_rerank", V1RerankReqInput),
+    "/v1/score": ("openai_serving_score", ScoringRequest),
+}
 
 
 class PromptReader:
@@ -45,6 +59,7 @@ class PromptReader:
         self._media: MediaReader | None = None
         self._context_length = int(tokenizer_manager.model_config.context_len)
         self._vocab_size = int(tokenizer_manager.model_config.vocab_size)
+        self._one_replica = int(tokenizer_manager.server_args.dp_size or 1) == 1
 
     def probe_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Plan pictures from now on, with SGLang's processor, which runs on its event loop."""
@@ -88,11 +103,51 @@ class PromptReader:
         elif url == "/v1/completions":
             handler = self._app.state.openai_serving_completion
             request = CompletionRequest(**body)
+        elif url in _PREFILL_ONLY:
+            return self._prefill_only(url, body)
         else:
             raise UnreadablePrompt(f"{url} has no prompt to plan with")
         if (fault := handler._validate_request(request)) is not None:
             raise UnreadablePrompt(fault)
         return self._prompt(handler._convert_to_internal_request(request, None)[0])
+
+    def _prefill_only(self, url: str, body: Mapping[str, Any]) -> Prompt:
+        """A line whose answer is a vector, a label or numbers: no token is generated."""
+        name, kind = _PREFILL_ONLY[url]
+        handler = getattr(self._app.state, name)
+        request = kind(**body)
+        if (fault := handler._validate_request(request)) is not None:
+            raise UnreadablePrompt(fault)
+        if url == "/v1/score":
+            token_ids, prompts = self._scored(request)
+        else:
+            adapted = handler._convert_to_internal_request(request, None)[0]
+            if not self._one_replica or not isinstance(adapted, EmbeddingReqInput):
+                # SGLang's class has no field for the replica; or it makes its prompts later.
+                raise UnreadablePrompt(f"this body of {url} is not planned")
+            if adapted.image_data or adapted.video_data or adapted.audio_data:
+                raise UnreadablePrompt("embeddings of pictures are not planned")
+            token_ids, prompts = self._token_ids(adapted)
+        return Prompt(token_ids, max_output_tokens=0, ignore_eos=True, sequences=prompts)
+
+    def _scored(self, request: Any) -> tuple[NDArray[np.int32], int]:
+        """Tokens of the first item with its query, and how many items there are."""
+        args = self._tokenizer_manager.server_args
+        # As releases before 0.5.21 call it.
+        delimiter = getattr(args, "multi_item_scoring_delimiter", None)
+        if getattr(args, "enable_mis", False) or delimiter is not None:
+            raise UnreadablePrompt("all items of a line are one prompt on this server")
+        items = [request.items] if isinstance(request.items, str) else request.items
+        if not items:
+            raise UnreadablePrompt("there is no item")
+        item = items[0]
+        query = type(item)() if request.query is None else request.query
+        if type(query) is not type(item):
+            raise UnreadablePrompt("query and items are to be texts, or token ids")
+        whole = item + query if request.item_first else query + item
+        return self._planned_ids(whole if isinstance(whole, list) else self._encode(whole)), len(
+            items
+        )
 
     def _prompt(self, adapted: Any) -> Prompt:
         media: Sequence[MediaRun] = ()
@@ -127,7 +182,14 @@ class PromptReader:
         elif ids and isinstance(ids[0], list):
             count, ids = len(ids), ids[0]
         if ids is None:
-            ids = self._tokenizer.encode(text)
+            ids = self._encode(text)
+        return self._planned_ids(ids), count
+
+    def _encode(self, text: Any) -> Any:
+        # A pair of texts is what a cross encoder reads.
+        return self._tokenizer.encode(*([text] if isinstance(text, str) else text))
+
+    def _planned_ids(self, ids: Any) -> NDArray[np.int32]:
         if not all(0 <= token < self._vocab_size for token in ids):
             raise UnreadablePrompt("the prompt has tokens that the vocabulary has not")
-        return np.asarray(ids, dtype=np.int32), count
+        return np.asarray(ids, dtype=np.int32)

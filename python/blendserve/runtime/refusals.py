@@ -31,11 +31,17 @@ _ROUTES = frozenset(
         "/v1/completions",
         "/v1/embeddings",
         "/v1/responses",
+        "/v1/score",
+        "/v1/rerank",
+        "/v1/classify",
         "/generate",
         "/encode",
     }
 )
-_HANDLERS = ("openai_serving_chat", "openai_serving_completion", "openai_serving_embedding")
+_HANDLERS = (
+    *("openai_serving_chat", "openai_serving_completion", "openai_serving_embedding"),
+    *("openai_serving_classify", "openai_serving_rerank"),
+)
 _STEPS = ("_validate_request", "_convert_to_internal_request")
 # Whether the engine has answered, in the task of one HTTP request.
 _answered: ContextVar[list[bool] | None] = ContextVar("answered", default=None)
@@ -111,6 +117,23 @@ def guarded(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncI
             raise _refusal(error) from error
 
     return generate_request
+
+
+def scoring(score: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """SGLang's ``TokenizerManager.score_request``, which puts prompts together itself: what it
+    raises before the engine has answered is a fault of the request."""
+
+    async def score_request(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await score(*args, **kwargs)
+        except (ValueError, HTTPException, MemoryError):
+            raise
+        except Exception as error:
+            if _answered.get():
+                raise
+            raise _refusal(error) from error
+
+    return score_request
 
 
 class RefuseBodies:

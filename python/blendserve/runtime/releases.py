@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
 # What SGLang's prefix caches call when a request ends or is retracted: from 0.5.21, and before.
 RELEASE_METHODS = ("on_release", "cache_finished_req")
 
@@ -31,3 +33,8 @@ def watch_releases(tree_cache: Any, released: Callable[[str], object]) -> None:
         f"{type(tree_cache).__name__} has neither of {', '.join(RELEASE_METHODS)}: BlendServe "
         "cannot tell when a request ends"
     )
+
+
+def has_answer(req: Any) -> bool:
+    """Whether SGLang's request has been computed to its end, not aborted or retracted."""
+    return bool(req.finished()) and not isinstance(req.finished_reason, FINISH_ABORT)

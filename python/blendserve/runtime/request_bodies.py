@@ -8,9 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 from sglang.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
+    ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
     ResponsesRequest,
+    ScoringRequest,
+    V1RerankReqInput,
 )
 
 from blendserve.batch.errors import cause_of
@@ -20,6 +23,9 @@ _CLASSES: Mapping[str, Any] = {
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/score": ScoringRequest,
+    "/v1/rerank": V1RerankReqInput,
+    "/v1/classify": ClassifyRequest,
 }
 # Fields of which the planner reads the value, and of which the classes read "8" and 8.0 as 8.
 _VALUES = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n", "ignore_eos")

@@ -36,7 +36,7 @@ from blendserve.runtime.prefill_adder import (
     cached_tokens,
 )
 from blendserve.runtime.radix_cache import BlendRadixCache
-from blendserve.runtime.releases import watch_releases
+from blendserve.runtime.releases import has_answer, watch_releases
 from blendserve.runtime.side_queues import PlannedRequest, SideQueues
 from blendserve.runtime.step_room import StepRoom
 from blendserve.runtime.trace import StepTrace
@@ -161,6 +161,10 @@ class BlendScheduler(BlendOnline, BlendMultiplex, Scheduler):  # type: ignore[mi
 
     def _released(self, rid: str) -> None:
         """SGLang has given the memory of a request back."""
+        planned = self.blend.running.get(rid)
+        if planned is not None and has_answer(planned.req):
+            # One that ends with its prompt, as an embedding: those behind it share that from now.
+            self.blend.prefilled(rid)
         if self.blend.finish(rid) or self.blend_online.ended(rid):
             self.blend_changed = True
             self.blend_policy.memory_freed()
