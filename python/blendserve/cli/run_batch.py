@@ -13,7 +13,7 @@ import contextlib
 import signal
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -265,6 +265,13 @@ def _run(
         earlier=earlier,
     )
     reporter = JsonStatus() if options.json else BatchDisplay(console)
+    total = checked.total
+
+    def placed(batch: BatchObject, answers: int) -> None:
+        counts = batch.request_counts
+        failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
+        _say(console, f"{batch.status}: {answers} answered in {options.output}{failed}")
+
     with contextlib.closing(job):
         batch_id = job.resume(source)
         if batch_id is None and earlier is not None:
@@ -273,15 +280,14 @@ def _run(
                     _say(
                         console, f"{count} of {checked.total} lines have no answer, and run again."
                     )
-                    batch_id = job.begin(rest, source, checked.endpoint)
+                    batch_id, total = job.begin(rest, source, checked.endpoint), count
         elif batch_id is None:
             batch_id = job.begin(source, source, checked.endpoint)
         if batch_id is not None:
             _say(console, f"Starting the engine (its log: {log}) ...")
             _say(console, f"Answers so far: {' and '.join(map(str, job.live_paths))}")
             with reporter:
-                batch = asyncio.run(_until_stopped(job, batch_id, reporter))
-            answers = job.place(batch)
+                batch = asyncio.run(_until_stopped(job, batch_id, reporter, total, placed))
     if batch_id is None:
         state.remove()
         _say(console, f"Every line has its answer in {options.output}; there is nothing to do.")
@@ -289,8 +295,6 @@ def _run(
     counts = batch.request_counts
     kept = keep_log(log, options.output) if counts.failed else None
     state.remove()
-    failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
-    _say(console, f"{batch.status}: {answers} answered in {options.output}{failed}")
     if counts.failed:
         for line in causes(options.errors):
             _say(console, line)
@@ -303,10 +307,14 @@ def _run(
 
 
 async def _until_stopped(
-    job: OfflineJob, batch_id: str, reporter: BatchDisplay | JsonStatus
+    job: OfflineJob,
+    batch_id: str,
+    reporter: BatchDisplay | JsonStatus,
+    total: int,
+    placed: Callable[[BatchObject, int], None],
 ) -> BatchObject:
     """SIGTERM stops as Ctrl-C does: at once, with everything that has arrived saved."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await job.run(batch_id, reporter)
+    return await job.run(batch_id, reporter, total=total, on_placed=placed)
