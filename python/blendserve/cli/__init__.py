@@ -21,6 +21,7 @@ commands:
   serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
   engine      start one of several engines, for `serve --engine-urls`
   run-batch   run a file of requests offline, and write the answers to a file
+  batches     list, follow and fetch the batches of a server
   merge       put the results of `run-batch --shard` together, once they are complete
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve": _serve,
         "engine": _engine,
         "run-batch": _run_batch,
+        "batches": _batches,
         "merge": _merge,
         "plan": _plan,
         "simulate": _simulate,
@@ -111,6 +113,12 @@ def _run_batch(argv: list[str]) -> int:
     from blendserve.cli.run_batch import main as run_batch
 
     return run_batch(argv)
+
+
+def _batches(argv: list[str]) -> int:
+    from blendserve.cli.batches import main as batches
+
+    return batches(argv)
 
 
 def _merge(argv: list[str]) -> int:
