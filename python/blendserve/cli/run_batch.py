@@ -26,7 +26,7 @@ from blendserve.cli.display import BatchDisplay, JsonStatus
 from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineFailed
 from blendserve.cli.front import settings_of, split_flags
-from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_models
+from blendserve.cli.input_check import CheckedInput, check, fault_lines, parses_calls, served_models
 from blendserve.cli.offline_job import JobRefused, OfflineJob
 from blendserve.cli.outcome import causes, keep_log
 from blendserve.cli.run_state import RunState, StateBusy
@@ -161,6 +161,7 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
             limits,
             models=served_models(server_flags),
             strict=options.strict,
+            parses_calls=parses_calls(server_flags),
         )
         _tell_refusals(checked, console, all_of_them=options.dry_run)
         if options.dry_run:
