@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from blendserve.batch import BatchDirectoryError, BatchLimits, BatchObject
+from blendserve.cli.arguments import price
 from blendserve.cli.batch_input import InputError, plain_file
 from blendserve.cli.display import BatchDisplay, JsonStatus
 from blendserve.cli.earlier_run import EarlierRun
@@ -118,6 +119,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--dry-run", action="store_true", help="check the file, print plan and time, run nothing"
     )
     parser.add_argument(
+        "--price-per-hour", type=price, metavar="P", help="of one device, for --dry-run"
+    )
+    parser.add_argument(
         "--shard",
         metavar="I/N",
         help="run part I of N, from 0; auto: as this task of a Slurm array or indexed job says",
@@ -168,6 +172,8 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
             from blendserve.cli.dry_run import dry_run
 
             say = partial(_say, console)
+            if options.price_per_hour is not None:
+                server_flags = [*server_flags, "--price-per-hour", str(options.price_per_hour)]
             return dry_run(source, checked, server_flags, options.json, limits.max_line_bytes, say)
         with contextlib.ExitStack() as stack:
             if options.part is not None:
