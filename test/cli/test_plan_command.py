@@ -408,17 +408,6 @@ def test_costs_are_device_time_money_and_where_they_go(capsys, token_file):
     assert cost["last"] == [], "all long answers end together"
 
 
-def test_the_tail_is_where_few_requests_are_left(capsys, token_file):
-    with token_file.open("a") as stream:
-        stream.write(json.dumps({"id": "late", "input_ids": [1, 2], "output_len": 6000}) + "\n")
-    _, out, _ = plan(capsys, "-i", token_file, *ON_A100, "--json")
-    cost, seconds = json.loads(out)["cost"], json.loads(out)["predicted_seconds"]["blend"]
-    assert [late["id"] for late in cost["last"]] == ["late"]
-    assert 0.3 * seconds < cost["tail_seconds"] < 0.8 * seconds
-    _, out, _ = plan(capsys, "-i", token_file, *ON_A100)
-    assert "'late' in line 73: 2 prompt and 6,000 output tokens" in out.partition("end of the")[2]
-
-
 def test_text_says_money_only_with_a_price(capsys, token_file):
     _, out, _ = plan(capsys, "-i", token_file, *ON_A100)
     assert "device time" in out
