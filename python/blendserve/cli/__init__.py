@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from blendserve import __version__
 
 # Commands that run an engine, and what only an installation of SGLang brings.
-_WITH_ENGINE = frozenset({"engine", "serve", "run-batch"})
+_WITH_ENGINE = frozenset({"calibrate", "engine", "serve", "run-batch"})
 # With these the engines are on other machines.
 _ENGINES_ELSEWHERE = frozenset({"--engine-urls", "--ray"})
 _ENGINE_PACKAGES = frozenset({"sglang", "torch", "transformers", "safetensors", "gguf"})
@@ -26,6 +26,7 @@ commands:
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
   trace       sum up, and draw, what the steps of a server did
+  calibrate   measure this machine and a model on it, for --hardware of the others
   doctor      say what this machine is, what `serve` would use on it, and what is missing
 
 Every SGLang flag works under its own name with `serve` and `run-batch`.
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "simulate": _simulate,
         "trace": _trace,
+        "calibrate": _calibrate,
         "doctor": _doctor,
     }
     command = commands.get(args[0])
@@ -143,6 +145,12 @@ def _trace(argv: list[str]) -> int:
     from blendserve.cli.trace import main as trace
 
     return trace(argv)
+
+
+def _calibrate(argv: list[str]) -> int:
+    from blendserve.cli.calibrate import main as calibrate
+
+    return calibrate(argv)
 
 
 def _doctor(argv: list[str]) -> int:

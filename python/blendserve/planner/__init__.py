@@ -23,6 +23,7 @@ from .kv_account import Candidate, KVAccount
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
+from .measured_steps import MeasuredSteps, StepTerms, UnusableSteps, fit_steps
 from .media import EncoderWork, MediaRuns
 from .memory_forecast import MemoryForecast
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
@@ -63,6 +64,7 @@ __all__ = [
     "KVAccount",
     "KVView",
     "LengthModel",
+    "MeasuredSteps",
     "MediaRuns",
     "MemoryForecast",
     "ModelSpec",
@@ -81,15 +83,18 @@ __all__ = [
     "Side",
     "StepCosts",
     "StepPace",
+    "StepTerms",
     "Timetable",
     "Transformed",
     "UnknownHardwareError",
+    "UnusableSteps",
     "best_split",
     "choose_sample",
     "choose_second_sample",
     "dual_scan_sequence",
     "estimate",
     "first_part",
+    "fit_steps",
     "fitted_costs",
     "hardware",
     "known_device",
