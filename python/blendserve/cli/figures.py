@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 _RATE_WINDOW_SECONDS = 10.0
 
 
@@ -17,8 +19,9 @@ class Figures:
 
     prefill_tokens_per_second, decode_tokens_per_second: over the last seconds.
     prefix_hit_rate: part of the admitted prompt tokens that came out of the cache.
-    eta_seconds: of the token work that is left, at the pace so far.
-    share_of_bound: how near the pace so far is to the least time that the plan allows.
+    eta_seconds: by the predicted course of what is left, at the pace so far; without one, of the
+        token work that is left.
+    share_of_bound: how near the pace so far is to the least time that the plan allows, up to 1.
     """
 
     prefill_tokens_per_second: float | None = None
@@ -54,10 +57,12 @@ class FigureKeeper:
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque()
         self._work: tuple[str, float, float] | None = None
+        self._clock = CurveClock()
 
-    def update(self, status: Mapping[str, Any], job_id: str) -> Figures:
-        """Take in one answer of GET /blendserve/status."""
-        now = time.monotonic()
+    def update(self, status: Mapping[str, Any], job_id: str, now: float | None = None) -> Figures:
+        """Take in one answer of GET /blendserve/status. now: seconds of any clock that goes on
+        steadily; this process's by default."""
+        now = time.monotonic() if now is None else now
         schedulers = status.get("schedulers", [])
         prefill, decode = self._rates(now, schedulers)
         prompt = sum(scheduler["prompt_tokens"] for scheduler in schedulers)
@@ -92,10 +97,54 @@ class FigureKeeper:
         done, total = job.get("done_work_tokens", 0.0), job.get("total_work_tokens", 0.0)
         if self._work is None or self._work[0] != job["job_id"] or done < self._work[2]:
             self._work = (job["job_id"], now, done)
+            self._clock = CurveClock()
         _, started, before = self._work
+        by_curve = self._clock.seconds_left(now, job)
         elapsed, work = now - started, done - before
         if elapsed <= 0 or work <= 0 or total <= 0:
-            return None, None
+            return by_curve, None
         left = max(total - done, 0.0) * elapsed / work
-        bound = job.get("bound_seconds", 0.0) * work / total
-        return left, bound / elapsed if bound else None
+        share = job.get("bound_seconds", 0.0) * work / total / elapsed
+        # A bound that the run beats is none: the device was measured wrongly, or the lengths of
+        # what is left are not what was expected.
+        return left if by_curve is None else by_curve, share if 0 < share <= 1 else None
+
+
+class CurveClock:
+    """Tells the time left of a job by its predicted course, and by how fast it has followed it.
+
+    The course says how many of its own seconds the work done so far stands for. Seconds of the
+    clock per second of the course are measured over the whole run: so a device that is slower than
+    predicted, or shared with others, is told apart from an end that is slow by itself.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int, float, float] | None = None
+        self._passed = self._course = 0.0
+
+    def seconds_left(self, now: float, job: Mapping[str, Any]) -> float | None:
+        """None before there is anything to tell by."""
+        curve = job.get("curve")
+        if not curve:
+            return None
+        prefill, output = curve["token_work"]
+        work = prefill * (_computed(job, "prefill") - job["curve_prefill_tokens"])
+        work += output * (_computed(job, "output") - job["curve_output_tokens"])
+        at = float(np.interp(work, curve["work"], curve["seconds"]))
+        if self._before is not None and self._before[0] == job["plans"]:
+            # Between two plans nobody knows how far the course of the one went.
+            self._passed += now - self._before[1]
+            self._course += max(at - self._before[2], 0.0)
+        self._before = (job["plans"], now, at)
+        if self._course <= 0:
+            return None
+        whole = float(curve["seconds"][-1])
+        return (whole - at) * self._passed / self._course
+
+
+def _computed(job: Mapping[str, Any], kind: str) -> int:
+    """Tokens of the job, answered or in flight."""
+    answered = job["answered_output_tokens"]
+    if kind == "prefill":
+        answered = job["answered_prompt_tokens"] - job["answered_cached_tokens"]
+    return int(answered + job[f"flight_{kind}_tokens"])

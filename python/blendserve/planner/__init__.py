@@ -40,6 +40,7 @@ from .prediction import (
     predict,
 )
 from .prefix_tree import PrefixTree
+from .progress_curve import ProgressCurve, progress_curve
 from .step_costs import Rates, StepCosts
 from .transform import Transformed, transform
 
@@ -79,6 +80,7 @@ __all__ = [
     "PlannerConfig",
     "Prediction",
     "PrefixTree",
+    "ProgressCurve",
     "Rates",
     "Side",
     "StepCosts",
@@ -108,6 +110,7 @@ __all__ = [
     "partition",
     "partition_memory",
     "predict",
+    "progress_curve",
     "rest_density",
     "sample_size",
     "separate_parts",

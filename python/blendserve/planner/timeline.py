@@ -48,12 +48,15 @@ class Work:
 class Course:
     """How a run goes, in stretches of as many steps each.
 
-    seconds, running: (s,) of each stretch; requests that decode in it. end: (k,) number of the
-    stretch, and part of it, in which each request ends.
+    seconds, running: (s,) of each stretch; requests that decode in it. prefill, decoded: (s,)
+    tokens of prompts that are computed in it, and of answers. end: (k,) number of the stretch, and
+    part of it, in which each request ends.
     """
 
     seconds: Floats
     running: Floats
+    prefill: Floats
+    decoded: Floats
     end: Floats
 
     @property
@@ -80,7 +83,7 @@ def run_course(
     of the compute side: these are prefilled evenly beside the others."""
     if not len(work.prompt):
         nothing = np.zeros(0)
-        return Course(nothing, nothing, nothing)
+        return Course(nothing, nothing, nothing, nothing, nothing)
     own, pool = work.own, capacity * HELD_PART
     start = _starts(own, work.output, pool) if left is None else _paced_starts(work, left, pool)
     begin = start + own / _CHUNK
@@ -112,7 +115,9 @@ def run_course(
         )
     prompts = _prompt_seconds(work, costs, steps_with_prefill)
     spread = prefill / max(float(prefill.sum()), 1e-9)
-    return Course(np.array(seconds) + prompts * spread, decodes, end / span)
+    return Course(
+        np.array(seconds) + prompts * spread, decodes, prefill, decodes * span, end / span
+    )
 
 
 def _starts(own: Floats, output: Floats, pool: float) -> Floats:

@@ -141,7 +141,7 @@ class ClusterExecutor:
 
     def jobs(self) -> list[JobView]:
         """The jobs that run now."""
-        return [runner.view for runner in self._runners.values()]
+        return [runner.look() for runner in self._runners.values()]
 
     def dispatch(self) -> DispatchView:
         """How the engines' queues are shared between them."""

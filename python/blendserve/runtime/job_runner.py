@@ -170,22 +170,17 @@ class JobRunner:
         return no_plan()
 
     def _begin(self, plan: JobPlan) -> None:
-        self.view.prompt_tokens = plan.prompt_tokens
-        self.view.unique_tokens = plan.unique_tokens
-        self.view.best_sharing = plan.sharing_best
-        self.view.planned_sharing = plan.sharing_planned
-        self.view.bound_seconds = plan.bound_seconds
-        self._adopt(plan)
+        self.view.begin(plan)
+        self._adopt(plan, self.look().computed())
         self._learning = bool(self.view.sampled)
         self._replan_at = 2 * self.view.sampled
         self.view.phase = "running"
 
-    def _adopt(self, plan: JobPlan) -> None:
-        """Walk this plan from now on."""
+    def _adopt(self, plan: JobPlan, computed: tuple[int, int]) -> None:
+        """Walk this plan from now on, which was asked for when so much was computed."""
         self._walk = PlanWalk(plan, self._news.started, self._sent, self._returned)
         self.view.sampled += self._walk.sampled
-        self.view.plans += 1
-        self.view.total_work_tokens = plan.total_work_tokens
+        self.view.adopt(plan, computed)
         self._look()
 
     def _replan_if_due(self) -> None:
@@ -199,7 +194,8 @@ class JobRunner:
     async def _replan(self) -> None:
         self._replan_at = 2 * max(self.view.observed, self.view.sampled)
         try:
-            self._adopt(await self._plan(self._news.take(self._running())))
+            computed = self.look().computed()
+            self._adopt(await self._plan(self._news.take(self._running())), computed)
             self._tell_lengths()
         except Exception:
             # Of any type, as for the first plan; the job goes on with the plan that it has.
@@ -208,13 +204,18 @@ class JobRunner:
         self._replanning = None
         self._dispatcher.wake()
 
+    def look(self) -> JobView:
+        """What an operator sees, and what is in flight as of now."""
+        running = self._running()
+        prefill = (int(self._walk.plan.prefill_tokens[position]) for position, _ in running)
+        self.view.flight_prefill_tokens = sum(prefill)
+        self.view.flight_output_tokens = sum(tokens for _, tokens in running)
+        return self.view
+
     def _running(self) -> list[tuple[int, int]]:
         """Output tokens so far of what has any and has not ended, by position."""
-        return [
-            (position, tokens)
-            for position, sent in self._sent.items()
-            if (tokens := self._client.tokens_so_far(sent.task))
-        ]
+        so_far = self._client.tokens_so_far
+        return [(at, tokens) for at, sent in self._sent.items() if (tokens := so_far(sent.task))]
 
     def _tell_lengths(self) -> None:
         """Each scheduler is told what the new plan expects of requests that it has already."""

@@ -24,11 +24,13 @@ from blendserve.planner import (
     Plan,
     PlannerConfig,
     PrefixTree,
+    ProgressCurve,
     Side,
     Timetable,
     hardware,
     make_plan,
     make_timetable,
+    progress_curve,
 )
 from blendserve.runtime.plan_tag import UseTag
 
@@ -130,6 +132,7 @@ class JobPlan:
         total_work_tokens: prefill and output tokens of all requests, ended ones included.
         prompt_tokens, unique_tokens, sharing_best, sharing_planned: see `Plan`.
         latest_due: the highest number that a request of each side was sent with.
+        curve: how the work of what has not ended goes on with time; None: not known.
     """
 
     scanner: DualScanner
@@ -148,6 +151,7 @@ class JobPlan:
     sharing_best: float
     sharing_planned: float
     latest_due: dict[Side, int]
+    curve: ProgressCurve | None = None
 
     def use_tag(self, job: str, side: Side, position: int) -> UseTag:
         """What the radix cache is told when a side sends a request; the scanner has taken it.
@@ -251,7 +255,7 @@ class _PlannedJob:
         self._started.update(news.started.tolist())
         observed = zip(news.finished.tolist(), news.finished_tokens.tolist(), strict=True)
         self._observed.update(observed)
-        running = zip(news.running.tolist(), news.running_tokens.tolist(), strict=True)
+        running = dict(zip(news.running.tolist(), news.running_tokens.tolist(), strict=True))
         job = self._job or self._gathered()
         plan = make_plan(
             job,
@@ -260,13 +264,16 @@ class _PlannedJob:
             observed=self._observed,
             exclude=self._started,
             tree=self._tree,
-            running=dict(running),
+            running=running,
             sampled=self._sampled,
         )
         self._sampled.update(plan.sample.tolist())
         if self._tree is None:
             self._remember(plan)
-        return self._as_walked(plan, cost_model, news.started)
+        walked = self._as_walked(plan, cost_model, news.started)
+        in_flight = dict.fromkeys(self._started.difference(self._observed), 0) | running
+        curve = progress_curve(plan, cost_model, config.kv_tokens, in_flight, self._prefill)
+        return replace(walked, curve=curve)
 
     def _gathered(self) -> Job:
         offsets = np.concatenate(([0], np.cumsum(_view(self._lengths, np.int64))))
