@@ -2,8 +2,8 @@
 
 Three jobs on the real CPU engine, one server for all: the demo's (lengths not known, little KV
 memory), made-up prompts with answers of very different forced lengths, and many prompts with short
-answers beside a few long ones. A recorder asks for the status twice a second; what `run-batch` would
-have shown at each moment is compared with what was left then.
+answers beside a few long ones. A recorder asks for the status twice a second; what `run-batch`
+would have shown at each moment is compared with what was left then.
 
     python benchmark/runtime/time_left.py [--hardware FILE.json] [--json OUT.json]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from blendserve.cli.curve_clock import CurveClock
 
 _RATE_WINDOW_SECONDS = 10.0
 
@@ -68,7 +68,11 @@ class FigureKeeper:
         prompt = sum(scheduler["prompt_tokens"] for scheduler in schedulers)
         cached = sum(scheduler["cached_tokens"] for scheduler in schedulers)
         job = next((job for job in status.get("jobs", []) if job["job_id"] == job_id), None)
-        eta, share = self._pace(now, job) if job is not None else (None, None)
+        # Its own only where nothing else runs; online requests are few beside a batch.
+        alone = len(status.get("jobs", [])) == 1 and schedulers
+        latest = self._samples[-1]
+        counters = (latest.prefill_tokens, latest.decode_tokens) if alone else None
+        eta, share = self._pace(now, job, counters) if job is not None else (None, None)
         return Figures(prefill, decode, cached / prompt if prompt else None, eta, share)
 
     def _rates(
@@ -93,58 +97,21 @@ class FigureKeeper:
             (latest.decode_tokens - first.decode_tokens) / seconds,
         )
 
-    def _pace(self, now: float, job: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    def _pace(
+        self, now: float, job: Mapping[str, Any], counters: tuple[int, int] | None
+    ) -> tuple[float | None, float | None]:
         done, total = job.get("done_work_tokens", 0.0), job.get("total_work_tokens", 0.0)
         if self._work is None or self._work[0] != job["job_id"] or done < self._work[2]:
             self._work = (job["job_id"], now, done)
             self._clock = CurveClock()
         _, started, before = self._work
-        by_curve = self._clock.seconds_left(now, job)
+        by_curve = self._clock.seconds_left(now, job, counters)
         elapsed, work = now - started, done - before
         if elapsed <= 0 or work <= 0 or total <= 0:
             return by_curve, None
-        left = max(total - done, 0.0) * elapsed / work
+        # Beyond all that was expected nobody knows how much is left.
+        left = (total - done) * elapsed / work if done < total else None
         share = job.get("bound_seconds", 0.0) * work / total / elapsed
         # A bound that the run beats is none: the device was measured wrongly, or the lengths of
         # what is left are not what was expected.
         return left if by_curve is None else by_curve, share if 0 < share <= 1 else None
-
-
-class CurveClock:
-    """Tells the time left of a job by its predicted course, and by how fast it has followed it.
-
-    The course says how many of its own seconds the work done so far stands for. Seconds of the
-    clock per second of the course are measured over the whole run: so a device that is slower than
-    predicted, or shared with others, is told apart from an end that is slow by itself.
-    """
-
-    def __init__(self) -> None:
-        self._before: tuple[int, float, float] | None = None
-        self._passed = self._course = 0.0
-
-    def seconds_left(self, now: float, job: Mapping[str, Any]) -> float | None:
-        """None before there is anything to tell by."""
-        curve = job.get("curve")
-        if not curve:
-            return None
-        prefill, output = curve["token_work"]
-        work = prefill * (_computed(job, "prefill") - job["curve_prefill_tokens"])
-        work += output * (_computed(job, "output") - job["curve_output_tokens"])
-        at = float(np.interp(work, curve["work"], curve["seconds"]))
-        if self._before is not None and self._before[0] == job["plans"]:
-            # Between two plans nobody knows how far the course of the one went.
-            self._passed += now - self._before[1]
-            self._course += max(at - self._before[2], 0.0)
-        self._before = (job["plans"], now, at)
-        if self._course <= 0:
-            return None
-        whole = float(curve["seconds"][-1])
-        return (whole - at) * self._passed / self._course
-
-
-def _computed(job: Mapping[str, Any], kind: str) -> int:
-    """Tokens of the job, answered or in flight."""
-    answered = job["answered_output_tokens"]
-    if kind == "prefill":
-        answered = job["answered_prompt_tokens"] - job["answered_cached_tokens"]
-    return int(answered + job[f"flight_{kind}_tokens"])
