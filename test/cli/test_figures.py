@@ -18,7 +18,7 @@ CURVE = {"token_work": [0.0, 1.0], "work": [0.0, 50.0, 100.0], "seconds": [0.0, 
 def status(output: int, *, bound: float = 1.0, jobs: int = 1, **more: Any) -> dict[str, Any]:
     job = {
         "job_id": "a",
-        "plans": 1,
+        "curves": 1,
         "curve": CURVE,
         "curve_prefill_tokens": 0,
         "curve_output_tokens": 0,

@@ -49,15 +49,15 @@ class CurveClock:
         work = own - _work(curve, before)
         if counters is not None:
             counted = _work(curve, counters)
-            if self._curve != job["plans"]:
+            if self._curve != job["curves"]:
                 self._offset = counted - work
             work = counted - self._offset
         whole, all_work = float(curve["seconds"][-1]), float(curve["work"][-1])
         at = float(np.interp(work, curve["work"], curve["seconds"]))
-        if self._curve == job["plans"]:
-            # Between two plans nobody knows how far the course of the one went.
+        if self._curve == job["curves"]:
+            # Between two predictions nobody knows how far the course of the one went.
             self._follow(now - self._now, max(at - self._at, 0.0))
-        self._curve, self._now, self._at = job["plans"], now, at
+        self._curve, self._now, self._at = job["curves"], now, at
         if self._course <= 0 or work > _OVERRUN * all_work:
             return None
         return (whole - at) * self._passed / self._course

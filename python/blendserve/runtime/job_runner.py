@@ -25,6 +25,7 @@ from blendserve.runtime.job_prompts import BlockReader, LineReader, read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineSender, MemberLost
 from blendserve.runtime.line_flight import EndedLine, SentLine, answered, failed_line
+from blendserve.runtime.outlook import Outlook
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
 from blendserve.runtime.plan_walk import PlanWalk, Step
 from blendserve.runtime.plan_worker import JobPlan, News, Planner, UntoldNews, no_plan
@@ -105,6 +106,7 @@ class JobRunner:
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
         self._news = UntoldNews()
+        self._outlook = Outlook(self.view, planner, threads.planning)
 
     async def run(self) -> AsyncGenerator[LineResult, None]:
         """Yield one result per pending line, as they come. Closing it aborts what is in flight.
@@ -138,6 +140,7 @@ class JobRunner:
                     )
         finally:
             self._closed = True
+            self._outlook.close()
             if self._replanning is not None:
                 self._replanning.cancel()
             try:
@@ -153,8 +156,7 @@ class JobRunner:
     # -- planning --------------------------------------------------------------------------------
 
     async def _plan(self, news: News) -> JobPlan:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
+        return await asyncio.get_running_loop().run_in_executor(
             self._threads.planning, self._planner.plan, self.job_id, news
         )
 
@@ -195,7 +197,7 @@ class JobRunner:
         self._replan_at = 2 * max(self.view.observed, self.view.sampled)
         try:
             computed = self.look().computed()
-            self._adopt(await self._plan(self._news.take(self._running())), computed)
+            self._adopt(await self._plan(self._news.take(self._flight())), computed)
             self._tell_lengths()
         except Exception:
             # Of any type, as for the first plan; the job goes on with the plan that it has.
@@ -206,16 +208,13 @@ class JobRunner:
 
     def look(self) -> JobView:
         """What an operator sees, and what is in flight as of now."""
-        running = self._running()
-        prefill = (int(self._walk.plan.prefill_tokens[position]) for position, _ in running)
-        self.view.flight_prefill_tokens = sum(prefill)
-        self.view.flight_output_tokens = sum(tokens for _, tokens in running)
+        if flight := self._flight():
+            self._outlook.look(flight, self._walk.plan, self._news.peek(flight))
         return self.view
 
-    def _running(self) -> list[tuple[int, int]]:
-        """Output tokens so far of what has any and has not ended, by position."""
-        so_far = self._client.tokens_so_far
-        return [(at, tokens) for at, sent in self._sent.items() if (tokens := so_far(sent.task))]
+    def _flight(self) -> list[tuple[int, int]]:
+        """Output tokens so far of what is in flight, by position."""
+        return [(at, self._client.tokens_so_far(sent.task)) for at, sent in self._sent.items()]
 
     def _tell_lengths(self) -> None:
         """Each scheduler is told what the new plan expects of requests that it has already."""

@@ -38,8 +38,9 @@ class JobView:
         done_work_seconds: compute and memory seconds of the answered lines by the cost model.
         answered_output_tokens: of the answered lines.
         flight_prefill_tokens, flight_output_tokens: computed so far of lines that are not answered.
-        curve: how the work that was left when the last plan was made goes on with time; empty: not
-            known. curve_prefill_tokens, curve_output_tokens: computed before that, answered or not.
+        curve: how the work that was left goes on with time, as predicted last; empty: not known.
+            curves: predictions so far. curve_prefill_tokens, curve_output_tokens: computed before
+            the last, answered or not.
     """
 
     job_id: str
@@ -71,6 +72,7 @@ class JobView:
     flight_prefill_tokens: int = 0
     flight_output_tokens: int = 0
     curve: dict[str, Any] = field(default_factory=dict)
+    curves: int = 0
     curve_prefill_tokens: int = 0
     curve_output_tokens: int = 0
 
@@ -94,7 +96,12 @@ class JobView:
         """A plan, and what was `computed` when it was asked for."""
         self.plans += 1
         self.total_work_tokens = plan.total_work_tokens
-        self.curve = {} if plan.curve is None else asdict(plan.curve)
+        self.follow({} if plan.curve is None else asdict(plan.curve), before)
+
+    def follow(self, curve: dict[str, Any], before: tuple[int, int]) -> None:
+        """A new course, of what was left when so much was `computed`."""
+        self.curve = curve
+        self.curves += 1
         self.curve_prefill_tokens, self.curve_output_tokens = before
 
     def count_answer(
