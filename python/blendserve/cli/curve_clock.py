@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-# Seconds of the clock per second of the course are those of the last part of the run, so that an
-# end that is slower than predicted, or a machine that others use, is noticed; and of some seconds
-# at least, because counters go in jumps.
-_REMEMBERED_PART, _REMEMBERED_SECONDS = 0.25, 5.0
 # So far beyond its course a job is no longer where that says: answers are longer than expected.
 _OVERRUN = 1.02
 
@@ -20,15 +15,17 @@ class CurveClock:
     """Of one job. Fed with looks at the server's status, in order.
 
     The course says for how many of its own seconds the work done so far stands, and how many are
-    left. What is in flight counts: of a job that has the server to itself by the schedulers'
-    counters, which go on smoothly; else by what the engine tells of each line now and then.
+    left. How many of the clock's one of them takes is measured over the whole run: counters go in
+    jumps, and the course itself, predicted anew, has the slow end. What is in flight counts: of a
+    job that has the server to itself by the schedulers' counters, which go on smoothly; else by
+    what the engine tells of each line now and then.
     """
 
     def __init__(self) -> None:
         self._curve: int | None = None
         self._offset = 0.0
         self._at, self._now = 0.0, 0.0
-        self._passed = self._course = self._all = 0.0
+        self._passed = self._course = 0.0
 
     def seconds_left(
         self, now: float, job: Mapping[str, Any], counters: tuple[int, int] | None
@@ -56,17 +53,12 @@ class CurveClock:
         at = float(np.interp(work, curve["work"], curve["seconds"]))
         if self._curve == job["curves"]:
             # Between two predictions nobody knows how far the course of the one went.
-            self._follow(now - self._now, max(at - self._at, 0.0))
+            self._passed += now - self._now
+            self._course += max(at - self._at, 0.0)
         self._curve, self._now, self._at = job["curves"], now, at
         if self._course <= 0 or work > _OVERRUN * all_work:
             return None
         return (whole - at) * self._passed / self._course
-
-    def _follow(self, passed: float, course: float) -> None:
-        self._all += passed
-        kept = math.exp(-passed / max(_REMEMBERED_PART * self._all, _REMEMBERED_SECONDS))
-        self._passed = self._passed * kept + passed
-        self._course = self._course * kept + course
 
 
 def _work(curve: Mapping[str, Any], tokens: tuple[int, int]) -> float:

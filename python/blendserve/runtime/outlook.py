@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from blendserve.batch.errors import reason_of
 from blendserve.runtime.job_view import JobView
@@ -16,6 +16,7 @@ from blendserve.runtime.plan_worker import JobPlan, News, Planner
 
 logger = logging.getLogger(__name__)
 
+_UNTOLD = 25
 # At most so often, and no more than this part of the planning process's time.
 _PAUSE_SECONDS, _BUSY_PART = 2.0, 0.05
 
@@ -55,6 +56,11 @@ class Outlook:
         prefill = (int(plan.prefill_tokens[position]) for position, _ in running)
         self._view.flight_prefill_tokens = sum(prefill)
         self._view.flight_output_tokens = sum(tokens for _, tokens in running)
+        # SGLang tells of answers that are not streamed every 50 tokens: of those that are on their
+        # way, half as many have come since.
+        news = replace(
+            news, running_tokens=news.running_tokens + _UNTOLD * (news.running_tokens > 0)
+        )
         # The plan's own course says whether there is one to tell.
         if plan.curve is not None and self._task is None and self._clock() >= self._due:
             self._task = asyncio.create_task(self._predict(news, self._view.computed()))
