@@ -36,6 +36,7 @@ from blendserve.planner import (
     CostModel,
     FlatTokens,
     StepCosts,
+    fit_steps,
     linear_costs,
     model_spec,
 )
@@ -48,8 +49,6 @@ from blendserve.simulator.workloads import Workload
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmark" / "results" / "simulator" / "real-engine.json"
 CHUNK_TOKENS = 512
-ROUNDS = 20
-UNUSUAL = 2.0
 # Seed, subjects, questions of each, open prompts, tokens of an open answer, pool / shared prefixes.
 JOBS = {
     "A": (0, 8, 4, 10, 96, 0.5),
@@ -90,44 +89,20 @@ def step_seconds(trace: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.diff([step["seconds"] for step in lines]), np.array(work, dtype=np.float64)
 
 
-def fit_steps(trace: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Terms of a step as the simulator charges it, max(weight, tokens x token) + context x context
-    + pairs x pair, by least squares, and how well they explain step times.
-
-    Steps that took more than UNUSUAL times as long are left out: waits for requests, the first
-    chunk of a server's life.
-    """
-    seconds, work = step_seconds(trace)
-    tokens = work[:, 0]
-    floor, usual = tokens <= np.median(tokens), np.ones(len(seconds), dtype=bool)
-    fitted = seconds
-    found = np.zeros(4)
-    for _ in range(ROUNDS):  # Which steps wait for weights, and what each kind takes, in turn.
-        columns = np.column_stack((floor, np.where(floor, 0, tokens), work[:, 1:]))
-        active = [k for k in range(4) if columns[:, k].any()]
-        while True:  # No term is negative.
-            found = np.zeros(4)
-            found[active] = np.linalg.lstsq(columns[usual][:, active], seconds[usual], rcond=None)[
-                0
-            ]
-            if (found >= 0).all():
-                break
-            active.remove(int(found.argmin()))
-        weight, token, context, pair = found.tolist()
-        fitted = np.maximum(weight, tokens * token) + work[:, 1:] @ found[2:]
-        floor, usual = tokens * token < weight, seconds < UNUSUAL * fitted
-    left = seconds[usual] - fitted[usual]
+def fitted(trace: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Terms of a step as the simulator charges it, and how well they explain step times."""
+    found = fit_steps(*step_seconds(trace))
     quality = {
-        "steps": int(usual.sum()),
-        "steps_left_out": int((~usual).sum()),
-        "variance_explained": 1 - float(np.var(left) / np.var(seconds[usual])),
-        "mean_error": float(np.abs(left).sum() / seconds[usual].sum()),
+        "steps": found.steps,
+        "steps_left_out": found.left_out,
+        "variance_explained": found.variance_explained,
+        "mean_error": found.mean_error,
     }
     terms = {
-        "token_seconds": token,
-        "pair_seconds": pair,
-        "context_seconds": context,
-        "weight_seconds": weight,
+        "token_seconds": found.token_seconds,
+        "pair_seconds": found.pair_seconds,
+        "context_seconds": found.context_seconds,
+        "weight_seconds": found.weight_seconds,
     }
     return terms, quality
 
@@ -198,7 +173,7 @@ def fit(model: str, folder: Path) -> dict[str, Any]:
     os.environ["BLENDSERVE_TRACE_FILE"] = str(trace)
     found = engine.run_blended(lines, flags(pool), folder)
     del os.environ["BLENDSERVE_TRACE_FILE"]
-    costs, quality = fit_steps(trace)
+    costs, quality = fitted(trace)
     return {
         "command": "python benchmark/simulator/real_engine.py",
         "device": f"{platform.machine()}, {os.cpu_count()} cores, one thread",

@@ -96,6 +96,17 @@ class Settings(BaseSettings):
         default="",
         description="File of API keys, lines `tenant key [admin]`; each tenant sees its own only.",
     )
+    webhook_url: str = Field(
+        default="", description="Address that is told of every batch that has ended."
+    )
+    webhook_hosts: str = Field(
+        default="",
+        description="Hosts (host or host:port), with commas between, that a batch's metadata may "
+        "name in `blendserve_webhook_url` to be told of its end.",
+    )
+    webhook_secret_file: str = Field(
+        default="", description="File with the secret, whsec_..., that webhooks are signed with."
+    )
     allowed_hosts: str = Field(
         default="",
         description="Further host names, with commas between, under which a server without keys "

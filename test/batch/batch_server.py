@@ -13,7 +13,7 @@ from batch_fakes import FakeExecutor
 from fastapi import FastAPI
 from openai import OpenAI
 
-from blendserve.batch import BatchLimits, BatchService, BatchStore, build_router
+from blendserve.batch import BatchLimits, BatchService, BatchStore, Webhooks, build_router
 
 
 class Clock:
@@ -35,12 +35,18 @@ class BatchServer:
         executor: FakeExecutor,
         limits: BatchLimits | None = None,
         clock: Clock | None = None,
+        webhooks: Webhooks | None = None,
     ) -> None:
         self.executor = executor
         self.clock = clock if clock is not None else Clock()
         self.store = BatchStore(batch_dir)
         self.service = BatchService(
-            self.store, executor, limits, clock=self.clock, retry_seconds=0.05
+            self.store,
+            executor,
+            limits,
+            clock=self.clock,
+            retry_seconds=0.05,
+            webhooks=webhooks,
         )
         app = FastAPI()
         app.include_router(build_router(self.service))

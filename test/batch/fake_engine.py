@@ -150,7 +150,9 @@ def main() -> None:
     parser.add_argument("--salts", type=Path)
     parser.add_argument("--fingerprint", default="fake-model/float32")
     parser.add_argument("--served-model-name", help="it has names of its own")
+    parser.add_argument("--tool-call-parser")
     parser.add_argument("--warm-up", action="store_true")
+    parser.add_argument("--stopped", type=Path, help="made a second after it was told to stop")
     parser.add_argument("--print", help="what its log is to hold")
     options = parser.parse_args()
     follow_parent()
@@ -168,6 +170,8 @@ def main() -> None:
         log=options.log,
     )
     app = build_app(executor, warm, options.salts)
+    if options.stopped is not None:
+        app.router.on_shutdown += [lambda: time.sleep(1), options.stopped.touch]
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 

@@ -163,3 +163,13 @@ def test_a_migration_that_is_cut_short_changes_nothing(
     assert schema(directory) == before
     BatchStore(directory).close()
     assert schema(directory) != before
+
+
+def test_a_directory_from_before_webhooks_gets_them(tmp_path: Path) -> None:
+    BatchStore(tmp_path / "new").close()
+    BatchStore(tmp_path / "old").close()
+    with sqlite3.connect(tmp_path / "old" / "blendserve.db") as database:
+        database.execute("DROP TABLE webhooks")
+        database.execute("PRAGMA user_version = 4")
+    BatchStore(tmp_path / "old").close()
+    assert schema(tmp_path / "old") == schema(tmp_path / "new")

@@ -79,6 +79,7 @@ def test_json_is_one_object_with_the_promised_keys(capsys, token_file):
         "sharing",
         "density",
         "predicted_seconds",
+        "cost",
         "predicted_world",
         "costs",
         "plan_seconds",
@@ -382,3 +383,56 @@ def test_text_is_tokenised_with_a_folder_of_ones_own(capsys, tmp_path):
     status, _, err = plan(capsys, "-i", path, *ON_A100, "--tokenizer", folder)
     assert status == 1
     assert "is no tokenizer" in err
+
+
+# -- what it costs
+
+
+def test_costs_are_device_time_money_and_where_they_go(capsys, token_file):
+    status, out, _ = plan(
+        capsys, "-i", token_file, *ON_A100, "--tp", "2", "--json", "--price-per-hour", "3"
+    )
+    assert status == 0
+    found = json.loads(out)
+    cost, seconds = found["cost"], found["predicted_seconds"]
+    assert cost["devices"] == 2
+    assert cost["device_seconds"] == pytest.approx(2 * seconds["blend"])
+    assert cost["price"] == pytest.approx(3 * cost["device_seconds"] / 3600)
+    assert seconds["bound"] <= seconds["blend"]
+    assert sum(part["share"] for part in cost["stretches"]) == pytest.approx(1)
+    # The long answers stand in the last twelve lines, and are nearly all of the work.
+    assert cost["stretches"][-1]["last_line"] == 72
+    assert sum(part["share"] for part in cost["stretches"][-2:]) > 0.9
+    assert {dear["id"][0] for dear in cost["dearest"]} == {"v"}
+    assert cost["prompts"] < 0.2
+    assert cost["last"] == [], "all long answers end together"
+
+
+def test_text_says_money_only_with_a_price(capsys, token_file):
+    _, out, _ = plan(capsys, "-i", token_file, *ON_A100)
+    assert "device time" in out
+    assert "an hour" not in out
+    _, out, _ = plan(capsys, "-i", token_file, *ON_A100, "--price-per-hour", "1e6", "--dp", "2")
+    assert "of 2 devices together, which costs " in out
+    assert "nobody has measured" not in out
+
+
+def test_prices_are_numbers_and_a_guess_is_called_one(capsys, token_file):
+    for wrong in ("free", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            plan(capsys, "-i", token_file, *ON_A100, "--price-per-hour", wrong)
+        assert "is no price" in capsys.readouterr().err
+    _, out, _ = plan(
+        capsys, "-i", token_file, "--model-spec", "llama-3.1-8b", "--hardware", "cpu",
+        "--kv-tokens", "9999",
+    )  # fmt: skip
+    assert "nobody has measured 'cpu'" in out
+    assert "blendserve calibrate" in out
+
+
+def test_prompts_alone_have_no_tail(capsys, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"id": "a", "input_ids": [1, 2, 3], "output_len": 0}) + "\n")
+    status, out, _ = plan(capsys, "-i", path, *ON_A100)
+    assert status == 0
+    assert "prompts            100%" in out

@@ -17,6 +17,7 @@ def test_stdin_comes_out_in_order_with_status_for_machines(tmp_path: Path) -> No
     assert ids(tmp_path / "out.jsonl") == [f"r{i}" for i in range(40) if i not in (3, 9)]
     assert ids(tmp_path / "out.errors.jsonl") == ["r3", "r9"]
     events = [json.loads(line) for line in run.out.splitlines()]
+    assert {event["total"] for event in events} == {40}, "it is known before the engine is up"
     assert {"state", "total", "completed", "failed", "eta_seconds"} <= events[0].keys()
     assert events[-1]["state"] == "placed"
     assert (events[-1]["completed"], events[-1]["failed"]) == (38, 2)
@@ -134,3 +135,34 @@ def test_a_dry_run_judges_each_line_as_the_engine_would(tmp_path: Path) -> None:
         "line 9: response_format",
     ):
         assert said in run.said
+
+
+def test_a_forced_tool_call_that_nothing_could_read_is_refused(tmp_path: Path) -> None:
+    made = lines(4)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    named = {"type": "function", "function": {"name": "f"}}
+    for line, choice in zip(made, ("required", named, "auto", "none"), strict=True):
+        line["body"] |= {"tools": [tool], "tool_choice": choice}
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(made))
+    run = Run(tmp_path, "-i", str(source), "--strict")
+    assert run.end() == 2
+    assert "line 1: tool_choice forces a tool call" in run.said
+    assert "line 2: tool_choice forces a tool call" in run.said
+    assert "Start it with --tool-call-parser" in run.said
+    assert "line 3" not in run.said
+    run = Run(tmp_path, "-i", str(source), "--strict", "--tool-call-parser", "hermes")
+    assert run.end() == 0, run.said
+
+
+def test_answers_are_in_place_before_the_engine_has_stopped(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(lines(3)))
+    stopped = tmp_path / "stopped"
+    run = Run(tmp_path, "-i", str(source), options=("--stopped", str(stopped)))
+    run.until_it_says("3 answered in")
+    assert ids(tmp_path / "out.jsonl")
+    assert not stopped.exists(), "the engine ends a second after it was told to"
+    assert run.end() == 0
+    assert stopped.exists()
+    assert "0/0" not in run.said

@@ -40,6 +40,7 @@ from blendserve.batch.remote import (
 from blendserve.batch.service import BatchService
 from blendserve.batch.store import BatchStore
 from blendserve.batch.upload import timely
+from blendserve.batch.webhooks import WebhookError, Webhooks
 
 __all__ = [
     "ADMIN_SCOPE_KEY",
@@ -69,6 +70,8 @@ __all__ = [
     "OwnRoutes",
     "Progress",
     "RemoteExecutor",
+    "WebhookError",
+    "Webhooks",
     "build_engine_router",
     "build_health_router",
     "build_page_router",

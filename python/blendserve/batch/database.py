@@ -20,7 +20,7 @@ from blendserve.batch.directory import (
 )
 from blendserve.batch.orphans import refuse_empty_database
 from blendserve.batch.storage import DatabaseBusy
-from blendserve.batch.tables import SCHEMA_VERSION, STAGE_SQL, TERMINAL_STATUSES, Base
+from blendserve.batch.tables import SCHEMA_VERSION, STAGE_SQL, TERMINAL_STATUSES, Base, WebhookRow
 
 # How long a write waits for those before it, and then for another process. The first is long: a
 # slow disk is no reason to refuse anything.
@@ -28,6 +28,7 @@ _TURN_SECONDS, _BUSY_SECONDS = 20.0, 2.0
 BLOCK_ROWS = 500
 """What one write changes at most where a time comes for many: it holds up all others."""
 _OLDEST_VERSION = 3
+_BEFORE_WEBHOOKS = 4
 
 
 class Database:
@@ -95,6 +96,9 @@ class Database:
             elif version in (0, _OLDEST_VERSION):
                 # The release of that version wrote the number after the tables.
                 _migrate_from_3(connection)
+                _migrate_from_4(connection)
+            elif version == _BEFORE_WEBHOOKS:
+                _migrate_from_4(connection)
             elif version != SCHEMA_VERSION:
                 raise BatchDirectoryError(
                     f"{self._directory.database} has schema version {version}, and this program "
@@ -147,7 +151,7 @@ def _migrate_from_3(connection: Connection) -> None:
         f"ALTER TABLE batches ADD COLUMN stage VARCHAR GENERATED ALWAYS AS ({STAGE_SQL}) VIRTUAL"
     )
     for table in Base.metadata.sorted_tables:
-        for index in table.indexes:
+        for index in table.indexes if table.name != WebhookRow.__tablename__ else ():
             index.create(connection, checkfirst=True)
     # Digests of that release depend on where the model lay and on versions of libraries: no engine
     # of today has them. Open batches wait for one of the same served name instead.
@@ -161,3 +165,8 @@ def _migrate_from_3(connection: Connection) -> None:
         connection.exec_driver_sql(
             "UPDATE batches SET fingerprint = ? WHERE id = ?", (f"{name}@", batch_id)
         )
+
+
+def _migrate_from_4(connection: Connection) -> None:
+    """Webhooks came."""
+    Base.metadata.create_all(connection, tables=[Base.metadata.tables[WebhookRow.__tablename__]])

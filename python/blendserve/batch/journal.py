@@ -166,6 +166,11 @@ class Journal:
                 raise
             self._durable_bytes = position
 
+    @property
+    def durable_bytes(self) -> int:
+        """How much of the file is on disk, and counts."""
+        return self._durable_bytes
+
     def close(self) -> None:
         with self._lock:
             if self._fd >= 0:
@@ -205,6 +210,17 @@ def read_records_in_order(
                 yield entry
 
 
+def read_span(path: Path, total: int, start: int, end: int) -> Iterator[tuple[Record | None, int]]:
+    """The entries between two places of a journal, in bytes, each with the place behind it; None
+    for what is no result. `start` is the beginning or a place that this gave before."""
+    place = start
+    for raw, entry in _raw_entries(path, total, None, start):
+        place += len(raw)
+        if place > end:
+            return
+        yield (entry if isinstance(entry, Record) else None), place
+
+
 def tally_journal(path: Path, total: int, custom_id_of: CustomIdOf | None = None) -> Tally:
     """What a journal says is done."""
     tally = Tally(total)
@@ -222,12 +238,13 @@ def _entries(path: Path, total: int, custom_id_of: CustomIdOf | None) -> Iterato
 
 
 def _raw_entries(
-    path: Path, total: int, custom_id_of: CustomIdOf | None
+    path: Path, total: int, custom_id_of: CustomIdOf | None, start: int = 0
 ) -> Iterator[tuple[bytes, Record | Suspect | None]]:
     """All whole lines of a journal; None stands for one that cannot be read."""
     if not path.exists():
         return
     with open(path, "rb") as file:
+        file.seek(start)
         for raw in with_rests(file):
             if not raw.endswith(b"\n"):
                 return

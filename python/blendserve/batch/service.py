@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import BinaryIO, Literal
 
@@ -16,6 +16,7 @@ from blendserve.batch.endpoints import ENDPOINTS, did_you_mean
 from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
 from blendserve.batch.executor import EngineUnavailable, Executor
 from blendserve.batch.ids import is_batch_id, is_file_id, new_batch_id, new_file_id
+from blendserve.batch.journal import RecordKind
 from blendserve.batch.limits import BatchLimits
 from blendserve.batch.objects import (
     BatchObject,
@@ -26,11 +27,13 @@ from blendserve.batch.objects import (
     Page,
     progress_of,
 )
+from blendserve.batch.partial_results import PartialResults
 from blendserve.batch.progress import Progress
 from blendserve.batch.store import BatchStore
 from blendserve.batch.surroundings import SavedRecords
-from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, FileRow
+from blendserve.batch.tables import TERMINAL_STATUSES, BatchRow, FileRow, WebhookRow
 from blendserve.batch.upload import Upload
+from blendserve.batch.webhooks import Webhooks, WebhookSender
 from blendserve.batch.windows import window_seconds
 from blendserve.batch.worker import BatchWorker
 
@@ -47,7 +50,7 @@ class BatchService:
     (SQLite, small files) and are for worker threads. They raise ApiError for a client's fault.
     `clock` gives unix seconds; `retry_seconds` is the pause after a full disk; `on_saved` is called
     on a worker thread with a batch's id and its results, once they are durable; `in_order` sorts
-    result files as the input is.
+    result files as the input is. `webhooks`: who is told when batches end; nobody by default.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class BatchService:
         retry_seconds: float = 5.0,
         on_saved: SavedRecords | None = None,
         in_order: bool = False,
+        webhooks: Webhooks | None = None,
     ) -> None:
         self.store = store
         self.executor = executor
@@ -68,6 +72,9 @@ class BatchService:
         self._worker = BatchWorker(
             store, executor, self.limits, self.now, retry_seconds, on_saved, in_order
         )
+        self._webhooks = webhooks if webhooks is not None else Webhooks()
+        self._sender = WebhookSender(store, self._webhooks, clock)
+        self._partial = PartialResults(store, self._worker.durable_bytes)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def now(self) -> int:
@@ -78,6 +85,7 @@ class BatchService:
         """Takes up every batch that is not at its end: after a crash as after a clean stop."""
         self._loop = asyncio.get_running_loop()
         await self._worker.start()
+        self._sender.start()
 
     async def stop(self) -> None:
         """Aborts what is in flight and saves what has arrived; batches go on at the next start.
@@ -85,6 +93,7 @@ class BatchService:
         The store stays open: whoever opened it closes it.
         """
         self._loop = None
+        await self._sender.stop()
         await self._worker.stop()
 
     def nudge(self) -> None:
@@ -201,7 +210,11 @@ class BatchService:
         )
         idempotency = _idempotency(idempotency_key, request)
         made = self.store.add_batch(
-            row, now=now, max_open=self.limits.max_open_batches, idempotency=idempotency
+            row,
+            now=now,
+            max_open=self.limits.max_open_batches,
+            idempotency=idempotency,
+            webhook=self._webhook_of(row.id, request),
         )
         if made.id != row.id:
             return self.retrieve(made.id, tenant)
@@ -211,6 +224,21 @@ class BatchService:
     def retrieve(self, batch_id: str, tenant: str = "") -> BatchObject:
         live = self._live_of(batch_id)
         return self._shown(self._batch(batch_id, tenant), live)
+
+    def results(
+        self, batch_id: str, kind: RecordKind, after: int, tenant: str = ""
+    ) -> tuple[BatchObject, Iterator[bytes]]:
+        """The lines of a result file that are durable so far, behind the first `after`, and the
+        batch as it was before they were looked for: if it has ended, these are all."""
+        while True:
+            live = self._live_of(batch_id)
+            row = self._batch(batch_id, tenant)
+            try:
+                lines = self._partial.lines(row, kind, after, self.now())
+            except FileNotFoundError as error:
+                raise not_found("file", f"{row.id}_{kind}.jsonl") from error
+            if lines is not None:
+                return self._shown(row, live), lines
 
     def list(self, *, after: str | None, limit: int, tenant: str = "") -> Page[BatchObject]:
         live = self._worker.live.copy()
@@ -275,6 +303,12 @@ class BatchService:
         if note is None:
             return live
         return replace(live or Progress(total=row.total or 0), phase="paused", note=note)
+
+    def _webhook_of(self, batch_id: str, request: CreateBatch) -> WebhookRow | None:
+        url = self._webhooks.wanted_by(request.metadata)
+        if url is None and not self._webhooks.url:
+            return None
+        return WebhookRow(batch_id=batch_id, url=url)
 
     def _endpoints(self) -> frozenset[str]:
         try:

@@ -162,6 +162,7 @@ class Running:
         path = around.store.directory.journal(row.id)
         # Opening comes first: it cuts off a torn record, after which the rest may be read.
         journal = await around.offload(Journal, path)
+        around.journals[row.id] = journal
         try:
             tally = await around.offload(around.read_journal, row)
             if tally.remaining == 0:
@@ -184,6 +185,7 @@ class Running:
             finally:
                 source.close()
         finally:
+            del around.journals[row.id]
             journal.close()
 
     async def _drive(

@@ -19,6 +19,7 @@ from blendserve.batch.database import BLOCK_ROWS, Database
 from blendserve.batch.directory import BatchDirectory, BatchDirectoryError, Draft
 from blendserve.batch.errors import ApiError, bad_request, conflict, not_found
 from blendserve.batch.orphans import clear_orphans
+from blendserve.batch.outbox import Outbox
 from blendserve.batch.storage import storage_fault
 from blendserve.batch.tables import (
     OPEN_STATUSES,
@@ -27,6 +28,7 @@ from blendserve.batch.tables import (
     BatchRow,
     FileRow,
     IdempotencyRow,
+    WebhookRow,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class BatchStore:
                 clear_orphans(self.directory, session)
             self.directory.hold_reserve()
         self.backlog = Backlog(self._database)
+        self.outbox = Outbox(self._database)
 
     def close(self) -> None:
         """Closes the database and gives the directory free."""
@@ -165,11 +168,13 @@ class BatchStore:
         now: int,
         max_open: int,
         idempotency: tuple[str, str] | None = None,
+        webhook: WebhookRow | None = None,
     ) -> BatchRow:
         """Creates a batch, or finds the one that the same idempotency key has created before.
 
-        `idempotency` is (key, sha256 of the request). ApiError 404 if the input file is gone, 409
-        if the key came with another request, 429 if the tenant has `max_open` open batches.
+        `idempotency` is (key, sha256 of the request); `webhook` is kept with the batch. ApiError
+        404 if the input file is gone, 409 if the key came with another request, 429 if the tenant
+        has `max_open` open batches.
         """
         with self._writing() as session:
             if idempotency is not None:
@@ -203,17 +208,13 @@ class BatchStore:
             _require_room(session, row.tenant, max_open)
             session.add(row)
             session.flush()
+            if webhook is not None:
+                session.add(webhook)
             if idempotency is not None:
                 key, digest = idempotency
-                session.add(
-                    IdempotencyRow(
-                        tenant=row.tenant,
-                        key=key,
-                        request_sha256=digest,
-                        batch_id=row.id,
-                        created_at=now,
-                    )
-                )
+                made = IdempotencyRow(tenant=row.tenant, key=key, request_sha256=digest)
+                made.batch_id, made.created_at = row.id, now
+                session.add(made)
         return row
 
     def find_batch(self, batch_id: str) -> BatchRow | None:

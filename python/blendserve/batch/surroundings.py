@@ -24,9 +24,9 @@ SavedRecords = Callable[[str, Sequence[Record]], None]
 
 @dataclass
 class Surroundings:
-    """What all stages work with. `live` has the progress of open batches by id: written on the
-    event loop, read from any thread. `is_stopped` tells whether to let go of a batch, `in_order`
-    whether result files are sorted."""
+    """What all stages work with. `live` has the progress of open batches by id, and `journals` the
+    journals of those that run: written on the event loop, read from any thread. `is_stopped` tells
+    whether to let go of a batch, `in_order` whether result files are sorted."""
 
     store: BatchStore
     executor: Executor
@@ -37,6 +37,7 @@ class Surroundings:
     on_saved: SavedRecords | None = None
     in_order: bool = False
     live: dict[str, Progress] = field(default_factory=dict)
+    journals: dict[str, Journal] = field(default_factory=dict)
 
     async def take_up(self, row: BatchRow) -> None:
         """Reads what the journal of a batch of an earlier process holds."""
@@ -66,6 +67,14 @@ class Surroundings:
         path = self.store.directory.journal(row.id)
         with self.ids_of_input(row) as custom_id_of:
             return tally_journal(path, row.total or 0, custom_id_of)
+
+    def durable_bytes(self, row: BatchRow) -> int:
+        """How much of a batch's journal counts. Any thread; FileNotFoundError without one."""
+        journal = self.journals.get(row.id)
+        if journal is not None:
+            return journal.durable_bytes
+        # Nobody writes: whoever did has synced it, and so does the start after a crash.
+        return self.store.directory.journal(row.id).stat().st_size
 
     def ids_of_input(self, row: BatchRow) -> IdsOfInput:
         """The custom_ids of a batch's input, to be closed."""

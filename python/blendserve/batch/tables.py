@@ -10,7 +10,7 @@ from typing import Literal
 from sqlalchemy import Computed, ForeignKey, Index
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 BatchStatus = Literal[
     "validating",
@@ -132,3 +132,16 @@ class IdempotencyRow(Base):
     request_sha256: Mapped[str]
     batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"))
     created_at: Mapped[int]
+
+
+class WebhookRow(Base):
+    """Somebody is to be told when a batch has ended. Made with the batch, removed once told."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("webhooks_by_time", "due_at"),)
+
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    # None: wherever the server's own setting says when it is sent.
+    url: Mapped[str | None]
+    attempts: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[int] = mapped_column(default=0)

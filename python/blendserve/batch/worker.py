@@ -108,6 +108,10 @@ class BatchWorker:
         """Progress of open batches by id: written here, read from any thread."""
         return self._around.live
 
+    def durable_bytes(self, row: BatchRow) -> int:
+        """See `Surroundings`."""
+        return self._around.durable_bytes(row)
+
     async def start(self) -> None:
         """Reads what the journals hold, and takes up every open batch."""
         last = 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from blendserve import __version__
 
 # Commands that run an engine, and what only an installation of SGLang brings.
-_WITH_ENGINE = frozenset({"engine", "serve", "run-batch"})
+_WITH_ENGINE = frozenset({"calibrate", "engine", "serve", "run-batch"})
 # With these the engines are on other machines.
 _ENGINES_ELSEWHERE = frozenset({"--engine-urls", "--ray"})
 _ENGINE_PACKAGES = frozenset({"sglang", "torch", "transformers", "safetensors", "gguf"})
@@ -21,10 +21,12 @@ commands:
   serve       start an SGLang server that schedules blended and speaks OpenAI's Batch API
   engine      start one of several engines, for `serve --engine-urls`
   run-batch   run a file of requests offline, and write the answers to a file
+  batches     list, follow and fetch the batches of a server
   merge       put the results of `run-batch --shard` together, once they are complete
   plan        say what a file of requests will cost and how it will be ordered, without a GPU
   simulate    run a job on a modelled engine, under one scheduling policy after the other
   trace       sum up, and draw, what the steps of a server did
+  calibrate   measure this machine and a model on it, for --hardware of the others
   doctor      say what this machine is, what `serve` would use on it, and what is missing
 
 Every SGLang flag works under its own name with `serve` and `run-batch`.
@@ -45,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve": _serve,
         "engine": _engine,
         "run-batch": _run_batch,
+        "batches": _batches,
         "merge": _merge,
         "plan": _plan,
         "simulate": _simulate,
         "trace": _trace,
+        "calibrate": _calibrate,
         "doctor": _doctor,
     }
     command = commands.get(args[0])
@@ -113,6 +117,12 @@ def _run_batch(argv: list[str]) -> int:
     return run_batch(argv)
 
 
+def _batches(argv: list[str]) -> int:
+    from blendserve.cli.batches import main as batches
+
+    return batches(argv)
+
+
 def _merge(argv: list[str]) -> int:
     from blendserve.cli.merge import main as merge
 
@@ -135,6 +145,12 @@ def _trace(argv: list[str]) -> int:
     from blendserve.cli.trace import main as trace
 
     return trace(argv)
+
+
+def _calibrate(argv: list[str]) -> int:
+    from blendserve.cli.calibrate import main as calibrate
+
+    return calibrate(argv)
 
 
 def _doctor(argv: list[str]) -> int:

@@ -59,23 +59,26 @@ class BatchDisplay:
         now = time.monotonic()
         done = counts["completed"] + counts["failed"]
         said = f"{done}/{counts['total']} done, {counts['failed']} failed"
+        if not counts["total"]:
+            said = ""  # Not counted yet: "0/0 done" would read as the end of an empty job.
         if counts.get("retried"):
             said += f", {counts['retried']} retried"
         eta = f"ETA {figures.eta_seconds:.0f} s" if figures.eta_seconds is not None else ""
         described = f"{state} ({note})" if note else state
+        rates = figures.as_text()
         self._progress.update(
             self._task,
             description=described,
             total=max(counts["total"], 1),
             completed=done,
             counts=said,
-            rates=figures.as_text(),
+            rates=rates,
             eta=eta,
         )
         if not self._console.is_terminal and now - self._printed_at >= _PLAIN_LINE_SECONDS:
             self._printed_at = now
             self._console.print(
-                f"{described}: {said}  {figures.as_text()}  {eta}".rstrip(),
+                "  ".join(filter(None, [f"{described}: {said}".rstrip(": "), rates, eta])),
                 soft_wrap=True,
                 markup=False,
                 highlight=False,

@@ -44,6 +44,7 @@ def dry_run(
     parser.add_argument("--dp-size", "--data-parallel-size", "--dp", default="1")
     parser.add_argument("--max-total-tokens")
     parser.add_argument("--sample-fraction")
+    parser.add_argument("--price-per-hour")
     known, _ = read(parser, server_flags)
     if len(checked.refused) == checked.total:
         raise InputError("no line of the file can run")
@@ -58,6 +59,8 @@ def dry_run(
         argv += ["--kv-tokens", known.max_total_tokens]
     if known.sample_fraction:
         argv += ["--sample-fraction", known.sample_fraction]
+    if known.price_per_hour:
+        argv += ["--price-per-hour", known.price_per_hour]
     if as_json:
         argv.append("--json")
     refused = frozenset(checked.refused)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blendserve.cli.curve_clock import CurveClock
+
 _RATE_WINDOW_SECONDS = 10.0
 
 
@@ -17,8 +19,9 @@ class Figures:
 
     prefill_tokens_per_second, decode_tokens_per_second: over the last seconds.
     prefix_hit_rate: part of the admitted prompt tokens that came out of the cache.
-    eta_seconds: of the token work that is left, at the pace so far.
-    share_of_bound: how near the pace so far is to the least time that the plan allows.
+    eta_seconds: by the predicted course of what is left, at the pace so far; without one, of the
+        token work that is left.
+    share_of_bound: how near the pace so far is to the least time that the plan allows, up to 1.
     """
 
     prefill_tokens_per_second: float | None = None
@@ -54,16 +57,22 @@ class FigureKeeper:
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque()
         self._work: tuple[str, float, float] | None = None
+        self._clock = CurveClock()
 
-    def update(self, status: Mapping[str, Any], job_id: str) -> Figures:
-        """Take in one answer of GET /blendserve/status."""
-        now = time.monotonic()
+    def update(self, status: Mapping[str, Any], job_id: str, now: float | None = None) -> Figures:
+        """Take in one answer of GET /blendserve/status. now: seconds of any clock that goes on
+        steadily; this process's by default."""
+        now = time.monotonic() if now is None else now
         schedulers = status.get("schedulers", [])
         prefill, decode = self._rates(now, schedulers)
         prompt = sum(scheduler["prompt_tokens"] for scheduler in schedulers)
         cached = sum(scheduler["cached_tokens"] for scheduler in schedulers)
         job = next((job for job in status.get("jobs", []) if job["job_id"] == job_id), None)
-        eta, share = self._pace(now, job) if job is not None else (None, None)
+        # Its own only where nothing else runs; online requests are few beside a batch.
+        alone = len(status.get("jobs", [])) == 1 and schedulers
+        latest = self._samples[-1]
+        counters = (latest.prefill_tokens, latest.decode_tokens) if alone else None
+        eta, share = self._pace(now, job, counters) if job is not None else (None, None)
         return Figures(prefill, decode, cached / prompt if prompt else None, eta, share)
 
     def _rates(
@@ -88,14 +97,21 @@ class FigureKeeper:
             (latest.decode_tokens - first.decode_tokens) / seconds,
         )
 
-    def _pace(self, now: float, job: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    def _pace(
+        self, now: float, job: Mapping[str, Any], counters: tuple[int, int] | None
+    ) -> tuple[float | None, float | None]:
         done, total = job.get("done_work_tokens", 0.0), job.get("total_work_tokens", 0.0)
         if self._work is None or self._work[0] != job["job_id"] or done < self._work[2]:
             self._work = (job["job_id"], now, done)
+            self._clock = CurveClock()
         _, started, before = self._work
+        by_curve = self._clock.seconds_left(now, job, counters)
         elapsed, work = now - started, done - before
         if elapsed <= 0 or work <= 0 or total <= 0:
-            return None, None
-        left = max(total - done, 0.0) * elapsed / work
-        bound = job.get("bound_seconds", 0.0) * work / total
-        return left, bound / elapsed if bound else None
+            return by_curve, None
+        # Beyond all that was expected nobody knows how much is left.
+        left = (total - done) * elapsed / work if done < total else None
+        share = job.get("bound_seconds", 0.0) * work / total / elapsed
+        # A bound that the run beats is none: the device was measured wrongly, or the lengths of
+        # what is left are not what was expected.
+        return left if by_curve is None else by_curve, share if 0 < share <= 1 else None

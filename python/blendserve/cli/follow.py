@@ -15,6 +15,7 @@ from blendserve.cli.figures import FigureKeeper
 
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _POLL_SECONDS = 0.5
+_NO_COUNTS = {"total": 0, "completed": 0, "failed": 0}
 
 
 def follow(base_url: str, batch_id: str, console: Console, headers: Mapping[str, str]) -> Batch:
@@ -23,19 +24,26 @@ def follow(base_url: str, batch_id: str, console: Console, headers: Mapping[str,
     Raises:
         openai.APIError: the server does not answer any more.
     """
-    client = openai_client(base_url, headers)
+    with _client(base_url, headers) as http:
+        return follow_with(openai_client(base_url, headers), http, batch_id, console)
+
+
+def follow_with(client: OpenAI, http: httpx.Client, batch_id: str, console: Console) -> Batch:
+    """The same with clients of one's own; `http` is for the server's routes beside OpenAI's."""
     keeper = FigureKeeper()
-    with BatchDisplay(console) as display, _client(base_url, headers) as http:
+    with BatchDisplay(console) as display:
         while True:
             batch = client.batches.retrieve(batch_id)
             try:
                 status = http.get("/blendserve/status").raise_for_status().json()
-            except httpx.TransportError:
-                # The next retrieve tells whether the server is gone, after its own retries.
+            except httpx.HTTPError:
+                # The next retrieve tells whether the server is gone, after its own retries; one of
+                # another kind has no such route.
                 status = {}
             counts = batch.request_counts
-            assert counts is not None
-            display.update(batch.status, counts.model_dump(), keeper.update(status, batch_id))
+            shown = _NO_COUNTS if counts is None else counts.model_dump()
+            note = getattr(batch, "note", None)
+            display.update(batch.status, shown, keeper.update(status, batch_id), note)
             if batch.status in ENDED:
                 return batch
             time.sleep(_POLL_SECONDS)

@@ -36,6 +36,8 @@ from blendserve.batch import (
     OriginGuard,
     OwnRoutes,
     RemoteExecutor,
+    WebhookError,
+    Webhooks,
     build_health_router,
     build_page_router,
     build_router,
@@ -65,6 +67,7 @@ class Front:
         engine_command: see `EngineProcess`.
         keys: empty for a server that asks for none.
         host: that it listens on.
+        webhooks: who is told when batches end.
     """
 
     def __init__(
@@ -75,11 +78,12 @@ class Front:
         keys: ApiKeys,
         watch: WatchSettings | None = None,
         host: str = _HOST,
+        webhooks: Webhooks | None = None,
     ) -> None:
         self.executor = RemoteExecutor(
             on_lost=lambda: self.engine.look_again(), cache_salt=self._cache_salt
         )
-        self.service = BatchService(store, self.executor, limits_of(settings))
+        self.service = BatchService(store, self.executor, limits_of(settings), webhooks=webhooks)
         self.engine = EngineProcess(
             engine_command,
             self._engine_up,
@@ -147,8 +151,9 @@ def serve_front(argv: Sequence[str]) -> int:
         options, engine_flags = split_flags(argv)
         settings = settings_of(options)
         keys = _keys(settings, options.api_key)
+        webhooks = webhooks_of(settings)
         store = BatchStore(settings.batch_dir)
-    except (ConfigError, ConfigFileError, KeyFileError, BatchDirectoryError) as error:
+    except (ConfigError, ConfigFileError, KeyFileError, WebhookError, BatchDirectoryError) as error:
         print(f"blendserve serve: {error}", file=sys.stderr)
         return 2
     try:
@@ -159,7 +164,7 @@ def serve_front(argv: Sequence[str]) -> int:
         return 2
     try:
         clients = raise_descriptor_limit()
-        front = Front(store, command, settings, keys, host=options.host)
+        front = Front(store, command, settings, keys, host=options.host, webhooks=webhooks)
         server = uvicorn.Server(
             uvicorn.Config(
                 front.app,
@@ -245,6 +250,11 @@ def limits_of(settings: Settings) -> BatchLimits:
         allow_remote_urls=settings.allow_remote_urls,
         media_root=settings.media_root,
     )
+
+
+def webhooks_of(settings: Settings) -> Webhooks:
+    """Who is told when batches end. Raises WebhookError."""
+    return Webhooks.of(settings.webhook_url, settings.webhook_secret_file, settings.webhook_hosts)
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:

@@ -14,6 +14,7 @@ from blendserve.batch.endpoints import ENDPOINTS, did_you_mean
 from blendserve.batch.line_parser import UnreadableLine, read_entry
 from blendserve.batch.lines import iter_lines
 from blendserve.batch.refusals import RefusedLine
+from blendserve.batch.tool_calls import NEEDS_PARSER, forces_call
 from blendserve.batch.validation import validate_file
 from blendserve.cli.batch_input import InputError
 from blendserve.cli.stock_flags import read
@@ -48,12 +49,14 @@ def check(
     *,
     models: Collection[str] = (),
     strict: bool = False,
+    parses_calls: bool = True,
     where: Where | None = None,
 ) -> CheckedInput:
     """Reads the whole file.
 
     Args:
         models: names that the engine will answer to; empty: not known yet.
+        parses_calls: the engine will be able to read calls of tools.
         strict: takes a line with a bad body for a fault of the file.
         where: the place of a line by its number, where the file is made of several.
 
@@ -71,7 +74,7 @@ def check(
                 )
                 checked.refusals.append(named)
 
-    engine = _FutureEngine(models)
+    engine = _FutureEngine(models, parses_calls)
     verdict = validate_file(path, checked.endpoint, engine, limits, lambda: False, refuse)
     checked.total = verdict.total
     faults = verdict.faults
@@ -98,6 +101,16 @@ def served_models(flags: Sequence[str]) -> frozenset[str]:
     parser.add_argument("--served-model-name")
     known, _ = read(parser, flags)
     return frozenset({known.model_path, known.served_model_name or known.model_path})
+
+
+def parses_calls(flags: Sequence[str]) -> bool:
+    """Whether an engine with these flags of `serve` can read calls of tools; true if unknown."""
+    if any(flag.partition("=")[0] in ("--engine-urls", "--ray") for flag in flags):
+        return True
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tool-call-parser")
+    known, _ = read(parser, flags)
+    return known.tool_call_parser is not None
 
 
 def fault_lines(
@@ -158,11 +171,14 @@ class _FutureEngine:
     endpoints = ENDPOINTS
     fingerprint = ""
 
-    def __init__(self, models: Collection[str]) -> None:
+    def __init__(self, models: Collection[str], parses_calls: bool) -> None:
         self.models = frozenset(models)
+        self._parses_calls = parses_calls
 
     def check(self, line: BatchLine) -> LineFault | None:
-        return None
+        if self._parses_calls or not forces_call(line.body):
+            return None
+        return LineFault("tool_call_parser_missing", NEEDS_PARSER, "body.tool_choice")
 
     def run(
         self,

@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -62,7 +62,7 @@ class Reporter(Protocol):
 
 
 class OfflineJob:
-    """Resume or begin, run, place, close: in this order.
+    """Resume or begin, run, close: in this order.
 
     Args:
         state: folder of this job; it may hold the state of an earlier run.
@@ -176,8 +176,21 @@ class OfflineJob:
         self._batch_id = self._service.create(request).id
         return self._batch_id
 
-    async def run(self, batch_id: str, reporter: Reporter) -> BatchObject:
-        """Run what is left, and return the batch once it has ended.
+    async def run(
+        self,
+        batch_id: str,
+        reporter: Reporter,
+        *,
+        total: int = 0,
+        on_placed: Callable[[BatchObject, int], None] = lambda batch, answers: None,
+    ) -> BatchObject:
+        """Run what is left, put the results in place, and return the batch as it has ended.
+
+        The engine is stopped after that: nobody has to wait seconds for it to see the answers.
+
+        Args:
+            total: lines of the batch, to tell of before it has been checked.
+            on_placed: called with the batch and the number of answers once they are in place.
 
         Raises:
             JobRefused, EngineFailed: it cannot go on; nothing that was finished is lost.
@@ -192,6 +205,7 @@ class OfflineJob:
                 progress = self._service.live_progress(batch_id)
                 figures = keeper.update(await board.counters(), batch_id)
                 counts = {**batch.request_counts.model_dump(), "retried": progress.retried}
+                counts["total"] = counts["total"] or total
                 state = batch.status
                 if self.engine.view.state != "up" and state not in _ENDED:
                     state_said = f"engine {self.engine.view.state}"
@@ -200,6 +214,7 @@ class OfflineJob:
                 reporter.update(state_said, counts, figures, progress.note)
                 if batch.status in _ENDED:
                     _raise_if_failed(batch)
+                    on_placed(batch, await asyncio.to_thread(self.place, batch))
                     return batch
                 if engine.done():
                     engine.result()

@@ -14,8 +14,8 @@ _MAX_CAUSES = 3
 _MAX_MESSAGE = 200
 
 
-def causes(errors: Path) -> list[str]:
-    """The most frequent causes in an error file, as lines of text."""
+def causes(errors: Path, most: int | None = _MAX_CAUSES) -> list[str]:
+    """The most frequent causes in an error file, as lines of text; None: all of them."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], tuple[str, str]] = {}
     with errors.open("rb") as lines:
@@ -25,11 +25,11 @@ def causes(errors: Path) -> list[str]:
             counts[kind] += 1
             examples.setdefault(kind, (custom_id, message))
     said = []
-    for kind, count in counts.most_common(_MAX_CAUSES):
+    for kind, count in counts.most_common(most):
         custom_id, message = examples[kind]
         said.append(f"  {count} x {' '.join(filter(None, kind))}, e.g. {custom_id[:80]}: {message}")
-    if len(counts) > _MAX_CAUSES:
-        said.append(f"  and {len(counts) - _MAX_CAUSES} more causes")
+    if most is not None and len(counts) > most:
+        said.append(f"  and {len(counts) - most} more causes")
     return said
 
 

@@ -20,6 +20,7 @@ SETTING_FLAGS = (
         "allow_remote_urls",
         "media_root",
         "allowed_hosts",
+        *("webhook_url", "webhook_hosts", "webhook_secret_file"),
         "cluster_key_file",
     ),
 )

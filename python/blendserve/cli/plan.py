@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from blendserve.cli.arguments import positive
+from blendserve.cli.arguments import positive, price
 from blendserve.cli.engine_flags import KNOWN, add_engine_flags, engine_of
 from blendserve.cli.job_file import Encoder, JobFileError, read_job_file
+from blendserve.cli.plan_costs import job_costs
 from blendserve.cli.plan_report import (
     PREDICTED_WORLD,
     PlanError,
@@ -99,6 +101,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="F",
         help=f"share of the requests to run first for their output lengths (default: {default})",
     )
+    parser.add_argument(
+        "--price-per-hour", type=price, metavar="P", help="of one device: what will the job cost?"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the tree and the run")
     parser.add_argument("--order", type=Path, metavar="JSONL", help="write the planned order")
@@ -165,6 +170,8 @@ def _report(options: argparse.Namespace, leave_out: Callable[[int, str], None] |
         parts=parts,
         prediction=predict(plan, cost_model, capacity, parts.plans),
         plan_seconds=plan_seconds,
+        devices=options.tp,
+        price_per_hour=options.price_per_hour,
     )
 
 
@@ -208,6 +215,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "blend": prediction.blend_seconds,
             "bound": prediction.bound_seconds,
         },
+        "cost": dataclasses.asdict(job_costs(report)),
         "predicted_world": PREDICTED_WORLD,
         "costs": report.cost_model.step_costs.source,
         "plan_seconds": report.plan_seconds,

@@ -23,7 +23,7 @@ class PlanError(RuntimeError):
 @dataclass(frozen=True)
 class Report:
     """All that was found out about a job. plan_seconds: making the plan, without reading the file
-    and predicting."""
+    and predicting. devices: of a replica. price_per_hour: of one of them, None if not told."""
 
     job: JobFile
     cost_model: CostModel
@@ -32,6 +32,8 @@ class Report:
     parts: Partition
     prediction: Prediction
     plan_seconds: float
+    devices: int = 1
+    price_per_hour: float | None = None
 
 
 def quartiles(plan: Plan) -> dict[str, float]:
@@ -49,6 +51,11 @@ def warnings(report: Report) -> list[str]:
     """What is likely to surprise in this run, each a sentence with its first example."""
     job, plan, model = report.job, report.plan, report.cost_model.model
     found = list(model.caveats)
+    if report.cost_model.hardware.guess:
+        found.append(
+            f"nobody has measured {report.cost_model.hardware.name!r}: seconds and prices are a "
+            "guess, good for comparing orders only; `blendserve calibrate` measures this machine"
+        )
     for lines, reason in (
         (job.too_long, f"leave no room for an answer in {model.context_length} tokens of context"),
         (job.media, f"have media that cannot be counted ({job.media_fault})"),

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from blendserve.cli.plan_costs import Dear, job_costs
 from blendserve.cli.plan_report import PREDICTED_WORLD, Report, quartiles, warnings
 
 _LARGEST_PREFIXES = 5
@@ -40,6 +41,7 @@ def as_text(report: Report) -> str:
                 _row("  quartiles", "  ".join(_density(v) for v in quartiles(plan).values())),
             ],
             _seconds(report),
+            *_costs(report),
             _replicas(report),
             _prefixes(report),
             [f"warning: {warning}" for warning in warnings(report)],
@@ -77,6 +79,51 @@ def _seconds(report: Report) -> list[str]:
         ratio = f"   {seconds / against:.2f}x blend" if against > 0 and name != "blend" else ""
         rows.append(_row(f"  {name}", f"{_duration(seconds):>12}{ratio}"))
     return rows
+
+
+def _costs(report: Report) -> list[list[str]]:
+    """Device time and money; what is dear; the tail."""
+    costs = job_costs(report)
+    spent = _duration(costs.device_seconds)
+    if costs.devices > 1:
+        spent += f" of {costs.devices} devices together"
+    if costs.price is not None:
+        price = f"{costs.price:,.2f}" if costs.price >= 1 else f"{costs.price:.2g}"
+        spent += f", which costs {price} at {report.price_per_hour:g} an hour each"
+    percent = max(len(report.plan.order) // 100, 1)
+    rows = [
+        "where the work goes (compute and memory time, after sharing)",
+        _row("  prompts", f"{costs.prompts:.0%}, answers {1 - costs.prompts:.0%}"),
+        _row(
+            "  dearest lines",
+            f"{percent:,} of {len(report.plan.order):,}: {costs.dearest_percent:.1%}",
+        ),
+        *(
+            _row(f"  lines {part.first_line:,}-{part.last_line:,}", f"{part.share:.1%}")
+            for part in costs.stretches
+            if len(costs.stretches) > 1
+        ),
+        *(f"  {_told(dear)}, {dear.share:.1%}" for dear in costs.dearest),
+    ]
+    tail = ["the end of the run"]
+    if costs.last:
+        total = report.prediction.blend_seconds
+        begins = max(1 - costs.tail_seconds / total, 0.0) if total else 0.0
+        tail += [
+            f"  from {begins:.0%} of it on, {_duration(costs.tail_seconds)}, few requests are left "
+            f"({costs.last_count:,}), the last of them:",
+            *(f"  {_told(dear)}" for dear in costs.last),
+        ]
+    else:
+        tail.append("  no tail: many requests run together until it is over")
+    return [[_row("device time", spent)], rows, tail]
+
+
+def _told(dear: Dear) -> str:
+    return (
+        f"{dear.id!r} in line {dear.line:,}: {dear.prompt_tokens:,} prompt and "
+        f"{dear.output_tokens:,} output tokens"
+    )
 
 
 def _duration(seconds: float) -> str:

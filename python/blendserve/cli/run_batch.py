@@ -13,7 +13,7 @@ import contextlib
 import signal
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from blendserve.batch import BatchDirectoryError, BatchLimits, BatchObject
+from blendserve.cli.arguments import price
 from blendserve.cli.arrow import need_arrow
 from blendserve.cli.batch_input import InputError
 from blendserve.cli.carried import Carried, read_columns
@@ -28,7 +29,7 @@ from blendserve.cli.display import BatchDisplay, JsonStatus
 from blendserve.cli.earlier_run import EarlierRun
 from blendserve.cli.engine_process import EngineFailed
 from blendserve.cli.front import settings_of, split_flags
-from blendserve.cli.input_check import CheckedInput, check, fault_lines, served_models
+from blendserve.cli.input_check import CheckedInput, check, fault_lines, parses_calls, served_models
 from blendserve.cli.input_flags import add_input_flags
 from blendserve.cli.job_input import job_input
 from blendserve.cli.offline_job import JobRefused, OfflineJob
@@ -129,6 +130,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--dry-run", action="store_true", help="check the file, print plan and time, run nothing"
     )
     parser.add_argument(
+        "--price-per-hour", type=price, metavar="P", help="of one device, for --dry-run"
+    )
+    parser.add_argument(
         "--shard",
         metavar="I/N",
         help="run part I of N, from 0; auto: as this task of a Slurm array or indexed job says",
@@ -179,12 +183,15 @@ def _checked_run(options: argparse.Namespace, server_flags: list[str], console: 
             models=served_models(server_flags),
             strict=options.strict,
             where=given.places,
+            parses_calls=parses_calls(server_flags),
         )
         _tell_refusals(checked, console, all_of_them=options.dry_run)
         if options.dry_run:
             from blendserve.cli.dry_run import dry_run
 
             say = partial(_say, console)
+            if options.price_per_hour is not None:
+                server_flags = [*server_flags, "--price-per-hour", str(options.price_per_hour)]
             return dry_run(source, checked, server_flags, options.json, limits.max_line_bytes, say)
         with contextlib.ExitStack() as stack:
             if options.part is not None:
@@ -303,6 +310,13 @@ def _run(
         carried=carried,
     )
     reporter = JsonStatus() if options.json else BatchDisplay(console)
+    total = checked.total
+
+    def placed(batch: BatchObject, answers: int) -> None:
+        counts = batch.request_counts
+        failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
+        _say(console, f"{batch.status}: {answers} answered in {options.output}{failed}")
+
     with contextlib.closing(job):
         batch_id = job.resume(source)
         if batch_id is None and earlier is not None:
@@ -311,15 +325,14 @@ def _run(
                     _say(
                         console, f"{count} of {checked.total} lines have no answer, and run again."
                     )
-                    batch_id = job.begin(rest, source, checked.endpoint)
+                    batch_id, total = job.begin(rest, source, checked.endpoint), count
         elif batch_id is None:
             batch_id = job.begin(source, source, checked.endpoint)
         if batch_id is not None:
             _say(console, f"Starting the engine (its log: {log}) ...")
             _say(console, f"Answers so far: {' and '.join(map(str, job.live_paths))}")
             with reporter:
-                batch = asyncio.run(_until_stopped(job, batch_id, reporter))
-            answers = job.place(batch)
+                batch = asyncio.run(_until_stopped(job, batch_id, reporter, total, placed))
     if batch_id is None:
         state.remove()
         _say(console, f"Every line has its answer in {options.output}; there is nothing to do.")
@@ -327,8 +340,6 @@ def _run(
     counts = batch.request_counts
     kept = keep_log(log, options.output) if counts.failed else None
     state.remove()
-    failed = f", {counts.failed} failed in {options.errors}" if counts.failed else ""
-    _say(console, f"{batch.status}: {answers} answered in {options.output}{failed}")
     if counts.failed:
         for line in causes(options.errors):
             _say(console, line)
@@ -341,10 +352,14 @@ def _run(
 
 
 async def _until_stopped(
-    job: OfflineJob, batch_id: str, reporter: BatchDisplay | JsonStatus
+    job: OfflineJob,
+    batch_id: str,
+    reporter: BatchDisplay | JsonStatus,
+    total: int,
+    placed: Callable[[BatchObject, int], None],
 ) -> BatchObject:
     """SIGTERM stops as Ctrl-C does: at once, with everything that has arrived saved."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await job.run(batch_id, reporter)
+    return await job.run(batch_id, reporter, total=total, on_placed=placed)

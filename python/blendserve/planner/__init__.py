@@ -20,6 +20,7 @@ from .interference import INTERFERENCE, best_split, separate_parts
 from .length_estimator import DEFAULT_OUTPUT_TOKENS, estimate
 from .length_model import LengthModel
 from .length_sample import choose_sample, choose_second_sample, first_part, sample_size
+from .measured_steps import MeasuredSteps, StepTerms, UnusableSteps, fit_steps
 from .media import EncoderWork, MediaRuns
 from .model_spec import MODEL_SPECS, ModelSpec, ModelSpecError, model_spec
 from .next_use import NextUse, NextUses, Timetable, make_timetable, next_uses
@@ -33,6 +34,7 @@ from .prediction import (
     predict,
 )
 from .prefix_tree import PrefixTree
+from .progress_curve import ProgressCurve, progress_curve
 from .step_costs import Rates, StepCosts
 from .step_pace import StepPace
 from .transform import Transformed, transform
@@ -51,6 +53,7 @@ __all__ = [
     "HardwareError",
     "Job",
     "LengthModel",
+    "MeasuredSteps",
     "MediaRuns",
     "ModelSpec",
     "ModelSpecError",
@@ -62,13 +65,16 @@ __all__ = [
     "PlannerConfig",
     "Prediction",
     "PrefixTree",
+    "ProgressCurve",
     "Rates",
     "Side",
     "StepCosts",
     "StepPace",
+    "StepTerms",
     "Timetable",
     "Transformed",
     "UnknownHardwareError",
+    "UnusableSteps",
     "account_tokens",
     "best_split",
     "choose_sample",
@@ -76,6 +82,7 @@ __all__ = [
     "dual_scan_sequence",
     "estimate",
     "first_part",
+    "fit_steps",
     "fitted_costs",
     "hardware",
     "known_device",
@@ -89,6 +96,7 @@ __all__ = [
     "partition",
     "partition_memory",
     "predict",
+    "progress_curve",
     "sample_size",
     "separate_parts",
     "step_costs",

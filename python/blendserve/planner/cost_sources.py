@@ -75,8 +75,20 @@ def step_costs(model: ModelSpec, chip: Hardware, ranks: int = 1) -> StepCosts:
     chip has tables here or in an installed aiconfigurator-core, fitted else.
 
     model, chip: of one rank each, not scaled. A chip whose own figures were measured and given in a
-    file keeps them, and has the kernel times that the file names.
+    file keeps them, and has the kernel times that the file names. Where an engine's own steps with
+    this model were measured, they are taken.
     """
+    for measured in chip.steps:
+        if measured.fits(model, ranks):
+            return linear_costs(
+                measured.token_seconds,
+                measured.pair_seconds,
+                measured.context_seconds,
+                measured.weight_seconds,
+                source=f"{chip.name}: {measured.steps:,} steps of an engine, measured with "
+                f"{measured.model}; off by {measured.error:.0%} on average",
+                one_memory=False,
+            )
     tables = None
     if chip.kernels:
         tables = kernel_tables(chip.kernels) or installed_tables(chip.kernels)

@@ -16,10 +16,12 @@ from typing import Any
 
 from .chips import CHIPS
 from .kernel_tables import UNREADABLE, KernelTables
+from .measured_steps import MeasuredSteps, UnusableSteps
 
 _FIGURES = ("compute_flops", "bandwidth_bytes", "memory_bytes")
 _TEXTS = ("base", "name", "source", "kernels")
-_FILE_KEYS = (*_FIGURES, *_TEXTS)
+_STEPS = "steps"
+_FILE_KEYS = (*_FIGURES, *_TEXTS, _STEPS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Hardware:
     link_bytes: what one direction of its links to other devices carries, bytes/s; 0 if unknown.
     kernels: name or file of its measured kernels (`kernel_tables`); empty without.
     attained: the figures are what kernels attain, not what a datasheet promises.
+    steps: of an engine that was measured on it, by model.
     guess: nobody has measured or promised them: they do to weigh requests against each other, not
         to say how long a job takes at least.
     """
@@ -48,6 +51,7 @@ class Hardware:
     kernels: str = ""
     attained: bool = False
     guess: bool = False
+    steps: tuple[MeasuredSteps, ...] = ()
 
     def __post_init__(self) -> None:
         for field in _FIGURES:
@@ -56,6 +60,12 @@ class Hardware:
                 raise ValueError(
                     f"hardware {self.name!r}: {field} must be positive and finite, not {value!r}"
                 )
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Hardware:
+        """What `dataclasses.asdict` made, perhaps in another process."""
+        steps = tuple(MeasuredSteps(**entry) for entry in given.get(_STEPS, ()))
+        return cls(**{**given, _STEPS: steps})
 
     def scaled(self, ranks: int) -> Hardware:
         """The same device `ranks` times (tensor, sequence or context parallel): all figures
@@ -187,7 +197,18 @@ def _measured(path: Path) -> Hardware:
         source=f"{source} ({path})",
         kernels=_kernels(path, found["kernels"]) if found.get("kernels") else "",
         attained=True,
+        steps=_steps(path, found.get(_STEPS, [])),
     )
+
+
+def _steps(path: Path, given: Any) -> tuple[MeasuredSteps, ...]:
+    if not isinstance(given, list):
+        raise HardwareError(f"{path}: {_STEPS} is {given!r}; it must be a list")
+    try:
+        return tuple(MeasuredSteps.read(entry) for entry in given)
+    except UnusableSteps as error:
+        remedy = "`blendserve calibrate` writes them, or leave the key away"
+        raise HardwareError(f"{path}: {_STEPS}: {error}; {remedy}") from error
 
 
 def _kernels(path: Path, name: str) -> str:

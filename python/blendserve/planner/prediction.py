@@ -25,7 +25,7 @@ from .cost_model import CostModel
 from .dual_scanner import account_tokens
 from .plan import Plan
 from .prefix_tree import Floats, Ints, PrefixTree
-from .timeline import Work, run_seconds
+from .timeline import Work, run_course
 
 # Part of the device memory that weights and KV cache get; engines leave the rest to activations.
 MEMORY_FRACTION = 0.9
@@ -126,6 +126,8 @@ class OrderPrediction:
     order: request indices. cached_tokens: of each prompt. compute_seconds: without what the cache
     saves. window: number of the pool filling that the request is part of.
     seconds: of the run. sharing: part of the prompt tokens that is found in the cache.
+    tail_seconds: at the end of the run, in which few requests are left; last: these, indices, those
+    that end last first.
     """
 
     order: Ints
@@ -135,6 +137,8 @@ class OrderPrediction:
     window: Ints
     seconds: float
     sharing: float
+    tail_seconds: float
+    last: Ints
 
     def window_seconds(self) -> tuple[Floats, Floats]:
         """(compute, memory) seconds of each window."""
@@ -151,7 +155,7 @@ def predict_order(
     capacity: float,
     left: NDArray[np.bool_] | None = None,
 ) -> OrderPrediction:
-    """What running these requests of the plan's job in this order takes; left: see `run_seconds`.
+    """What running these requests of the plan's job in this order takes; left: see `run_course`.
 
     A request belongs to window floor(F / capacity), F being the sum of (p - c) + d / 2 over those
     before it, with c cached tokens each.
@@ -168,7 +172,10 @@ def predict_order(
     held = np.asarray(account_tokens(prompt - cached, output), dtype=np.float64)  # type: ignore[arg-type]
     window = np.floor((np.cumsum(held) - held) / capacity).astype(np.int64)
     work = Work(prompt.astype(np.float64), cached.astype(np.float64), output)
-    seconds = run_seconds(work, cost_model.step_costs, capacity, left)
+    course = run_course(work, cost_model.step_costs, capacity, left)
+    # Parts of steps are counted there, so that a handful of tokens would cost nothing.
+    seconds = max(course.total_seconds, float(compute.sum()), float(memory.sum()))
+    tail, last = course.tail()
     total = int(prompt.sum())
     return OrderPrediction(
         order=order,
@@ -176,9 +183,10 @@ def predict_order(
         compute_seconds=compute,
         memory_seconds=memory,
         window=window,
-        # Parts of steps are counted there, so that a handful of tokens would cost nothing.
-        seconds=max(seconds, float(compute.sum()), float(memory.sum())),
+        seconds=seconds,
         sharing=int(cached.sum()) / total if total else 0.0,
+        tail_seconds=tail * seconds,
+        last=order[last],
     )
 
 

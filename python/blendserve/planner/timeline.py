@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .prefix_tree import Floats
+from .prefix_tree import Floats, Ints
 from .step_costs import RATE_STEP_TOKENS, StepCosts
 
 # Part of the memory that requests hold in the mean where more wait for it, and part of that for the
@@ -22,6 +22,8 @@ from .step_costs import RATE_STEP_TOKENS, StepCosts
 HELD_PART, RIGHT_PART = 0.9, 0.8
 # Stretches of steps that are looked at; more of them change nothing.
 _STRETCHES = 400
+# Of the most requests that run at once: where fewer do, the rest of a run is its tail.
+TAIL_PART = 0.25
 _CHUNK = RATE_STEP_TOKENS
 # Beside decodes that would leave next to nothing of a step, prefill still gets so much of it.
 _LEAST_PREFILL = _CHUNK / 8
@@ -42,13 +44,46 @@ class Work:
         return np.maximum(self.prompt - self.cached, 1.0)
 
 
-def run_seconds(
+@dataclass(frozen=True, eq=False)
+class Course:
+    """How a run goes, in stretches of as many steps each.
+
+    seconds, running: (s,) of each stretch; requests that decode in it. prefill, decoded: (s,)
+    tokens of prompts that are computed in it, and of answers. end: (k,) number of the stretch, and
+    part of it, in which each request ends.
+    """
+
+    seconds: Floats
+    running: Floats
+    prefill: Floats
+    decoded: Floats
+    end: Floats
+
+    @property
+    def total_seconds(self) -> float:
+        return float(self.seconds.sum())
+
+    def tail(self) -> tuple[float, Ints]:
+        """What is left once fewer than TAIL_PART of the most requests run that ever do: part of the
+        seconds; the requests, those that end last first."""
+        most = self.running.max(initial=0.0)
+        full = np.flatnonzero(self.running >= TAIL_PART * most)
+        if not most or not len(full) or not self.total_seconds:
+            return 0.0, np.zeros(0, dtype=np.int64)
+        first = int(full[-1]) + 1
+        late = np.flatnonzero(self.end > first)
+        part = float(self.seconds[first:].sum()) / self.total_seconds
+        return part, late[np.argsort(-self.end[late], kind="stable")]
+
+
+def run_course(
     work: Work, costs: StepCosts, capacity: float, left: NDArray[np.bool_] | None = None
-) -> float:
-    """Seconds of a run in `capacity` tokens of KV memory. left: (k,) where steps are paced, which
-    requests are of the compute side: these are prefilled evenly beside the others."""
+) -> Course:
+    """A run in `capacity` tokens of KV memory. left: (k,) where steps are paced, which requests are
+    of the compute side: these are prefilled evenly beside the others."""
     if not len(work.prompt):
-        return 0.0
+        nothing = np.zeros(0)
+        return Course(nothing, nothing, nothing, nothing, nothing)
     own, pool = work.own, capacity * HELD_PART
     start = _starts(own, work.output, pool) if left is None else _paced_starts(work, left, pool)
     begin = start + own / _CHUNK
@@ -62,7 +97,7 @@ def run_seconds(
     context = np.maximum(held + growth, 0.0) / span
     prefill = np.diff(_since(start, edges) - _since(begin, edges)) * _CHUNK
     sizes = np.append(costs.step_sizes(_CHUNK) if left is not None else [], _CHUNK)
-    seconds = steps_with_prefill = 0.0
+    seconds, steps_with_prefill = [], 0.0
     for running, reads, tokens in zip(
         decodes.tolist(), context.tolist(), prefill.tolist(), strict=True
     ):
@@ -73,10 +108,16 @@ def run_seconds(
         busy = min(running, 1.0)
         some, reads = max(round(running), 1), reads / max(busy, 1e-9)
         attention = costs.decode_seconds(some, reads) if busy else 0.0
-        seconds += full * (costs.token_seconds(int(size)) + costs.step)
-        seconds += max(span - full, 0.0) * busy * (costs.token_seconds(some) + costs.step)
-        seconds += span * busy * attention
-    return seconds + _prompt_seconds(work, costs, steps_with_prefill)
+        seconds.append(
+            full * (costs.token_seconds(int(size)) + costs.step)
+            + max(span - full, 0.0) * busy * (costs.token_seconds(some) + costs.step)
+            + span * busy * attention
+        )
+    prompts = _prompt_seconds(work, costs, steps_with_prefill)
+    spread = prefill / max(float(prefill.sum()), 1e-9)
+    return Course(
+        np.array(seconds) + prompts * spread, decodes, prefill, decodes * span, end / span
+    )
 
 
 def _starts(own: Floats, output: Floats, pool: float) -> Floats:

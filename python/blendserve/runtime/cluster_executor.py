@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 def cost_model_of(description: EngineDescription) -> CostModel:
     """The cost model that an engine has of itself."""
     spec = ModelSpec.from_config(description.model_config_json)
-    chip = Hardware(**description.hardware)
-    # The CPU's row is a stand-in: nothing that it attains is known any better.
-    of = CostModel.tensor_parallel if chip.name == "cpu" else CostModel.attained
+    chip = Hardware.from_dict(description.hardware)
+    # Of a stand-in nothing that it attains is known any better.
+    of = CostModel.tensor_parallel if chip.guess else CostModel.attained
     return of(spec, chip, description.tensor_ranks)
 
 
@@ -141,7 +141,7 @@ class ClusterExecutor:
 
     def jobs(self) -> list[JobView]:
         """The jobs that run now."""
-        return [runner.view for runner in self._runners.values()]
+        return [runner.look() for runner in self._runners.values()]
 
     def dispatch(self) -> DispatchView:
         """How the engines' queues are shared between them."""

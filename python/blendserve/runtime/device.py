@@ -53,8 +53,8 @@ def cost_model_of(model_config: Any, tp_size: int | None, settings: Settings) ->
     for caveat in spec.caveats:
         _warn(caveat)
     chip, ranks = choose_hardware(settings.hardware), int(tp_size or 1)
-    # The CPU's row is a stand-in: nothing that it attains is known any better.
-    of = CostModel.tensor_parallel if chip.name == "cpu" else CostModel.attained
+    # Of a stand-in nothing that it attains is known any better.
+    of = CostModel.tensor_parallel if chip.guess else CostModel.attained
     return of(spec, chip, ranks)
 
 

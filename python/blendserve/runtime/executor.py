@@ -293,7 +293,7 @@ class BlendExecutor:
 
     def jobs(self) -> list[JobView]:
         """The jobs that run now."""
-        return [runner.view for runner in self._runners.values()]
+        return [runner.look() for runner in self._runners.values()]
 
     def dispatch(self) -> DispatchView:
         """How the scheduler's queues are shared between them."""

@@ -19,6 +19,7 @@ from blendserve.batch import (
     KnownHosts,
     OriginGuard,
     OwnRoutes,
+    Webhooks,
     build_engine_router,
     build_health_router,
     build_page_router,
@@ -89,10 +90,13 @@ def mount(
             allow_remote_urls=settings.allow_remote_urls,
             media_root=settings.media_root,
         )
+        webhooks = Webhooks.of(
+            settings.webhook_url, settings.webhook_secret_file, settings.webhook_hosts
+        )
         store = BatchStore(settings.batch_dir)
     except (UnsupportedSGLang, BatchDirectoryError, ValueError) as error:
         raise SystemExit(f"blendserve: {error}") from error
-    service = BatchService(store, executor, limits)
+    service = BatchService(store, executor, limits, webhooks=webhooks)
     routers = [
         build_router(service),
         build_page_router(),

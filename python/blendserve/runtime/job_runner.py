@@ -26,6 +26,7 @@ from blendserve.runtime.job_prompts import BlockReader, LineReader, read_prompts
 from blendserve.runtime.job_view import JobView
 from blendserve.runtime.line_client import LineSender, MemberLost
 from blendserve.runtime.line_flight import EndedLine, SentLine, answered, failed_line
+from blendserve.runtime.outlook import Outlook
 from blendserve.runtime.plan_tag import LengthUpdate, PlanTag, likely_tokens
 from blendserve.runtime.plan_walk import PlanWalk, Step
 from blendserve.runtime.plan_worker import JobPlan, News, Planner, UntoldNews, no_plan
@@ -106,6 +107,7 @@ class JobRunner:
         self._sent_seconds = 0.0
         self._replanning: asyncio.Task[None] | None = None
         self._news = UntoldNews()
+        self._outlook = Outlook(self.view, planner, threads.planning)
 
     async def run(self) -> AsyncGenerator[LineResult, None]:
         """Yield one result per pending line, as they come. Closing it aborts what is in flight.
@@ -139,6 +141,7 @@ class JobRunner:
                     )
         finally:
             self._closed = True
+            self._outlook.close()
             if self._replanning is not None:
                 self._replanning.cancel()
             try:
@@ -154,8 +157,7 @@ class JobRunner:
     # -- planning --------------------------------------------------------------------------------
 
     async def _plan(self, news: News) -> JobPlan:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
+        return await asyncio.get_running_loop().run_in_executor(
             self._threads.planning, self._planner.plan, self.job_id, news
         )
 
@@ -171,21 +173,16 @@ class JobRunner:
         return no_plan()
 
     def _begin(self, plan: JobPlan) -> None:
-        self.view.prompt_tokens = plan.prompt_tokens
-        self.view.unique_tokens = plan.unique_tokens
-        self.view.best_sharing = plan.sharing_best
-        self.view.planned_sharing = plan.sharing_planned
-        self.view.bound_seconds = plan.bound_seconds
-        self._adopt(plan)
+        self.view.begin(plan)
+        self._adopt(plan, self.look().computed())
         self._replan_rule = Replanning(self.view.sampled)
         self.view.phase = "running"
 
-    def _adopt(self, plan: JobPlan) -> None:
-        """Walk this plan from now on."""
+    def _adopt(self, plan: JobPlan, computed: tuple[int, int]) -> None:
+        """Walk this plan from now on, which was asked for when so much was computed."""
         self._walk = PlanWalk(plan, self._news.started, self._sent, self._returned)
         self.view.sampled += self._walk.sampled
-        self.view.plans += 1
-        self.view.total_work_tokens = plan.total_work_tokens
+        self.view.adopt(plan, computed)
         self._look()
 
     def _replan_if_due(self) -> None:
@@ -197,7 +194,8 @@ class JobRunner:
     async def _replan(self) -> None:
         self._replan_rule.begins(self.view.observed, self.view.sampled)
         try:
-            self._adopt(await self._plan(self._news.take(self._running())))
+            computed = self.look().computed()
+            self._adopt(await self._plan(self._news.take(self._flight())), computed)
             self._tell_lengths()
         except Exception:
             # Of any type, as for the first plan; the job goes on with the plan that it has.
@@ -206,13 +204,15 @@ class JobRunner:
         self._replanning = None
         self._dispatcher.wake()
 
-    def _running(self) -> list[tuple[int, int]]:
-        """Output tokens so far of what has any and has not ended, by position."""
-        return [
-            (position, tokens)
-            for position, sent in self._sent.items()
-            if (tokens := self._client.tokens_so_far(sent.task))
-        ]
+    def look(self) -> JobView:
+        """What an operator sees, and what is in flight as of now."""
+        if flight := self._flight():
+            self._outlook.look(flight, self._walk.plan, self._news.peek(flight))
+        return self.view
+
+    def _flight(self) -> list[tuple[int, int]]:
+        """Output tokens so far of what is in flight, by position."""
+        return [(at, self._client.tokens_so_far(sent.task)) for at, sent in self._sent.items()]
 
     def _tell_lengths(self) -> None:
         """Each scheduler is told what the new plan expects of requests that it has already."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from blendserve.runtime.plan_worker import JobPlan
 
 
 @dataclass
@@ -34,6 +36,11 @@ class JobView:
         total_work_tokens, done_work_tokens: prefill tokens that sharing leaves plus expected output
             tokens, of all lines and of the answered ones.
         done_work_seconds: compute and memory seconds of the answered lines by the cost model.
+        answered_output_tokens: of the answered lines.
+        flight_prefill_tokens, flight_output_tokens: computed so far of lines that are not answered.
+        curve: how the work that was left goes on with time, as predicted last; empty: not known.
+            curves: predictions so far. curve_prefill_tokens, curve_output_tokens: computed before
+            the last, answered or not.
     """
 
     job_id: str
@@ -61,6 +68,41 @@ class JobView:
     total_work_tokens: float = 0.0
     done_work_tokens: float = 0.0
     done_work_seconds: float = 0.0
+    answered_output_tokens: int = 0
+    flight_prefill_tokens: int = 0
+    flight_output_tokens: int = 0
+    curve: dict[str, Any] = field(default_factory=dict)
+    curves: int = 0
+    curve_prefill_tokens: int = 0
+    curve_output_tokens: int = 0
+
+    def begin(self, plan: JobPlan) -> None:
+        """The first plan: what the job is."""
+        self.prompt_tokens = plan.prompt_tokens
+        self.unique_tokens = plan.unique_tokens
+        self.best_sharing = plan.sharing_best
+        self.planned_sharing = plan.sharing_planned
+        self.bound_seconds = plan.bound_seconds
+
+    def computed(self) -> tuple[int, int]:
+        """Tokens of prompts and of answers, as of the last look."""
+        answered = self.answered_prompt_tokens - self.answered_cached_tokens
+        return (
+            answered + self.flight_prefill_tokens,
+            self.answered_output_tokens + self.flight_output_tokens,
+        )
+
+    def adopt(self, plan: JobPlan, before: tuple[int, int]) -> None:
+        """A plan, and what was `computed` when it was asked for."""
+        self.plans += 1
+        self.total_work_tokens = plan.total_work_tokens
+        self.follow({} if plan.curve is None else asdict(plan.curve), before)
+
+    def follow(self, curve: dict[str, Any], before: tuple[int, int]) -> None:
+        """A new course, of what was left when so much was `computed`."""
+        self.curve = curve
+        self.curves += 1
+        self.curve_prefill_tokens, self.curve_output_tokens = before
 
     def count_answer(
         self, prompt_tokens: int, cached_tokens: int, output_tokens: int, estimate: float | None
@@ -69,6 +111,7 @@ class JobView:
         self.observed += 1
         self.answered_prompt_tokens += prompt_tokens
         self.answered_cached_tokens += cached_tokens
+        self.answered_output_tokens += output_tokens
         if estimate is not None:
             self.estimated_output_tokens += estimate
             self.estimated_lines_output_tokens += output_tokens

@@ -7,7 +7,7 @@ gets back what it needs to walk a plan.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -24,11 +24,13 @@ from blendserve.planner import (
     Plan,
     PlannerConfig,
     PrefixTree,
+    ProgressCurve,
     Side,
     Timetable,
     hardware,
     make_plan,
     make_timetable,
+    progress_curve,
 )
 from blendserve.runtime.plan_tag import UseTag
 
@@ -97,16 +99,21 @@ class UntoldNews:
         self._finished_tokens.append(output_tokens)
 
     def take(self, running: Sequence[tuple[int, int]]) -> News:
-        """All of it, and the output tokens so far of what runs, by position."""
-        news = News(
-            started=_positions(self.started),
-            finished=_positions(self._finished),
-            finished_tokens=_positions(self._finished_tokens),
+        """All of it, and the output tokens so far of what is in flight, by position."""
+        news = self.peek(running)
+        self.started, self._finished, self._finished_tokens = array("q"), array("q"), array("q")
+        return news
+
+    def peek(self, running: Sequence[tuple[int, int]]) -> News:
+        """The same, and it stays untold."""
+        return News(
+            # Copies: an array that others look into cannot grow.
+            started=_positions(self.started).copy(),
+            finished=_positions(self._finished).copy(),
+            finished_tokens=_positions(self._finished_tokens).copy(),
             running=np.array([position for position, _ in running], dtype=np.int64),
             running_tokens=np.array([tokens for _, tokens in running], dtype=np.int64),
         )
-        self.started, self._finished, self._finished_tokens = array("q"), array("q"), array("q")
-        return news
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +138,7 @@ class JobPlan:
         total_work_tokens: prefill and output tokens of all requests, ended ones included.
         prompt_tokens, unique_tokens, sharing_best, sharing_planned: see `Plan`.
         latest_due: the highest number that a request of each side was sent with.
+        curve: how the work of what has not ended goes on with time; None: not known.
     """
 
     scanner: DualScanner
@@ -150,6 +158,7 @@ class JobPlan:
     sharing_best: float
     sharing_planned: float
     latest_due: dict[Side, int]
+    curve: ProgressCurve | None = None
 
     def use_tag(self, job: str, side: Side, position: int) -> UseTag:
         """What the radix cache is told when a side sends a request; the scanner has taken it.
@@ -203,6 +212,11 @@ class Planner(Protocol):
         without requests."""
         ...
 
+    def forecast(self, job_id: str, news: News) -> ProgressCurve | None:
+        """How a planned job goes on from here; news: with all that is in flight as running. Changes
+        nothing. None: not known."""
+        ...
+
     def forget(self, job_id: str) -> None:
         """Drop a job, known or not."""
         ...
@@ -221,6 +235,9 @@ class PlanWorker:
 
     def plan(self, job_id: str, news: News) -> JobPlan:
         return self._jobs[job_id].plan(news, self._cost_model, self._config)
+
+    def forecast(self, job_id: str, news: News) -> ProgressCurve | None:
+        return self._jobs[job_id].forecast(news, self._cost_model, self._config)
 
     def forget(self, job_id: str) -> None:
         self._jobs.pop(job_id, None)
@@ -253,7 +270,7 @@ class _PlannedJob:
         self._started.update(news.started.tolist())
         observed = zip(news.finished.tolist(), news.finished_tokens.tolist(), strict=True)
         self._observed.update(observed)
-        running = zip(news.running.tolist(), news.running_tokens.tolist(), strict=True)
+        in_flight = dict(zip(news.running.tolist(), news.running_tokens.tolist(), strict=True))
         job = self._job or self._gathered()
         plan = make_plan(
             job,
@@ -262,13 +279,34 @@ class _PlannedJob:
             observed=self._observed,
             exclude=self._started,
             tree=self._tree,
-            running=dict(running),
+            running=_with_tokens(in_flight),
             sampled=self._sampled,
         )
         self._sampled.update(plan.sample.tolist())
         if self._tree is None:
             self._remember(plan)
-        return self._as_walked(plan, cost_model, news.started)
+        walked = self._as_walked(plan, cost_model, news.started)
+        curve = progress_curve(plan, cost_model, config.kv_tokens, in_flight, self._prefill)
+        return replace(walked, curve=curve)
+
+    def forecast(
+        self, news: News, cost_model: CostModel, config: PlannerConfig
+    ) -> ProgressCurve | None:
+        if self._job is None or self._tree is None:
+            return None
+        finished = zip(news.finished.tolist(), news.finished_tokens.tolist(), strict=True)
+        in_flight = dict(zip(news.running.tolist(), news.running_tokens.tolist(), strict=True))
+        plan = make_plan(
+            self._job,
+            cost_model,
+            config,
+            observed=self._observed | dict(finished),
+            exclude=self._started.union(news.started.tolist()),
+            tree=self._tree,
+            running=_with_tokens(in_flight),
+            sampled=self._sampled,
+        )
+        return progress_curve(plan, cost_model, config.kv_tokens, in_flight, self._prefill)
 
     def _gathered(self) -> Job:
         offsets = np.concatenate(([0], np.cumsum(_view(self._lengths, np.int64))))
@@ -333,6 +371,10 @@ class _PlannedJob:
             sharing_planned=plan.sharing_planned,
             latest_due=dict.fromkeys(Side, first_due),
         )
+
+
+def _with_tokens(in_flight: Mapping[int, int]) -> dict[int, int]:
+    return {position: tokens for position, tokens in in_flight.items() if tokens}
 
 
 def _bound_seconds(plan: Plan, cost_model: CostModel) -> float:

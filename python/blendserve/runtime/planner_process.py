@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from blendserve.planner import CostModel, PlannerConfig
+from blendserve.planner import CostModel, PlannerConfig, ProgressCurve
 from blendserve.runtime.plan_worker import JobPlan, News, PlanWorker, PromptBatch
 
 _EXIT_SECONDS = 5.0
@@ -72,6 +72,10 @@ class PlannerProcess:
     def plan(self, job_id: str, news: News) -> JobPlan:
         plan: JobPlan = self._call("plan", job_id, news)
         return plan
+
+    def forecast(self, job_id: str, news: News) -> ProgressCurve | None:
+        curve: ProgressCurve | None = self._call("forecast", job_id, news)
+        return curve
 
     def forget(self, job_id: str) -> None:
         if self._socket is not None:

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 
 from blendserve.batch.errors import cause_of, reason_of
 from blendserve.batch.line_parser import is_too_deep, too_deep
+from blendserve.batch.tool_calls import NEEDS_PARSER
 from blendserve.runtime.media_checks import keeping_media
 from blendserve.runtime.request_checks import check_before
 
@@ -74,10 +75,27 @@ def refuse_in_handlers(state: Any) -> None:
             setattr(handler, step, refusing(getattr(handler, step)))
     chat = getattr(state, "openai_serving_chat", None)
     if chat is not None:
+        chat._validate_request = needing_parser(chat)
         chat._convert_to_internal_request = keeping_media(chat._convert_to_internal_request)
     responses = getattr(state, "openai_serving_responses", None)
     if responses is not None:
         responses.create_responses = repeating(responses)
+
+
+def needing_parser(chat: Any) -> Callable[[Any], str | None]:
+    """The ``_validate_request`` of SGLang's chat handler, which takes forced calls of tools also
+    where nothing can read them, and then answers them as plain text, without a word."""
+    validate = chat._validate_request
+
+    def validate_request(request: Any) -> str | None:
+        fault: str | None = validate(request)
+        if fault is not None or chat.tool_call_parser:
+            return fault
+        choice = request.tool_choice
+        named = choice is not None and not isinstance(choice, str)
+        return NEEDS_PARSER if request.tools and (named or choice == "required") else None
+
+    return validate_request
 
 
 def repeating(handler: Any) -> Callable[..., Awaitable[Any]]:
