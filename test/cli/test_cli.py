@@ -102,8 +102,14 @@ def test_no_command_prints_the_usage_and_fails(capsys):
     [
         ("sevre", "Did you mean 'serve'?"),
         ("run_batch", "Did you mean 'run-batch'?"),
-        ("benchmark", "Known: doctor, engine, merge, plan, run-batch, serve, simulate, trace."),
-        ("--verison", "Known: doctor, engine, merge, plan, run-batch, serve, simulate, trace."),
+        (
+            "benchmark",
+            "Known: batches, calibrate, doctor, engine, merge, plan, run-batch, serve, simulate, trace.",
+        ),
+        (
+            "--verison",
+            "Known: batches, calibrate, doctor, engine, merge, plan, run-batch, serve, simulate, trace.",
+        ),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_nearest_one(capsys, word, hint):

@@ -38,7 +38,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands that would have started an engine; none of them does."""
     started: list[list[str]] = []
 
-    async def refuse(job: OfflineJob, batch_id: str, reporter: object) -> NoReturn:
+    async def refuse(job: OfflineJob, batch_id: str, reporter: object, **more: object) -> NoReturn:
         started.append(job.engine.command)
         raise EngineFailed("the engine ended with status 9:\nout of memory", 9)
 
@@ -411,7 +411,7 @@ def test_a_good_file_may_be_checked_strictly(engine, files):
 
 
 def test_flags_that_the_engine_does_not_know_are_wrong_usage(capsys, files, monkeypatch):
-    async def refuse(*_: object) -> NoReturn:
+    async def refuse(*_: object, **more: object) -> NoReturn:
         raise EngineFailed("the engine ended with status 2: unknown flag", 2)
 
     monkeypatch.setattr(OfflineJob, "run", refuse)
@@ -423,7 +423,7 @@ def test_flags_that_the_engine_does_not_know_are_wrong_usage(capsys, files, monk
 def test_what_stops_a_run_is_told_and_is_not_taken_for_failed_lines(
     capsys, files, monkeypatch, error
 ):
-    async def fail(*_: object) -> NoReturn:
+    async def fail(*_: object, **more: object) -> NoReturn:
         raise error
 
     monkeypatch.setattr(OfflineJob, "run", fail)
@@ -433,7 +433,7 @@ def test_what_stops_a_run_is_told_and_is_not_taken_for_failed_lines(
 
 
 def test_an_interrupted_run_says_how_to_go_on(capsys, engine, files, monkeypatch):
-    async def interrupt(*args):
+    async def interrupt(*args, **more):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(OfflineJob, "run", interrupt)
