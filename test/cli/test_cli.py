@@ -97,6 +97,9 @@ def test_no_command_prints_the_usage_and_fails(capsys):
     assert capsys.readouterr().out.startswith("usage: blendserve COMMAND")
 
 
+KNOWN = "Known: batches, calibrate, doctor, engine, merge, plan, run-batch, serve, simulate, trace."
+
+
 @pytest.mark.parametrize(
     ("word", "hint"),
     [
@@ -104,11 +107,11 @@ def test_no_command_prints_the_usage_and_fails(capsys):
         ("run_batch", "Did you mean 'run-batch'?"),
         (
             "benchmark",
-            "Known: batches, calibrate, doctor, engine, merge, plan, run-batch, serve, simulate, trace.",
+            KNOWN,
         ),
         (
             "--verison",
-            "Known: batches, calibrate, doctor, engine, merge, plan, run-batch, serve, simulate, trace.",
+            KNOWN,
         ),
     ],
 )
