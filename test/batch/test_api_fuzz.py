@@ -90,6 +90,6 @@ def test_a_client_is_always_told_what_is_wrong(
 
 def test_the_description_of_the_routes_is_whole(client: TestClient, tmp_path: Path) -> None:
     described = client.get("/openapi.json").json()
-    assert len(described["paths"]) == 6
+    assert len(described["paths"]) == 7
     create = described["components"]["schemas"]["CreateBatch"]["properties"]
     assert CHAT in create["endpoint"]["enum"]

@@ -100,6 +100,6 @@ def test_a_model_with_labels_classifies_and_scores(
 
 def test_a_ranking_becomes_an_object_that_tells_its_tokens() -> None:
     ranked = b'[{"score": 1.0, "index": 0, "meta_info": {"prompt_tokens": 7}}, {"index": 1}]'
-    body = answer_body(ranked)
+    body = answer_body("/v1/rerank", ranked)
     assert [one["index"] for one in body["results"]] == [0, 1]
     assert body["usage"] == {"prompt_tokens": 7, "total_tokens": 7}

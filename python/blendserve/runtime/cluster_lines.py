@@ -97,7 +97,7 @@ class ClusterLines:
             said = answer.content.decode("utf-8", "replace")
             message = f"The engine gave no answer to this request. {said}"
             return LineResult(line.index, rid, error=LineError("internal_error", message))
-        return LineResult(line.index, rid, answer.status, answer_body(answer.content))
+        return LineResult(line.index, rid, answer.status, answer_body(line.url, answer.content))
 
 
 class ClusterReader:

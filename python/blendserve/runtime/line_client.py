@@ -19,6 +19,8 @@ from blendserve.runtime.plan_tag import PlanTag
 _ABORT_INTERVAL_SECONDS = 0.05
 # Routes whose bodies may name a data-parallel replica.
 _ROUTED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/score"})
+# Whose answer is a list.
+_RANKS = "/v1/rerank"
 _EMBEDS = frozenset({"/v1/embeddings", "/v1/classify"})
 
 
@@ -120,7 +122,7 @@ class LineClient:
             # Nested too deeply, or a number or a text that JSON does not have.
             return LineResult(line.index, rid, 400, unwritable(error))
         response = await self._http.send(request)
-        body = answer_body(response.content)
+        body = answer_body(line.url, response.content)
         return LineResult(line.index, rid, response.status_code, body)
 
 
@@ -153,7 +155,7 @@ def _has_several(line: BatchLine) -> bool:
     return isinstance(given, list) and bool(given) and not isinstance(given[0], int)
 
 
-def answer_body(content: bytes) -> dict[str, Any]:
+def answer_body(url: str, content: bytes) -> dict[str, Any]:
     """What the server's route answered; in OpenAI's shape of an error if it is no JSON."""
     try:
         body = json.loads(content)
@@ -161,7 +163,7 @@ def answer_body(content: bytes) -> dict[str, Any]:
         body = None
     if isinstance(body, dict):
         return body
-    if isinstance(body, list):
+    if isinstance(body, list) and url == _RANKS:
         return _ranking(body)
     text = content.decode("utf-8", "replace")
     return {"error": {"message": text, "type": "server_error"}}
