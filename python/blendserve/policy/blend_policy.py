@@ -188,7 +188,9 @@ class BlendPolicy:
         return self._paced.choose(left, right, account, target)
 
     def density(self, prompt_tokens: int, output_tokens: float) -> float:
-        """Compute density of a request that shares nothing; inf without output."""
+        """Compute density of a request that shares nothing; inf without output.
+
+        Two of them tell how that of one that does changes with its length."""
         compute = (prompt_tokens + output_tokens) * self._pace.token_seconds
         read = (prompt_tokens + output_tokens / 2) * output_tokens * self._pace.context_seconds
         return compute / read if read > 0 else math.inf

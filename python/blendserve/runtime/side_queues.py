@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,10 +142,15 @@ class SideQueues:
             request = self.running.get(update.rid) or waiting.get(update.rid)
             if request is None:
                 continue  # It has ended on the way.
+            # What it shares stays as it was planned.
             prompt = len(request.req.origin_input_ids)
+            now, before = (
+                self.policy.density(prompt, max(tokens, 1.0))
+                for tokens in (update.output_tokens, request.tag.output_tokens)
+            )
             request.tag = replace(
                 request.tag,
-                density=self.policy.density(prompt, update.output_tokens),
+                density=request.tag.density * (now / before if math.isfinite(before) else 1.0),
                 output_tokens=update.output_tokens,
                 likely_output_tokens=update.likely_output_tokens,
                 guessed=update.guessed,

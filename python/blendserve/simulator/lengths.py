@@ -54,18 +54,11 @@ class LengthBook:
         """True lengths of these requests."""
         return dict(zip(requests.tolist(), self._true[requests].tolist(), strict=True))
 
-    def true_length(self, request: int) -> int:
-        return int(self._true[request])
-
     def mean(self, request: int) -> float:
         return float(self._mean[request])
 
     def means(self) -> Floats:
         return self._mean
-
-    def deviations(self) -> Floats:
-        """Of each length, as far as it is known: its standard deviation."""
-        return self._model.deviation()
 
     def outcomes(self, request: int) -> list[float]:
         """Lengths it may have, ascending and equally likely."""
